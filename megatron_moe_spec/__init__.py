@@ -1,0 +1,19 @@
+"""Expert-specialization auxiliary losses for Mixture-of-Experts models in Megatron.
+
+Importing this package imports neither torch nor Megatron until a name is used, and changes neither.
+"""
+
+from importlib import import_module
+
+from megatron_moe_spec.config import SpecConfig
+
+__version__ = "0.1.0"
+__all__ = ["SpecConfig", "attach", "losses"]
+
+
+def __getattr__(name):
+    if name == "attach":
+        return import_module("megatron_moe_spec.integration.attach").attach
+    if name == "losses":
+        return import_module("megatron_moe_spec.losses")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,91 @@
+"""Settings: one field per command-line flag. Standard library only."""
+
+from dataclasses import dataclass, field, fields
+from math import isfinite
+
+
+def _setting(default, flag, help, choices=None):
+    return field(default=default, metadata={"flag": flag, "help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class SpecConfig:
+    """Which auxiliary losses to add to a model, and how strongly.
+
+    Every coefficient is 0 by default; with all of them 0 and no metrics, nothing is hooked.
+
+    Raises:
+        ValueError: a field is out of range; the message names the field and its flag.
+    """
+
+    specialization_loss_coeff: float = _setting(
+        0.0,
+        "--moe-specialization-loss-coeff",
+        "Weight of the intra-layer specialization loss: the mean squared cosine similarity between the "
+        "activations of the experts that process the same token, summed over MoE layers. Paper: 2e-3.",
+    )
+    specialization_token_stride: int = _setting(
+        1,
+        "--moe-specialization-token-stride",
+        "Compute the specialization loss on every N-th token only, starting at another token each "
+        "micro-batch. Unbiased; cuts its cost N-fold.",
+    )
+    coupling_loss_coeff: float = _setting(
+        0.0,
+        "--moe-coupling-loss-coeff",
+        "Weight of the cross-layer coupling loss: one minus the joint routing probability of the top-k "
+        "experts of adjacent MoE layers, summed over pairs of layers. Paper: 1e-3.",
+    )
+    coupling_type: str = _setting(
+        "mass",
+        "--moe-coupling-type",
+        "mass: per token, the joint probability of the two layers' top-k sets. pathway: over the "
+        "micro-batch, the probability of each expert's top-k successors.",
+        choices=("mass", "pathway"),
+    )
+    kernels: str = _setting(
+        "auto",
+        "--moe-spec-kernels",
+        "Implementation of the losses: eager PyTorch (torch), Triton kernels (triton), or the fastest "
+        "that can run (auto).",
+        choices=("auto", "triton", "torch"),
+    )
+    metrics_interval: int = _setting(
+        0,
+        "--moe-spec-metrics-interval",
+        "Every N iterations, measure expert overlap and routing in every MoE layer and write them to the "
+        "logs and to moe_spec_metrics.jsonl. Works with all coefficients 0. 0: never.",
+    )
+
+    def __post_init__(self):
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            name = f"{setting.name} ({setting.metadata['flag']})"
+            choices = setting.metadata["choices"]
+            if choices:
+                if value not in choices:
+                    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number; got {value!r}")
+            elif isinstance(setting.default, int) and not isinstance(value, int):
+                raise ValueError(f"{name} must be a whole number; got {value!r}")
+            elif not isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be finite and not negative; got {value!r}")
+        if self.specialization_token_stride < 1:
+            raise ValueError(
+                "specialization_token_stride (--moe-specialization-token-stride) must be at least 1; got 0"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there is anything to hook."""
+        return bool(self.trained_losses or self.metrics_interval)
+
+    @property
+    def trained_losses(self) -> tuple[str, ...]:
+        """Log names of the losses with a coefficient."""
+        return tuple(
+            name
+            for name in ("specialization_loss", "coupling_loss")
+            if getattr(self, f"{name}_coeff") > 0
+        )

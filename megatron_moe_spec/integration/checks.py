@@ -1,0 +1,73 @@
+"""What attach() refuses, each by an error that names the flag to change."""
+
+from typing import Iterator
+
+from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.integration.compat import expert_down_projections, graphed_modules
+
+_PARALLEL_SIZES = {
+    "tensor_model_parallel_size": "--tensor-model-parallel-size",
+    "expert_tensor_parallel_size": "--expert-tensor-parallel-size",
+    "expert_model_parallel_size": "--expert-model-parallel-size",
+    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
+    "context_parallel_size": "--context-parallel-size",
+}
+
+
+def check_supported(moe_layers: list, config: SpecConfig) -> None:
+    """Raises ValueError that lists everything about the model that is not supported, with its remedy.
+
+    Args:
+        moe_layers: every MoE layer of the model, MTP layers left out.
+    """
+    problems = list(_problems(moe_layers, config))
+    if problems:
+        raise ValueError("the MoE specialization losses cannot be attached: " + "; ".join(problems))
+
+
+def _problems(moe_layers: list, config: SpecConfig) -> Iterator[str]:
+    if not moe_layers:
+        yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
+        return
+    model = moe_layers[0].config
+    wants_activations = config.specialization_loss_coeff > 0 or config.metrics_interval > 0
+    if config.kernels == "triton":
+        yield "--moe-spec-kernels triton is not available in this version (use auto or torch)"
+    if wants_activations and model.moe_router_topk < 2:
+        yield (
+            "specialization compares the experts of a token and needs at least two "
+            f"(--moe-router-topk is {model.moe_router_topk}; set it to 2 or more, "
+            "or --moe-specialization-loss-coeff and --moe-spec-metrics-interval to 0)"
+        )
+    if config.coupling_loss_coeff > 0 and len(moe_layers) < 2:
+        yield "coupling needs two MoE layers, the model has one (set --moe-coupling-loss-coeff to 0)"
+    for field, flag in _PARALLEL_SIZES.items():
+        size = getattr(model, field, 1) or 1
+        if size > 1:
+            yield f"{flag} {size} is not supported yet, only data parallelism is (set it to 1)"
+    if getattr(model, "overlap_moe_expert_parallel_comm", False):
+        yield "the layers of two micro-batches are interleaved (remove --overlap-moe-expert-parallel-comm)"
+    if getattr(model, "moe_token_dispatcher_type", "allgather") == "flex":
+        yield "the flex dispatcher is not supported yet (set --moe-token-dispatcher-type alltoall)"
+    if getattr(model, "transformer_impl", None) == "inference_optimized":
+        yield "inference layers are not for training (set --transformer-impl transformer_engine)"
+    graphed = graphed_modules(model)
+    if graphed == "everything" or any(name.startswith("moe") for name in graphed):
+        yield (
+            "CUDA graphs over routers or experts skip the hooks when they are replayed "
+            "(remove --cuda-graph-impl, or capture attention alone: --cuda-graph-scope attn)"
+        )
+    if wants_activations:
+        yield from _activation_problems(moe_layers, model)
+
+
+def _activation_problems(moe_layers: list, model) -> Iterator[str]:
+    if getattr(model, "use_transformer_engine_op_fuser", False):
+        yield "the fused experts never materialise their activations (remove --use-transformer-engine-op-fuser)"
+    elif not all(expert_down_projections(layer) for layer in moe_layers):
+        yield (
+            "the legacy GroupedMLP never materialises its activations "
+            "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
+        )
+    if getattr(model, "fp8", None) or getattr(model, "fp4", None):
+        yield "specialization does not support quantized experts yet (remove --fp8-format / --fp4-format)"

@@ -1,0 +1,98 @@
+"""Everything that is known of Megatron's symbols and of how they differ between releases."""
+
+from typing import Iterator, Union
+
+import torch
+from torch import Tensor, nn
+
+OLDEST_SUPPORTED = (0, 14)
+
+
+def require_megatron() -> None:
+    """Raises ImportError where megatron-core is missing or too old, naming the remedy."""
+    oldest = ".".join(map(str, OLDEST_SUPPORTED))
+    try:
+        from megatron.core import __version__ as version
+    except ImportError as error:
+        raise ImportError(
+            f"megatron-core is needed to attach the losses: pip install 'megatron-core>={oldest}'"
+        ) from error
+    if _release(version) < OLDEST_SUPPORTED:
+        raise ImportError(f"megatron-core {version} is too old: {oldest} or newer is needed")
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every MoE layer, in the order in which the model runs them; MTP layers left out."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    for name, module in model.named_modules():
+        if isinstance(module, MoELayer) and "mtp" not in name.split("."):
+            yield name, module
+
+
+def expert_down_projections(moe_layer: nn.Module) -> list[nn.Module]:
+    """The modules whose input is z: one ``linear_fc2`` for all local experts, or one for each.
+
+    Empty for the legacy GroupedMLP, which has no such module.
+    """
+    experts = moe_layer.experts
+    if hasattr(experts, "local_experts"):
+        return [expert.linear_fc2 for expert in experts.local_experts]
+    return [experts.linear_fc2] if hasattr(experts, "linear_fc2") else []
+
+
+def graphed_modules(config) -> Union[list[str], str]:
+    """Names of what CUDA graphs capture: a list of module kinds, "everything", or an empty list."""
+    implementation = getattr(config, "cuda_graph_impl", "none")
+    if getattr(config, "enable_cuda_graph", False) or getattr(config, "external_cuda_graph", False):
+        return "everything"
+    if implementation in (None, "none"):
+        return []
+    scope = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
+    if not scope or scope == "full":
+        return "everything"
+    names = scope.split(",") if isinstance(scope, str) else [getattr(s, "name", s) for s in scope]
+    return "everything" if {"full", "full_iteration"} & set(names) else names
+
+
+def backward_loss_scale() -> Union[Tensor, float]:
+    """The factor that Megatron applies to auxiliary losses in this backward pass.
+
+    Loss scaling may be dynamic and the schedules set it after each forward: read it in backward.
+    """
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+    return 1.0 if scale is None else scale
+
+
+def training_modules():
+    """megatron.training.arguments and megatron.training.training.
+
+    Raises:
+        ImportError: Megatron's training program is not there, as with the megatron-core wheel 0.16.
+    """
+    try:
+        from megatron.training import arguments, training
+    except ImportError as error:
+        raise ImportError(
+            "megatron.training cannot be imported: run a script inside a Megatron-LM checkout, or install "
+            f"megatron-core >= 0.17 ({error})"
+        ) from error
+    return arguments, training
+
+
+def training_writers():
+    """Megatron's TensorBoard and W&B writers; None where there is none, as on all ranks but the last."""
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    return get_tensorboard_writer(), get_wandb_writer()
+
+
+def current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,82 @@
+"""Coupling loss between the MoE layers of a micro-batch, from the values that each layer leaves behind.
+
+A layer's gradient needs only its neighbours' values, so no autograd edge joins two layers: checkpointed layers
+and overlapped schedules need nothing special. Suffixes: T tokens, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from megatron_moe_spec.losses.coupling import joint_scores, routed_mass, strongest_successors
+from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
+
+
+@dataclass
+class LayerRouting:
+    """How one MoE layer routed the tokens of a micro-batch.
+
+    Attributes:
+        live_TE: bool, the experts each token was dispatched to; none for padding tokens, and none that only
+            fills an expert up to its capacity.
+        num_tokens: tokens that are not padding.
+        message: what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway).
+        successors_EE: bool, the strongest pathways to the next layer (pathway), known once that has run.
+    """
+
+    live_TE: Tensor
+    num_tokens: Union[Tensor, int]
+    message: Optional[Tensor] = None
+    successors_EE: Optional[Tensor] = None
+
+
+def read_routing(probs_TE: Tensor, routing_map_TE: Tensor, padding_mask: Optional[Tensor]) -> LayerRouting:
+    """What ``TopKRouter.routing`` decided. ``padding_mask``: True for padding, in any shape of T elements."""
+    live_TE = routing_map_TE & (probs_TE > 0)
+    if padding_mask is None:
+        return LayerRouting(live_TE, live_TE.shape[0])
+    is_token = ~padding_mask.reshape(-1)
+    return LayerRouting(live_TE & is_token.unsqueeze(-1), is_token.sum().clamp_min(1))
+
+
+def token_scores(logits: Tensor, score_function: str, padding_mask: Optional[Tensor]) -> Tensor:
+    """[T, E] scores of a router's logits [..., E], 0 for padding tokens."""
+    scores_TE = normalized_scores(logits.detach().reshape(-1, logits.shape[-1]), score_function)
+    return scores_TE if padding_mask is None else scores_TE * ~padding_mask.reshape(-1, 1)
+
+
+def coupling_message(kind: str, scores_TE: Tensor, live_TE: Tensor) -> Tensor:
+    return routed_mass(scores_TE, live_TE) if kind == "mass" else scores_TE
+
+
+def pair_loss(kind: str, this: LayerRouting, following: LayerRouting, top_k: int) -> Tensor:
+    """The loss of two adjacent layers; notes the pathways it rewards in ``this``."""
+    if kind == "mass":
+        return 1.0 - (this.message * following.message).sum() / following.num_tokens
+    joint_EE = joint_scores(this.message, following.message, following.num_tokens)
+    this.successors_EE = strongest_successors(joint_EE, top_k)
+    return 1.0 - (joint_EE * this.successors_EE).sum()
+
+
+def logits_gradient(
+    kind: str, layers: list[LayerRouting], index: int, logits: Tensor, score_function: str
+) -> Tensor:
+    """Gradient of the (at most two) pair losses of layer ``index`` with respect to its logits, in their shape."""
+    this = layers[index]
+    previous = layers[index - 1] if index > 0 else None
+    following = layers[index + 1] if index + 1 < len(layers) else None
+    scores_gradient_TE = 0.0
+    if kind == "mass":
+        neighbours_T = sum(other.message for other in (previous, following) if other is not None)
+        scores_gradient_TE = this.live_TE * neighbours_T.unsqueeze(-1)
+    else:
+        if previous is not None:
+            scores_gradient_TE = previous.message @ previous.successors_EE.to(previous.message.dtype)
+        if following is not None:
+            scores_gradient_TE += following.message @ this.successors_EE.T.to(following.message.dtype)
+    gradient_TE = normalized_scores_gradient(
+        logits.reshape(-1, logits.shape[-1]), score_function, -scores_gradient_TE / this.num_tokens
+    )
+    return gradient_TE.view(logits.shape)

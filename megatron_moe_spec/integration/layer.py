@@ -1,0 +1,134 @@
+"""The taps on one MoE layer: its router's decision and its experts' activations."""
+
+from functools import partial
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe_spec.integration import coupling
+from megatron_moe_spec.integration.compat import expert_down_projections
+from megatron_moe_spec.integration.injection import add_gradient
+from megatron_moe_spec.integration.microbatch import MicroBatch, MicroBatchTracker
+from megatron_moe_spec.integration.recorder import Recorder
+from megatron_moe_spec.integration.scaling import gradient_factor
+from megatron_moe_spec.integration.specialization import ExpertRows, expert_rows
+
+
+class LayerTap:
+    """Adds the losses' gradients to one MoE layer, and records their values.
+
+    Values are recorded once a micro-batch: what the router decides in forward (in the first pass of a
+    checkpoint), what needs z where gradients flow (in the recomputation of a checkpoint).
+    """
+
+    def __init__(self, index: int, moe_layer: nn.Module, tracker: MicroBatchTracker, recorder: Recorder):
+        self._index = index
+        self._tracker = tracker
+        self._recorder = recorder
+        self._config = moe_layer.config
+        self._router = moe_layer.router
+        self._routing = self._router.routing
+        self._had_own_routing = "routing" in vars(self._router)
+        self._router.routing = partial(_route, self)
+        self._rows: Optional[ExpertRows] = None
+        self._num_tokens = None
+        projections = expert_down_projections(moe_layer)
+        self._num_parts = len(projections)
+        self._hooks = [
+            module.register_forward_pre_hook(partial(_tap_activation, self, part))
+            for part, module in enumerate(projections)
+        ]
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._had_own_routing:
+            self._router.routing = self._routing
+        else:
+            del self._router.routing
+
+    def route(self, logits: Tensor, padding_mask: Optional[Tensor], route) -> tuple[Tensor, Tensor]:
+        """Runs the router's own ``route(logits)`` with the coupling gradient on its logits."""
+        self._rows = None
+        micro_batch, recomputed = self._tracker.enter(self._index, self._router)
+        if micro_batch is None or not self._recorder.active:
+            return route(logits)
+        values = logits.detach()
+        if self._recorder.config.coupling_loss_coeff and torch.is_grad_enabled():
+            logits = add_gradient(logits, partial(self._coupling_gradient, micro_batch, values))
+        probs, routing_map = route(logits)
+        routing = coupling.read_routing(probs.detach(), routing_map, padding_mask)
+        if not recomputed:
+            self._observe(micro_batch, routing, values, padding_mask)
+        if torch.is_grad_enabled() and self._recorder.wants_specialization:
+            self._rows = self._expected_rows(micro_batch, routing, routing_map)
+            self._num_tokens = routing.num_tokens
+        return probs, routing_map
+
+    def _observe(self, micro_batch: MicroBatch, routing, logits: Tensor, padding_mask: Optional[Tensor]) -> None:
+        if micro_batch.routing[self._index] is not None:
+            raise RuntimeError(f"MoE layer {self._index} ran twice in one forward of the attached model")
+        micro_batch.routing[self._index] = routing
+        if not self._recorder.wants_coupling:
+            return
+        kind = self._recorder.config.coupling_type
+        scores = coupling.token_scores(logits, self._config.moe_router_score_function, padding_mask)
+        routing.message = coupling.coupling_message(kind, scores, routing.live_TE)
+        self._recorder.record_routing(self._index, scores, routing.live_TE, routing.num_tokens)
+        previous = micro_batch.routing[self._index - 1] if self._index else None
+        if previous is not None:
+            loss = coupling.pair_loss(kind, previous, routing, self._config.moe_router_topk)
+            self._recorder.record_pair(self._index - 1, previous.live_TE, routing.live_TE, loss)
+
+    def _coupling_gradient(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
+        settings = self._recorder.config
+        gradient = coupling.logits_gradient(
+            settings.coupling_type,
+            micro_batch.routing,
+            self._index,
+            logits,
+            self._config.moe_router_score_function,
+        )
+        num_tokens = micro_batch.routing[self._index].num_tokens
+        return gradient * (settings.coupling_loss_coeff * gradient_factor(self._config, num_tokens))
+
+    def _expected_rows(self, micro_batch: MicroBatch, routing, routing_map: Tensor) -> ExpertRows:
+        stride = self._recorder.config.specialization_token_stride
+        rows, valid = expert_rows(routing_map, routing.live_TE, self._config.moe_router_topk)
+        tokens = slice((self._recorder.iteration + micro_batch.number) % stride, None, stride)
+        return ExpertRows(rows[tokens], valid[tokens], self._num_parts)
+
+    def tap_activation(self, part: int, z: Tensor) -> Tensor:
+        """Takes part of the layer's activations; returns what the down projection is to read instead."""
+        rows = self._rows
+        if rows is None:
+            return z
+        settings = self._recorder.config
+        k = self._config.moe_router_topk
+        # The mean over tokens and ordered pairs, whatever part of the tokens a stride leaves.
+        mean = settings.specialization_token_stride / (self._num_tokens * k * (k - 1))
+        with torch.no_grad():
+            if rows.add(z):
+                self._recorder.record_cosines(
+                    self._index, rows.cosines_TKK, rows.valid_TK, rows.squared_cosine_sum() * mean
+                )
+                self._rows = None
+        if not settings.specialization_loss_coeff:
+            return z
+        return add_gradient(z, partial(self._specialization_gradient, rows, part, mean, self._num_tokens))
+
+    def _specialization_gradient(self, rows: ExpertRows, part: int, mean, num_tokens) -> Tensor:
+        coefficient = self._recorder.config.specialization_loss_coeff
+        return rows.gradient(part, coefficient * mean * gradient_factor(self._config, num_tokens))
+
+
+def _route(tap: LayerTap, logits: Tensor, *args, **kwargs):
+    """Stands in for ``TopKRouter.routing(logits, padding_mask=None)``."""
+    padding_mask = kwargs.get("padding_mask", args[0] if args else None)
+    return tap.route(logits, padding_mask, lambda x: tap._routing(x, *args, **kwargs))
+
+
+def _tap_activation(tap: LayerTap, part: int, module: nn.Module, args):
+    """Forward pre-hook of ``linear_fc2``, whose first input is p * z, in permuted rows."""
+    return (tap.tap_activation(part, args[0]), *args[1:])

@@ -1,0 +1,87 @@
+"""Which micro-batch a layer is working on: in forward, in a checkpoint's first pass, and in its recomputation."""
+
+import weakref
+from collections import deque
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+
+class MicroBatch:
+    """What the MoE layers of a model chunk know of one micro-batch. Lives as long as its autograd graph.
+
+    Attributes:
+        number: counts the micro-batches of a training step from 0.
+        routing: per MoE layer, its ``LayerRouting``; None until the layer's router has run.
+    """
+
+    def __init__(self, number: int, num_layers: int):
+        self.number = number
+        self.routing = [None] * num_layers
+
+
+class MicroBatchTracker:
+    """Tells a layer of one model chunk which micro-batch it serves, or that it should stay out.
+
+    The chunk's forward opens a micro-batch. A layer that runs inside it without gradients is in the first pass
+    of an activation checkpoint; one that runs outside it with gradients is being recomputed in backward, for
+    the oldest micro-batch whose recomputation it still owes (Megatron's schedules are first in, first out for
+    each chunk). Evaluation and passes without gradients open nothing.
+    """
+
+    def __init__(self, chunk: nn.Module, num_layers: int):
+        self._num_layers = num_layers
+        self._current: Optional[MicroBatch] = None
+        self._owed = [deque() for _ in range(num_layers)]
+        self.started = 0
+        self.hooks = [
+            chunk.register_forward_pre_hook(self._open),
+            chunk.register_forward_hook(self._close, always_call=True),
+        ]
+
+    def _open(self, module, args) -> None:
+        live = module.training and torch.is_grad_enabled()
+        self._current = MicroBatch(self.started, self._num_layers) if live else None
+        self.started += live
+
+    def _close(self, module, args, output) -> None:
+        node = _gradient_node(output)
+        if node is not None and self._current is not None:
+            # The layers' own references are weak, so that a micro-batch that never sees backward is forgotten.
+            node.metadata["megatron_moe_spec"] = self._current
+        self._current = None
+
+    def enter(self, layer: int, module: nn.Module) -> tuple[Optional[MicroBatch], bool]:
+        """The micro-batch that a layer's router is called for (None: stay out), and whether it is recomputed.
+
+        Raises:
+            RuntimeError: the layer runs with gradients outside the forward of the attached model.
+        """
+        if not module.training:
+            return None, False
+        if self._current is not None:
+            if not torch.is_grad_enabled():
+                self._owed[layer].append(weakref.ref(self._current))
+            return self._current, False
+        if not torch.is_grad_enabled():
+            return None, False
+        while self._owed[layer]:
+            micro_batch = self._owed[layer].popleft()()
+            if micro_batch is not None:
+                return micro_batch, True
+        raise RuntimeError(
+            "an MoE layer ran outside the forward of the model given to attach(): attach the module whose "
+            "forward is called for each micro-batch"
+        )
+
+
+def _gradient_node(output):
+    """The autograd node of the first tensor in a model's output that has one."""
+    if isinstance(output, Tensor):
+        return output.grad_fn
+    if isinstance(output, dict):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        return None
+    return next((node for node in map(_gradient_node, output) if node is not None), None)

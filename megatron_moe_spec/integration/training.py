@@ -1,0 +1,125 @@
+"""Hooks into Megatron's own training program (megatron.training), which stays unedited.
+
+Three of its functions are wrapped where they are looked up at call time: the one that defines the flags, the one
+that builds the model, and the one that logs a training step.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Callable, Optional
+
+import torch.distributed as dist
+
+from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.integration.attach import SpecHandle, attach
+from megatron_moe_spec.integration.compat import require_megatron, training_modules, training_writers
+
+METRICS_FILE = "moe_spec_metrics.jsonl"
+
+
+def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
+    """Makes the next ``megatron.training.pretrain`` of this process take the flags and train with the losses.
+
+    Args:
+        add_arguments: parser -> parser with the flags.
+        config_from_arguments: parsed arguments -> SpecConfig.
+
+    Raises:
+        ImportError: megatron-core or megatron.training is missing, or too old.
+    """
+    require_megatron()
+    arguments, training = training_modules()
+    _Training(config_from_arguments).wrap(arguments, training, add_arguments)
+
+
+class _Training:
+    """The losses of one training program."""
+
+    def __init__(self, config_from_arguments: Callable):
+        self._config_from_arguments = config_from_arguments
+        self._handle: Optional[SpecHandle] = None
+        self._metrics_file: Optional[Path] = None
+
+    def wrap(self, arguments, training, add_arguments: Callable) -> None:
+        define, build, log = (
+            arguments.add_megatron_arguments,
+            training.setup_model_and_optimizer,
+            training.training_log,
+        )
+
+        @functools.wraps(define)
+        def add_megatron_arguments(parser):
+            return add_arguments(define(parser))
+
+        @functools.wraps(build)
+        def setup_model_and_optimizer(*args, **kwargs):
+            model, *rest = build(*args, **kwargs)
+            self._attach(model, training.get_args())
+            return (model, *rest)
+
+        @functools.wraps(log)
+        def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+            loss_dict = {**loss_dict, **self._finish_step(iteration)}
+            return log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+
+        arguments.add_megatron_arguments = add_megatron_arguments
+        training.setup_model_and_optimizer = setup_model_and_optimizer
+        training.training_log = training_log
+
+    def _attach(self, model, args) -> None:
+        config = self._config_from_arguments(args)
+        if not config.enabled:
+            return
+        self._handle = attach(model, config)
+        self._handle.start_after(getattr(args, "iteration", 0))
+        if config.metrics_interval:
+            folder = Path(getattr(args, "tensorboard_dir", None) or getattr(args, "save", None) or ".")
+            self._metrics_file = folder / METRICS_FILE
+        if dist.get_rank() == 0:
+            print(f"MoE specialization: {_describe(config, self._metrics_file)}", flush=True)
+
+    def _finish_step(self, iteration: int) -> dict:
+        if self._handle is None:
+            return {}
+        losses, diagnostics = self._handle.finish_step(iteration)
+        if diagnostics is not None:
+            self._write(iteration, losses, diagnostics)
+        trained = self._handle.config.trained_losses
+        return {name: loss for name, loss in losses.items() if name in trained}
+
+    def _write(self, iteration: int, losses: dict, diagnostics: dict) -> None:
+        tensorboard, wandb = training_writers()
+        if tensorboard or wandb:
+            scalars = _scalars(diagnostics)
+            for tag, value in scalars.items() if tensorboard else ():
+                tensorboard.add_scalar(tag, value, iteration)
+            if wandb:
+                wandb.log(scalars, iteration)
+        if dist.get_rank() == 0:
+            line = {"iteration": iteration, **{name: float(loss) for name, loss in losses.items()}, **diagnostics}
+            self._metrics_file.parent.mkdir(parents=True, exist_ok=True)
+            with self._metrics_file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _describe(config: SpecConfig, metrics_file: Optional[Path]) -> str:
+    parts = [
+        f"specialization loss x {config.specialization_loss_coeff:g}",
+        f"coupling loss ({config.coupling_type}) x {config.coupling_loss_coeff:g}",
+    ]
+    if metrics_file:
+        parts.append(f"measured every {config.metrics_interval} iterations to {metrics_file}")
+    return ", ".join(parts)
+
+
+def _scalars(diagnostics: dict) -> dict[str, float]:
+    """Flat tags for the loggers: moe_spec/<measure>/layer_<i> and moe_spec/<measure>/layers_<i>_<j>."""
+    scalars = {}
+    for layer in diagnostics["layers"]:
+        number = layer["layer"]
+        scalars.update({f"moe_spec/{k}/layer_{number}": v for k, v in layer.items() if k != "layer"})
+    for pair in diagnostics["pairs"]:
+        numbers = "_".join(map(str, pair["layers"]))
+        scalars.update({f"moe_spec/{k}/layers_{numbers}": v for k, v in pair.items() if k != "layers"})
+    return scalars

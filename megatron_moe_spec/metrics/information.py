@@ -1,0 +1,30 @@
+"""Entropy and mutual information of discrete distributions, in nats."""
+
+import torch
+from torch import Tensor
+
+
+def entropy(weights: Tensor, dim: int = -1) -> Tensor:
+    """Entropy along ``dim`` of non-negative weights, normalised to sum 1 first; 0 where they are all 0."""
+    probabilities = weights / weights.sum(dim=dim, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+    return torch.special.entr(probabilities).sum(dim=dim)
+
+
+def conditional_entropy(joint: Tensor) -> Tensor:
+    """H(column | row) = H(row, column) - H(row) of a joint weight matrix [E, E'].
+
+    Args:
+        joint: non-negative weights, of any positive sum.
+    """
+    return entropy(joint.flatten()) - entropy(joint.sum(dim=1))
+
+
+def normalized_mutual_information(joint: Tensor) -> Tensor:
+    """2 I(row; column) / (H(row) + H(column)), in [0, 1]; 0 where both entropies are 0.
+
+    Args:
+        joint: non-negative weights [E, E'], of any positive sum.
+    """
+    rows, columns = entropy(joint.sum(dim=1)), entropy(joint.sum(dim=0))
+    information = (rows + columns - entropy(joint.flatten())).clamp_min(0.0)
+    return 2.0 * information / (rows + columns).clamp_min(torch.finfo(joint.dtype).tiny)

@@ -1,0 +1,26 @@
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+# Before torch: several processes share the machine's few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def megatron(tmp_path_factory):
+    """Megatron-Core on CPU in this process, as a job of one rank."""
+    if importlib.util.find_spec("megatron") is None:
+        pytest.skip("megatron-core is not installed")
+    from megatron_moe_spec.integration.cpu import enable
+
+    enable()
+    from grouped_linear import use_torch_grouped_linear
+
+    use_torch_grouped_linear()
+    import megatron_models
+
+    megatron_models.initialize_one_rank(str(tmp_path_factory.mktemp("store") / "store"))

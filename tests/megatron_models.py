@@ -1,0 +1,179 @@
+"""Small Megatron-Core MoE models in one process, and the gradients of the auxiliary losses on them alone.
+
+Import only after the CPU backend is enabled.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+VOCABULARY, SEQUENCE, MICRO_BATCH = 64, 12, 2
+
+
+def build_model(seed: int = 0, **settings) -> GPTModel:
+    """A GPT with MoE layers; ``settings`` override TransformerConfig's fields."""
+    fields = dict(
+        num_layers=3,
+        hidden_size=16,
+        num_attention_heads=2,
+        ffn_hidden_size=32,
+        moe_ffn_hidden_size=24,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_router_load_balancing_type="none",
+        moe_token_dispatcher_type="alltoall",
+        moe_router_dtype="fp32",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        normalization="RMSNorm",
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        attention_softmax_in_fp32=True,
+    )
+    config = TransformerConfig(**{**fields, **settings})
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+    )
+    return _set_weights(model, seed)
+
+
+def _set_weights(model, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            if weight.dim() > 1:
+                # Routers far from uniform, so that scores, masses and drops vary.
+                scale = 1.0 if "router" in name else 0.2
+                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+        for name, bias in model.named_buffers():
+            if name.endswith("expert_bias"):
+                bias.copy_(torch.randn(bias.shape, generator=generator))
+    model.model_type = None
+    return model
+
+
+def build_hybrid_model(seed: int = 0, **settings):
+    """A HybridModel of attention layers and MoE layers, without the kernels that Mamba layers need."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    donor = build_model(**settings)
+    parts = get_gpt_layer_local_spec(num_experts=donor.config.num_moe_experts, normalization="RMSNorm").submodules
+    attention = TransformerLayerSubmodules(
+        input_layernorm=parts.input_layernorm,
+        self_attention=parts.self_attention,
+        self_attn_bda=parts.self_attn_bda,
+    )
+    experts = TransformerLayerSubmodules(
+        pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda
+    )
+    stack = HybridStackSubmodules(
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        moe_layer=ModuleSpec(module=TransformerLayer, submodules=experts),
+    )
+    model = HybridModel(
+        donor.config,
+        ModuleSpec(module=HybridStack, submodules=stack, params={"post_layer_norm": False}),
+        VOCABULARY,
+        SEQUENCE,
+        hybrid_layer_pattern="*E*EE",
+        position_embedding_type="rope",
+    )
+    return _set_weights(model, seed)
+
+
+def micro_batches(number: int, padding: bool = False, seed: int = 1) -> list[dict]:
+    """Tokens (and a padding mask, True for padding, of another length in each micro-batch)."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for i in range(number):
+        batch = {"tokens": torch.randint(0, VOCABULARY, (MICRO_BATCH, SEQUENCE), generator=generator)}
+        if padding:
+            batch["padding_mask"] = torch.arange(SEQUENCE).expand(MICRO_BATCH, -1) >= SEQUENCE - 2 - 3 * i
+        batches.append(batch)
+    return batches
+
+
+def run_model(model, batch) -> torch.Tensor:
+    """Per-token loss [b, s] of next-byte prediction, on labels made from the tokens."""
+    tokens = batch["tokens"]
+    extra = {"padding_mask": batch["padding_mask"]} if "padding_mask" in batch else {}
+    positions = torch.arange(SEQUENCE).expand_as(tokens)
+    return model(tokens, positions, None, labels=tokens.roll(-1, 1), **extra)
+
+
+def train_step(model: GPTModel, batches: list[dict], main_loss_weight: float = 0.0, scale=None) -> dict:
+    """One forward and backward of all micro-batches by Megatron's schedule, under Megatron's DDP.
+
+    Args:
+        main_loss_weight: 0 leaves nothing but the auxiliary losses' gradients.
+        scale: factor of a mixed-precision gradient scaler, divided out of the result.
+
+    Returns:
+        Gradient of every parameter that has one, by name.
+    """
+    config = model.config
+    wrapped = DistributedDataParallel(
+        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False), model
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = (lambda loss: loss * scale) if scale else None
+
+    def forward_step(iterator, module):
+        batch = next(iterator)
+        output = run_model(module, batch)
+        mask = ~batch["padding_mask"] if "padding_mask" in batch else torch.ones_like(output, dtype=torch.bool)
+        num_tokens = mask.sum().int()
+
+        def loss(losses):
+            total = (losses * mask).sum() * main_loss_weight
+            return total, num_tokens, {"lm": torch.stack([total.detach(), num_tokens.float()])}
+
+        return output, loss
+
+    wrapped.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=wrapped,
+        num_microbatches=len(batches),
+        seq_length=SEQUENCE,
+        micro_batch_size=MICRO_BATCH,
+        forward_only=False,
+    )
+    return {
+        name: weight.main_grad.detach().clone() / (scale or 1.0)
+        for name, weight in model.named_parameters()
+        if weight.requires_grad
+    }
+
+
+def initialize_one_rank(store: str) -> None:
+    """Process groups and random states of a one-process Megatron job."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)

@@ -1,0 +1,137 @@
+"""The hooks' gradients and logged values equal autograd's through the pure losses, in every supported mode."""
+
+import importlib.util
+import inspect
+
+import pytest
+import torch
+
+FULL = dict(recompute_granularity="full", recompute_num_layers=1)
+SELECTIVE = dict(recompute_granularity="selective")
+RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_num_layers", "recompute_method", "recompute_modules")
+
+# name -> (fields of TransformerConfig, properties of the data)
+MODES = {
+    "sequential_alltoall": ({}, {}),
+    "sequential_allgather": (dict(moe_token_dispatcher_type="allgather"), {}),
+    "grouped": (dict(moe_grouped_gemm=True), {}),
+    "grouped_allgather": (dict(moe_grouped_gemm=True, moe_token_dispatcher_type="allgather"), {}),
+    "grouped_moe_act_recompute": (dict(moe_grouped_gemm=True, recompute_modules=["moe_act"], **SELECTIVE), {}),
+    "grouped_moe_recompute": (dict(moe_grouped_gemm=True, recompute_modules=["moe"], **SELECTIVE), {}),
+    "grouped_full_recompute": (dict(moe_grouped_gemm=True, recompute_method="uniform", **FULL), {}),
+    "full_recompute_uniform": (dict(recompute_method="uniform", **FULL), {}),
+    "full_recompute_groups_of_two": (
+        dict(recompute_method="uniform", recompute_granularity="full", recompute_num_layers=2, num_layers=4),
+        {},
+    ),
+    "full_recompute_block": (dict(recompute_method="block", **FULL), {}),
+    "moe_recompute": (dict(recompute_modules=["moe"], **SELECTIVE), {}),
+    "core_attn_recompute": (dict(recompute_modules=["core_attn"], **SELECTIVE), {}),
+    "shared_expert": (dict(moe_shared_expert_intermediate_size=16), {}),
+    "dense_layer_between": (dict(num_layers=4, moe_layer_freq=[1, 0, 1, 1]), {}),
+    "capacity_dropping": (dict(moe_expert_capacity_factor=0.7), {}),
+    "capacity_dropping_by_position": (
+        dict(moe_expert_capacity_factor=0.7, moe_token_drop_policy="position"),
+        {},
+    ),
+    "capacity_with_padding": (
+        dict(moe_expert_capacity_factor=0.8, moe_pad_expert_input_to_capacity=True),
+        {},
+    ),
+    "capacity_with_padding_grouped": (
+        dict(moe_grouped_gemm=True, moe_expert_capacity_factor=1.2, moe_pad_expert_input_to_capacity=True),
+        {},
+    ),
+    "padding_mask": ({}, dict(padding=True)),
+    "padding_mask_full_recompute": (dict(recompute_method="uniform", **FULL), dict(padding=True)),
+    "per_token_loss": (dict(calculate_per_token_loss=True), {}),
+    "per_token_loss_padding_mask": (dict(calculate_per_token_loss=True), dict(padding=True)),
+    "sigmoid_expert_bias": (
+        dict(
+            moe_router_score_function="sigmoid",
+            moe_router_enable_expert_bias=True,
+            moe_router_bias_update_rate=1e-3,
+        ),
+        {},
+    ),
+    "sqrtsoftplus": (dict(moe_router_score_function="sqrtsoftplus"), {}),
+    "group_limited": (
+        dict(
+            num_moe_experts=8,
+            moe_router_num_groups=4,
+            moe_router_group_topk=2,
+            moe_router_pre_softmax=True,
+            moe_router_topk=3,
+        ),
+        {},
+    ),
+    "top_3_of_12": (dict(num_moe_experts=12, moe_router_topk=3), {}),
+    "all_experts": (dict(moe_router_topk=4), {}),
+    "sinkhorn": (dict(moe_router_load_balancing_type="sinkhorn"), {}),
+}
+
+
+def _fields(settings: dict) -> dict:
+    """Skips a mode that this release of Megatron does not have."""
+    from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+
+    if settings.get("moe_router_score_function") == "sqrtsoftplus":
+        if "sqrtsoftplus" not in inspect.getsource(topk_routing_with_score_function):
+            pytest.skip("this Megatron has no sqrtsoftplus scores")
+    return settings
+
+
+def _compare(settings: dict, data: dict, kind: str, coefficients=(1.0, 1.0), build="build_model", **step):
+    import megatron_models
+    from reference import reference_step
+
+    from megatron_moe_spec import SpecConfig, attach
+
+    batches = megatron_models.micro_batches(3, **data)
+    plain = {k: v for k, v in settings.items() if k not in RECOMPUTE_FIELDS}
+    expected, expected_values = reference_step(
+        getattr(megatron_models, build)(**plain), batches, *coefficients, kind
+    )
+    model = getattr(megatron_models, build)(**settings)
+    handle = attach(
+        model,
+        SpecConfig(
+            specialization_loss_coeff=coefficients[0],
+            coupling_loss_coeff=coefficients[1],
+            coupling_type=kind,
+        ),
+    )
+    found = megatron_models.train_step(model, batches, **step)
+    values = handle.metrics()
+    for name, value in values.items():
+        assert value == pytest.approx(expected_values[name], rel=1e-5), name
+    scale = max(float(g.norm()) for g in expected.values())
+    assert scale > 1e-4, "the reference has no gradient to compare with"
+    for name, gradient in found.items():
+        error = float((gradient - expected.get(name, torch.zeros_like(gradient))).norm())
+        size = float(expected[name].norm()) if name in expected else 0.0
+        assert error <= 1e-5 * size + 1e-6 * scale, f"{name}: error {error:.2e}, gradient {size:.2e}"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["mass", "pathway"])
+def test_gradients_equal_autograd(megatron, mode, kind):
+    settings, data = MODES[mode]
+    _compare(_fields(settings), data, kind)
+
+
+@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.0, 1.0)])
+def test_each_loss_alone(megatron, coefficients):
+    _compare({}, {}, "mass", coefficients)
+
+
+def test_gradient_scaler_is_read_in_backward(megatron):
+    _compare({}, {}, "mass", scale=1024.0)
+
+
+@pytest.mark.parametrize("kind", ["mass", "pathway"])
+@pytest.mark.parametrize("settings", [{}, dict(recompute_method="uniform", **FULL)])
+def test_hybrid_model(megatron, kind, settings):
+    if importlib.util.find_spec("megatron.core.models.hybrid") is None:
+        pytest.skip("this Megatron has no HybridModel")
+    _compare(settings, {}, kind, build="build_hybrid_model")

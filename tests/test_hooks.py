@@ -1,0 +1,251 @@
+"""The hooks leave the model as it is, and touch only training passes."""
+
+import pytest
+import torch
+
+from megatron_moe_spec import SpecConfig
+
+BOTH = SpecConfig(specialization_loss_coeff=1.0, coupling_loss_coeff=1.0, metrics_interval=1)
+FULL_RECOMPUTE = dict(
+    recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+)
+
+
+@pytest.fixture
+def mm(megatron):
+    import megatron_models
+
+    return megatron_models
+
+
+def _attach(model, config=BOTH):
+    from megatron_moe_spec import attach
+
+    return attach(model, config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(moe_grouped_gemm=True),
+        dict(moe_router_dtype=None, bf16=True, params_dtype=torch.bfloat16),
+        dict(moe_z_loss_coeff=1e-3, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1e-2),
+        FULL_RECOMPUTE,
+    ],
+)
+def test_forward_is_bitwise_the_same(mm, settings):
+    batch = mm.micro_batches(1)[0]
+    plain = mm.run_model(mm.build_model(**settings), batch)
+    model = mm.build_model(**settings)
+    _attach(model)
+    hooked = mm.run_model(model, batch)
+    assert torch.equal(plain, hooked)
+    assert hooked.requires_grad
+
+
+def test_random_numbers_of_training_are_the_same(mm):
+    batch = mm.micro_batches(1)[0]
+    states = []
+    for config in (SpecConfig(), BOTH):
+        torch.manual_seed(3)
+        model = mm.build_model()
+        handle = _attach(model, config)
+        mm.run_model(model, batch).sum().backward()
+        handle.metrics()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+def test_state_dict_keys_are_the_same(mm):
+    model = mm.build_model()
+    before = list(model.state_dict())
+    _attach(model)
+    assert list(model.state_dict()) == before
+
+
+def test_zero_coefficients_hook_nothing(mm):
+    model = mm.build_model()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    handle = _attach(model, SpecConfig())
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert handle.metrics() == {}
+
+
+def test_detach_restores_the_model(mm):
+    batches = mm.micro_batches(2)
+    expected = mm.train_step(mm.build_model(), batches, main_loss_weight=1.0)
+    model = mm.build_model()
+    handle = _attach(model)
+    handle.detach()
+    handle.detach()
+    found = mm.train_step(model, batches, main_loss_weight=1.0)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for layer in model.modules():
+        assert "routing" not in vars(layer)
+        assert not layer._forward_pre_hooks and not layer._forward_hooks
+    _attach(model)
+
+
+def test_detach_keeps_another_packages_routing(mm):
+    model = mm.build_model()
+    routers = [m for m in model.modules() if type(m).__name__ == "TopKRouter"]
+    replacements = []
+    for router in routers:
+        router.routing = lambda *args, original=router.routing, **kwargs: original(*args, **kwargs)
+        replacements.append(router.routing)
+    _attach(model).detach()
+    assert [router.routing for router in routers] == replacements
+
+
+def test_losses_are_linear_in_their_coefficients(mm):
+    batches = mm.micro_batches(2)
+    gradients = []
+    for coefficient in (0.0, 1.0, 3.0):
+        model = mm.build_model()
+        _attach(model, SpecConfig(specialization_loss_coeff=coefficient))
+        gradients.append(mm.train_step(model, batches, main_loss_weight=1.0))
+    none, once, thrice = gradients
+    moved = 0
+    for name in none:
+        torch.testing.assert_close(
+            thrice[name] - none[name], 3 * (once[name] - none[name]), rtol=1e-3, atol=1e-4
+        )
+        moved += not torch.equal(once[name], none[name])
+    assert moved > 0
+
+
+def test_specialization_sends_no_gradient_into_its_router(mm):
+    """The last layer's router reaches the last layer's loss only through the probability that scales z."""
+    model = mm.build_model(num_layers=1)
+    _attach(model, SpecConfig(specialization_loss_coeff=1.0))
+    gradients = mm.train_step(model, mm.micro_batches(2))
+    router = next(g for name, g in gradients.items() if "router.weight" in name)
+    experts = max(float(g.norm()) for name, g in gradients.items() if "experts" in name and "linear_fc1" in name)
+    assert experts > 1e-3
+    assert float(router.norm()) < 1e-6 * experts
+
+
+def test_evaluation_records_nothing_and_keeps_training_exact(mm):
+    batches = mm.micro_batches(2)
+    expected_model = mm.build_model(**FULL_RECOMPUTE)
+    expected_handle = _attach(expected_model)
+    expected = mm.train_step(expected_model, batches)
+    model = mm.build_model(**FULL_RECOMPUTE)
+    handle = _attach(model)
+    model.eval()
+    with torch.no_grad():
+        mm.run_model(model, batches[1])
+    mm.run_model(model, batches[1])  # evaluation that forgot no_grad
+    model.train()
+    with torch.no_grad():
+        mm.run_model(model, batches[1])  # log-probabilities, as reinforcement learning takes them
+    found = mm.train_step(model, batches)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert handle.metrics() == expected_handle.metrics()
+
+
+def test_a_forward_without_backward_does_not_disturb_recomputation(mm):
+    batches = mm.micro_batches(2)
+    expected_model = mm.build_model(**FULL_RECOMPUTE)
+    _attach(expected_model)
+    expected = mm.train_step(expected_model, batches)
+    model = mm.build_model(**FULL_RECOMPUTE)
+    _attach(model)
+    mm.run_model(model, mm.micro_batches(1, seed=9)[0])
+    found = mm.train_step(model, batches)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_failed_forward_does_not_disturb_the_next(mm):
+    batches = mm.micro_batches(2)
+    expected_model = mm.build_model()
+    _attach(expected_model)
+    expected = mm.train_step(expected_model, batches)
+    model = mm.build_model()
+    _attach(model)
+    with pytest.raises(Exception):
+        mm.run_model(model, {"tokens": torch.full((2, mm.SEQUENCE), 10**6)})
+    found = mm.train_step(model, batches)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("settings", [{}, FULL_RECOMPUTE])
+def test_logged_values_do_not_depend_on_recomputation_or_micro_batch_size(mm, settings):
+    tokens = torch.cat([b["tokens"] for b in mm.micro_batches(2)])
+    values = []
+    for parts in (2, 4):
+        model = mm.build_model(**settings)
+        handle = _attach(model)
+        for part in tokens.chunk(parts):
+            mm.run_model(model, {"tokens": part}).sum().backward()
+        metrics = handle.metrics()
+        metrics.pop("diagnostics")
+        values.append(metrics)
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+def test_gradient_does_not_depend_on_the_micro_batch_size(mm):
+    """Megatron users have met a spurious factor of one over the micro-batch size in auxiliary losses."""
+    tokens = torch.cat([b["tokens"] for b in mm.micro_batches(2)])
+    gradients = []
+    for parts in (2, 4):
+        model = mm.build_model()
+        _attach(model)
+        gradients.append(mm.train_step(model, [{"tokens": part} for part in tokens.chunk(parts)]))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_token_stride_is_unbiased(mm):
+    """Values and gradients, averaged over the rotating offsets, are those of all tokens."""
+    batch = mm.micro_batches(1)[0]
+
+    def run(stride):
+        model = mm.build_model()
+        handle = _attach(
+            model, SpecConfig(specialization_loss_coeff=1.0, specialization_token_stride=stride)
+        )
+        gradients = mm.train_step(model, [batch] * stride)
+        return handle.metrics()["specialization_loss"], gradients
+
+    full_value, full = run(1)
+    value, strided = run(3)
+    assert value == pytest.approx(full_value, rel=1e-5)
+    for name, gradient in full.items():
+        torch.testing.assert_close(strided[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_token_stride_rotates_over_steps(mm):
+    batch = mm.micro_batches(1)[0]
+    model = mm.build_model()
+    handle = _attach(model, SpecConfig(specialization_loss_coeff=1.0, specialization_token_stride=2))
+    values = []
+    for _ in range(3):
+        mm.run_model(model, batch).sum().backward()
+        values.append(handle.metrics()["specialization_loss"])
+    assert values[0] != values[1] and values[0] == values[2]
+
+
+def test_mtp_layers_are_left_out(mm):
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    plain = mm.build_model()
+    block = gpt_layer_specs.get_gpt_decoder_block_spec(plain.config, use_transformer_engine=False)
+    plain.config.mtp_num_layers = 1
+    mtp = gpt_layer_specs.get_gpt_mtp_block_spec(plain.config, block, use_transformer_engine=False)
+    model = GPTModel(
+        plain.config, block, mm.VOCABULARY, mm.SEQUENCE, position_embedding_type="rope", mtp_block_spec=mtp
+    )
+    assert any("mtp" in name and "router" in name for name, _ in model.named_modules())
+    handle = _attach(model)
+    assert len(handle.recorder._num_experts) == plain.config.num_layers
+    assert all("routing" not in vars(m) for name, m in model.named_modules() if "mtp" in name)
+
+
+def test_layer_outside_the_attached_forward_is_an_error(mm):
+    model = mm.build_model()
+    _attach(model)
+    with pytest.raises(RuntimeError, match="attach"):
+        model.decoder(torch.randn(mm.SEQUENCE, 2, 16, requires_grad=True), None)

@@ -1,0 +1,66 @@
+"""Each part of the package imports only from the parts above it."""
+
+import ast
+from pathlib import Path
+
+import megatron_moe_spec
+
+ROOT = Path(megatron_moe_spec.__file__).parent
+ORDER = ["config", "losses", "metrics", "kernels", "parallel", "integration", "arguments", "launch"]
+MEGATRON_FREE = [part for part in ORDER if part != "integration"]
+
+
+def _imports(file: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            names.append(node.module)
+    return names
+
+
+def _files() -> list[tuple[str, Path]]:
+    files = []
+    for file in sorted(ROOT.rglob("*.py")):
+        part = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part != "__init__":
+            files.append((part, file))
+    return files
+
+
+def test_every_part_has_a_place():
+    assert {part for part, _ in _files()} <= set(ORDER)
+
+
+def test_imports_point_upwards():
+    checked = 0
+    for part, file in _files():
+        for name in _imports(file):
+            if name.startswith("megatron_moe_spec."):
+                other = name.split(".")[1]
+                checked += 1
+                assert ORDER.index(other) <= ORDER.index(part), f"{file} imports {name}"
+    assert checked > 20
+
+
+def test_only_integration_knows_megatron():
+    for part, file in _files():
+        if part in MEGATRON_FREE:
+            assert not [n for n in _imports(file) if n.split(".")[0] == "megatron"], file
+
+
+def test_megatron_symbols_are_named_in_compat_alone():
+    """Apart from the CPU backend, which patches Megatron and is not used in training on GPUs."""
+    for part, file in _files():
+        if part == "integration" and "cpu" not in file.parts and file.name != "compat.py":
+            assert not [n for n in _imports(file) if n.split(".")[0] == "megatron"], file
+
+
+def test_losses_need_neither_triton_nor_distributed():
+    for part, file in _files():
+        if part in ("config", "losses", "metrics"):
+            for name in _imports(file):
+                assert "triton" not in name and "distributed" not in name, file
+    assert set(_imports(ROOT / "config.py")) <= {"dataclasses", "math"}

@@ -1,43 +1,73 @@
-"""Plain-torch stand-in for transformer-engine's GroupedLinear, so that Megatron's own TEGroupedMLP runs on CPU."""
+"""A plain-torch stand-in for Transformer Engine's GroupedLinear, to build Megatron's TEGroupedMLP on CPU.
 
-import inspect
+Import only after the CPU backend is enabled.
+"""
+
 from functools import partial
 
 import torch
-import torch.nn.functional as F
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.moe import experts
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 class TorchGroupedLinear(torch.nn.Module):
-    """One linear layer for each expert, applied to consecutive blocks of rows; expert tensor parallel size 1."""
+    """One linear layer per local expert, ``weight0`` ... as in Transformer Engine; without expert tensor parallelism.
 
-    def __init__(self, num_gemms, input_size, output_size, *, config, bias, **kwargs):
+    Args:
+        num_gemms: number of local experts.
+        others: as Megatron's TEGroupedMLP passes them.
+    """
+
+    def __init__(
+        self, num_gemms, input_size, output_size, *, config, init_method, bias, pg_collection, **others
+    ):
         super().__init__()
-        assert not bias, "the stand-in has no bias"
+        if bias or pg_collection.expt_tp.size() > 1:
+            raise NotImplementedError("TorchGroupedLinear has neither a bias nor expert tensor parallelism")
         self.num_gemms = num_gemms
-        for expert in range(num_gemms):
+        self.pg_collection = pg_collection
+        for i in range(num_gemms):
             weight = torch.nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
-            weight.allreduce = False  # as Megatron marks expert weights
-            self.register_parameter(f"weight{expert}", weight)
+            if config.perform_initialization:
+                with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
+                    init_method(weight)
+            weight.allreduce = pg_collection.ep.size() == 1
+            self.register_parameter(f"weight{i}", weight)
 
     def forward(self, x, m_splits):
-        parts = torch.split(x, [int(rows) for rows in m_splits])
-        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+        """``x`` [rows, input_size], sorted by expert, ``m_splits`` rows for each; returns (output, no bias)."""
+        rows = torch.split(x, [int(split) for split in m_splits])
+        outputs = [torch.nn.functional.linear(r, getattr(self, f"weight{i}")) for i, r in enumerate(rows)]
+        return torch.cat(outputs), None
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """As Transformer Engine's layer in Megatron: an axis over all experts in front of each weight."""
+        number, first = self.pg_collection.ep.size() * self.num_gemms, self.pg_collection.ep.rank() * self.num_gemms
+        state = {}
+        for i in range(self.num_gemms):
+            offsets = (*sharded_offsets, (len(sharded_offsets), first + i, number))
+            weight = make_sharded_tensors_for_checkpoint({f"{i}.weight": getattr(self, f"weight{i}")}, "", {}, offsets)
+            replace_prefix_for_sharding(weight, f"{i}.", prefix)
+            state[f"{prefix}weight{i}"] = weight[f"{i}.weight"]
+        for tensor in state.values():
+            tensor.replica_id = (0, 0, self.pg_collection.expt_dp.rank())
+        return state
 
 
 def use_torch_grouped_linear() -> None:
-    """Makes the local layer specs build TEGroupedMLP where moe_grouped_gemm is set. Imports Megatron."""
-    from megatron.core.models import backends
-    from megatron.core.transformer.moe import experts
+    """Has the local GPT layer specs build TEGroupedMLP of these layers when ``moe_grouped_gemm`` is set."""
+    modules = LocalSpecProvider.grouped_mlp_modules
 
-    provider = backends.LocalSpecProvider
-    original = provider.grouped_mlp_modules
-
-    def grouped_mlp_modules(self, moe_use_grouped_gemm, *args):
+    def grouped_mlp_modules(self, moe_use_grouped_gemm, *legacy):
         if not moe_use_grouped_gemm:
-            return original(self, moe_use_grouped_gemm, *args)
-        linears = dict(linear_fc1=TorchGroupedLinear, linear_fc2=TorchGroupedLinear)
-        if "moe_use_legacy_grouped_gemm" in inspect.signature(original).parameters:  # 0.16
-            return experts.TEGroupedMLP, experts.MLPSubmodules(**linears)
-        return partial(experts.TEGroupedMLP, submodules=experts.GroupedMLPSubmodules(**linears))
+            return modules(self, moe_use_grouped_gemm, *legacy)
+        if hasattr(experts, "GroupedMLPSubmodules"):
+            submodules = experts.GroupedMLPSubmodules(linear_fc1=TorchGroupedLinear, linear_fc2=TorchGroupedLinear)
+            return partial(experts.TEGroupedMLP, submodules=submodules)
+        # Up to 0.16 a provider returns the class and the submodules.
+        return experts.TEGroupedMLP, experts.MLPSubmodules(linear_fc1=TorchGroupedLinear, linear_fc2=TorchGroupedLinear)
 
-    provider.grouped_mlp_modules = grouped_mlp_modules
+    LocalSpecProvider.grouped_mlp_modules = grouped_mlp_modules

@@ -25,4 +25,6 @@ def test_two_ranks_equal_one(tmp_path, loss):
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
     for part in ("layers", "pairs"):
         for expected, found in zip(diagnostics[0][part], diagnostics[1][part], strict=True):
-            assert found == pytest.approx(expected, rel=1e-6), part
+            assert found.keys() == expected.keys()
+            for name in expected:
+                assert found[name] == pytest.approx(expected[name], rel=1e-6), (part, name)

@@ -1,27 +1,44 @@
-"""Running unmodified Megatron on CPU with gloo: for development, teaching and tests, not for real training."""
+"""Megatron on CPU and gloo, without a GPU: for development, teaching and tests, not for real training."""
 
-import os
 import sys
+
+_enabled = False
 
 
 def enable() -> None:
-    """Makes this process run Megatron without a GPU. A second call does nothing.
+    """Makes an unmodified Megatron run on CPU in this process.
 
-    Tensors asked for on a CUDA device are made on the CPU, streams and events do nothing, and what Megatron or
-    gloo cannot do on CPU is mended as Megatron's modules are imported. Every process of a job calls it first.
+    To be called once, first of all: Megatron binds many names of ``torch`` when it is imported. Afterwards, in this
+    process and until it ends,
+
+    - the device ``cuda`` means ``cpu`` in every torch function, and the ``torch.cuda`` functions and classes that
+      Megatron uses have stand-ins. ``torch.cuda.is_available()`` is True, while ``tensor.is_cuda`` is False and
+      ``tensor.device`` is ``cpu``: choose code by the tensor, not by availability;
+    - ``torch.compile`` returns its function as it is;
+    - gloo takes all_gather and reduce_scatter of tensors that differ in shape;
+    - the few places of Megatron that assume a GPU, Transformer Engine or Apex are patched as their modules are
+      imported: see ``megatron_moe_spec.integration.cpu.megatron``.
+
+    Training takes ``--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion
+    --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion``, and ``torchrun`` for one process too.
+    A second call does nothing. Threads that were started before the call keep their view of devices.
 
     Raises:
-        RuntimeError: Megatron was imported before, too early to be mended.
+        RuntimeError: ``megatron.core`` is imported already.
     """
-    if "megatron_moe_spec.integration.cpu.megatron" in sys.modules:
+    global _enabled
+    if _enabled:
         return
     if "megatron.core" in sys.modules:
-        raise RuntimeError("enable the CPU backend before anything of megatron is imported")
-    # Megatron's jit_fuser is torch.compile, which costs minutes on CPU and cannot see the device mapping.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    from megatron_moe_spec.integration.cpu import collectives, devices, megatron
+        raise RuntimeError(
+            "megatron_moe_spec.integration.cpu.enable() has to come before Megatron is imported, and megatron.core "
+            "is imported already: call it at the top of the script, or run the script with "
+            "`torchrun ... -m megatron_moe_spec.launch --cpu SCRIPT`"
+        )
+    from megatron_moe_spec.integration.cpu import collectives, cuda_api, devices, megatron
 
+    cuda_api.replace()
+    collectives.replace()
+    megatron.patch_on_import()
     devices.map_cuda_to_cpu()
-    collectives.allow_uneven_sizes()
-    megatron.mend_on_import()
+    _enabled = True

@@ -1,33 +1,58 @@
-"""Collectives that gloo lacks: all_gather and reduce_scatter of lists with tensors of different sizes.
+"""Collectives that NCCL has and gloo lacks: all_gather and reduce_scatter of tensors that differ in shape.
 
 Megatron's all-to-all dispatcher uses them with expert tensor parallelism.
 """
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+_all_gather = dist.all_gather
+_reduce_scatter = dist.reduce_scatter
 
 
-def allow_uneven_sizes() -> None:
-    gather, scatter = dist.all_gather, dist.reduce_scatter
+class _Done:
+    """The work handle of a collective that has run already."""
 
-    def all_gather(tensor_list, tensor, group=None, async_op=False):
-        if len({part.shape for part in tensor_list}) == 1:
-            return gather(tensor_list, tensor, group=group, async_op=async_op)
-        longest = max(len(part) for part in tensor_list)
-        padded = tensor.new_zeros(longest, *tensor.shape[1:])
-        padded[: len(tensor)] = tensor
-        received = [torch.empty_like(padded) for _ in tensor_list]
-        gather(received, padded, group=group)
-        for part, whole in zip(tensor_list, received):
-            part.copy_(whole[: len(part)])
+    def wait(self, timeout=None):
+        return True
 
-    def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
-        if len({part.shape for part in input_list}) == 1:
-            return scatter(output, input_list, op=op, group=group, async_op=async_op)
-        for rank, part in enumerate(input_list):
-            total = part.contiguous().clone()
-            dist.all_reduce(total, op=op, group=group)
-            if rank == dist.get_rank(group):
-                output.copy_(total)
+    def is_completed(self):
+        return True
 
-    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+
+def replace() -> None:
+    """Puts the functions below in the place of ``torch.distributed``'s."""
+    for module in (dist, distributed_c10d):
+        module.all_gather = all_gather
+        module.reduce_scatter = reduce_scatter
+
+
+def all_gather(tensor_list, tensor, group=None, async_op=False):
+    """``torch.distributed.all_gather``, for any shapes: all ranks pad to the largest."""
+    if _same_shapes(tensor_list):
+        return _all_gather(tensor_list, tensor, group=group, async_op=async_op)
+    size = max(t.numel() for t in tensor_list)
+    padded = tensor.new_zeros(size)
+    padded[: tensor.numel()] = tensor.reshape(-1)
+    gathered = [torch.empty_like(padded) for _ in tensor_list]
+    _all_gather(gathered, padded, group=group)
+    for output, flat in zip(tensor_list, gathered):
+        output.copy_(flat[: output.numel()].view_as(output))
+    return _Done() if async_op else None
+
+
+def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+    """``torch.distributed.reduce_scatter``, for any shapes: one reduction per rank."""
+    if _same_shapes(input_list):
+        return _reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+    for rank, tensor in enumerate(input_list):
+        reduced = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(reduced, op=op, group=group)
+        if rank == dist.get_rank(group):
+            output.copy_(reduced)
+    return _Done() if async_op else None
+
+
+def _same_shapes(tensors) -> bool:
+    return len({t.shape for t in tensors}) <= 1

@@ -1,112 +1,175 @@
-"""What Megatron's own code needs mended to run on CPU, as its modules are imported."""
+"""Patches for the places of Megatron that assume a GPU, Transformer Engine or Apex, applied as modules are imported."""
 
-import functools
+import contextlib
 import importlib.abc
-import importlib.util
+import importlib.machinery
 import logging
 import sys
 
 import torch
 
-
-def mend_on_import() -> None:
-    # Both devices share a generator, which Megatron's tracker rightly finds suspicious.
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
-    )
-    sys.meta_path.insert(0, _MendingFinder())
+_PATCHES = {}
 
 
-class _MendingFinder(importlib.abc.MetaPathFinder):
-    """Finds the modules to mend as others would, and mends them once they are loaded."""
+def patch_on_import() -> None:
+    """Has every module that a patch below names patched right after its import."""
+    sys.meta_path.insert(0, _PatchingFinder())
 
-    def find_spec(self, name, path=None, target=None):
-        mend = _MENDS.get(name)
-        if mend is None:
+
+class _PatchingFinder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        patches = _PATCHES.get(name)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if patches else None
+        if spec is None:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None:
-            load = spec.loader.exec_module
+        # Set on this module's loader, not wrapped in another: inspect and linecache ask the loader for the source.
+        execute = spec.loader.exec_module
 
-            def exec_module(module):
-                load(module)
-                mend(module)
+        def execute_and_patch(module):
+            execute(module)
+            for patch in patches:
+                patch(module)
 
-            spec.loader.exec_module = exec_module
+        spec.loader.exec_module = execute_and_patch
         return spec
 
 
-def _mend_moe_utils(module) -> None:
-    # Only for CUDA tensors does Megatron make the numpy split sizes that its all-to-all expects.
+def _after_import(name):
+    def register(patch):
+        _PATCHES.setdefault(name, []).append(patch)
+        return patch
+
+    return register
+
+
+@contextlib.contextmanager
+def _set(config, **values):
+    """The config with other values for the time of the ``with`` block."""
+    saved = {name: getattr(config, name) for name in values}
+    for name, value in values.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(config, name, value)
+
+
+@_after_import("megatron.core.transformer.moe.moe_utils")
+def _convert_splits(module):
+    # Only for tensors that say is_cuda does Megatron turn the all-to-all's split sizes into what gloo takes.
     def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
-        return tensor.numpy() if torch.is_tensor(tensor) and as_numpy else tensor
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
+
+
+@_after_import("megatron.core.transformer.moe.moe_utils")
+def _define_te_general_gemm(module):
+    # 0.16 reads this name without Transformer Engine too, where it does not define it.
     if not hasattr(module, "te_general_gemm"):
-        module.te_general_gemm = None  # 0.16 leaves it undefined without transformer-engine
+        module.te_general_gemm = None
 
 
-def _mend_torch_norm(module) -> None:
-    # The plain norm refuses sequence parallelism. It needs only the mark by which Megatron sums its gradient
-    # over tensor-parallel ranks.
-    make = module.WrappedTorchNorm.__new__
+@_after_import("megatron.core.transformer.torch_norm")
+def _allow_sequence_parallel_norm(module):
+    # Torch's norms are refused under sequence parallelism. They compute the same; what they lack is the mark by
+    # which finalize_model_grads sums their weights' gradients over the tensor-parallel group.
+    new = module.WrappedTorchNorm.__new__
 
-    def __new__(cls, config, hidden_size, eps=1e-5, **kwargs):
-        sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
-        try:
-            norm = make(cls, config, hidden_size, eps, **kwargs)
-        finally:
-            config.sequence_parallel = sequence_parallel
+    def new_norm(cls, config, *args, **kwargs):
+        with _set(config, sequence_parallel=False):
+            norm = new(cls, config, *args, **kwargs)
         for weight in norm.parameters():
-            weight.sequence_parallel = sequence_parallel
+            weight.sequence_parallel = config.sequence_parallel
         return norm
 
-    module.WrappedTorchNorm.__new__ = staticmethod(__new__)
+    module.WrappedTorchNorm.__new__ = staticmethod(new_norm)
 
 
-def _mend_dataset_helpers(module) -> None:
-    # The wheel holds the compiled helpers but not the Makefile that Megatron always runs. True on GPUs as well.
-    compile_helpers = module.compile_helpers
+@_after_import("megatron.core.transformer.dot_product_attention")
+def _allow_context_parallel_attention(module):
+    # The local attention refuses context parallelism. Here every rank gathers all keys and values, and masks them
+    # by their true positions: rank r of n holds the chunks r and 2n - 1 - r of 2n.
+    attention = module.DotProductAttention
+    init, forward = attention.__init__, attention.forward
 
-    def compile_if_missing():
-        if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-            compile_helpers()
+    def patched_init(self, config, *args, **kwargs):
+        with _set(config, context_parallel_size=1):
+            init(self, config, *args, **kwargs)
 
-    module.compile_helpers = compile_if_missing
+    def patched_forward(self, query, key, value, attention_mask, *args, **kwargs):
+        if self.config.context_parallel_size > 1:
+            if self.attn_mask_type != module.AttnMaskType.causal or getattr(self.config, "window_size", None):
+                raise NotImplementedError("context parallelism on CPU: causal attention without a window only")
+            from megatron.core import parallel_state
+            from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+            group = parallel_state.get_context_parallel_group()
+            attention_mask = _zigzag_causal_mask(query.size(0), group.rank(), group.size())
+            key = gather_from_sequence_parallel_region(key.contiguous(), group=group)
+            value = gather_from_sequence_parallel_region(value.contiguous(), group=group)
+        return forward(self, query, key, value, attention_mask, *args, **kwargs)
+
+    attention.__init__, attention.forward = patched_init, patched_forward
 
 
-def _mend_activation_checkpoint(module) -> None:
-    # Selective recomputation takes "fp8 is not None" for fp8, and then needs transformer-engine.
+def _zigzag_causal_mask(length, rank, size):
+    """[1, 1, length, size * length], True where a query of this rank may not look."""
+    half = length // 2
+
+    def positions(r):
+        chunks = (r, 2 * size - 1 - r)
+        return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in chunks])
+
+    keys = torch.cat([positions(r) for r in range(size)])
+    return (keys[None, :] > positions(rank)[:, None])[None, None]
+
+
+@_after_import("megatron.core.tensor_parallel.random")
+def _recompute_without_transformer_engine(module):
+    # The constructor takes fp8=False for fp8 (it tests `is not None`), and calls Transformer Engine for it.
     checkpoint = module.CheckpointWithoutOutput
-    initialize = checkpoint.__init__
+    init = checkpoint.__init__
 
-    @functools.wraps(initialize)
-    def __init__(self, *args, **kwargs):
-        initialize(self, *args, **kwargs)
+    def patched_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
         self.fp8 = self.fp8 and module.HAVE_TE
 
-    checkpoint.__init__ = __init__
-    if hasattr(module, "_get_share_storage"):  # 0.17 and newer build a C++ extension for this at run time
-
-        def share_storage(target, source):
-            target.untyped_storage().resize_(source.untyped_storage().nbytes())
-            target.untyped_storage().copy_(source.untyped_storage())
-
-        module._get_share_storage = lambda: share_storage
+    checkpoint.__init__ = patched_init
 
 
-def _mend_fused_kernels(module) -> None:
-    module.load = lambda args: None  # 0.16 source trees run nvcc here
+@_after_import("megatron.core.tensor_parallel.random")
+def _recompute_without_compiler(module):
+    # Newer versions compile a C++ extension on first use, so that the discarded tensor shares the recomputed one's
+    # storage. A copy into the discarded storage reaches all of its views as well.
+    if not hasattr(module, "_get_share_storage"):
+        return
+
+    def copy_storage(destination, source):
+        source, destination = source.untyped_storage(), destination.untyped_storage()
+        destination.resize_(source.nbytes())
+        destination.copy_(source)
+
+    module._get_share_storage = lambda: copy_storage
 
 
-def _mend_distributed_optimizer(module) -> None:
-    # Without transformer-engine or apex the optimizer is torch's Adam, whose empty state Megatron cannot resume
-    # into: give it one, and keep its step apart for every parameter.
+@_after_import("megatron.core.tensor_parallel.random")
+def _silence_shared_generator(module):
+    # "cuda" and "cpu" share one generator here, so what this warning reports is no fault.
+    logging.getLogger(module.__name__).addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )
+
+
+@_after_import("megatron.core.optimizer.distrib_optimizer")
+def _resume_torch_adam(module):
+    # Without Transformer Engine and Apex the optimizer is torch's, whose state is empty until the first step, which
+    # state_dict() cannot take: a torch_dist checkpoint could not be loaded. Loading overwrites the state made here.
     optimizer = module.DistributedOptimizer
     state_dict = optimizer.state_dict
 
-    def state_dict_of_filled(self):
+    def patched_state_dict(self):
         if not module.HAVE_APEX_OR_TE and not self.optimizer.state:
             for group in self.optimizer.param_groups:
                 for weight in group["params"]:
@@ -117,63 +180,44 @@ def _mend_distributed_optimizer(module) -> None:
                     }
         return state_dict(self)
 
-    optimizer.state_dict = state_dict_of_filled
-    if hasattr(optimizer, "_set_main_param_and_optimizer_states"):
-        set_states = optimizer._set_main_param_and_optimizer_states
-
-        @torch.no_grad()
-        def set_states_keeping_step(self, model_param, tensors):
-            group, index = self.model_param_group_index_map[model_param]
-            state = self.optimizer.state[self.optimizer.param_groups[group]["params"][index]]
-            step = state.pop("step", None)
-            set_states(self, model_param, tensors)
-            if step is not None:
-                state["step"] = step.clone()
-
-        optimizer._set_main_param_and_optimizer_states = set_states_keeping_step
+    optimizer.state_dict = patched_state_dict
 
 
-def _mend_attention(module) -> None:
-    # The plain attention knows no context parallelism: gather keys and values over its group (backward:
-    # reduce-scatter) and mask by the tokens' true positions, which lie in a zigzag over the ranks.
-    attention = module.DotProductAttention
-    initialize, forward = attention.__init__, attention.forward
+@_after_import("megatron.core.optimizer.distrib_optimizer")
+def _load_torch_adam(module):
+    optimizer = module.DistributedOptimizer
+    set_states = optimizer._set_main_param_and_optimizer_states
 
-    @functools.wraps(initialize)
-    def __init__(self, config, *args, **kwargs):
-        size, config.context_parallel_size = config.context_parallel_size, 1
+    # no_grad: in fp32 the main weights are views of the model's, which require grad, and they are written in place.
+    @torch.no_grad()
+    def patched_set_states(self, model_param, tensors):
+        group, index = self.model_param_group_index_map[model_param]
+        weight = self.optimizer.param_groups[group]["params"][index]
+        # The step has come with the parameter group; the weight's own tensors hold none. One tensor serves all weights
+        # then, which each weight's update would advance.
+        step = self.optimizer.state[weight].pop("step", None)
+        set_states(self, model_param, tensors)
+        if step is not None:
+            self.optimizer.state[weight]["step"] = step.clone()
+
+    optimizer._set_main_param_and_optimizer_states = patched_set_states
+
+
+@_after_import("megatron.core.datasets.utils")
+def _use_compiled_helpers(module):
+    # initialize_megatron() always runs `make`; the wheel ships the compiled helpers and no Makefile.
+    compile_helpers = module.compile_helpers
+
+    def compile_if_missing():
         try:
-            initialize(self, config, *args, **kwargs)
-        finally:
-            config.context_parallel_size = size
+            import megatron.core.datasets.helpers_cpp  # noqa: F401
+        except ImportError:
+            compile_helpers()
 
-    @functools.wraps(forward)
-    def forward_all_keys(self, query, key, value, attention_mask, *args, **kwargs):
-        if self.config.context_parallel_size > 1:
-            from megatron.core import parallel_state
-            from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region as gather
-
-            group = parallel_state.get_context_parallel_group()
-            size, chunk = group.size(), query.size(0) // 2
-
-            def positions(rank):
-                first, last = rank * chunk, (2 * size - 1 - rank) * chunk
-                return torch.cat([torch.arange(first, first + chunk), torch.arange(last, last + chunk)])
-
-            key, value = gather(key.contiguous(), group=group), gather(value.contiguous(), group=group)
-            keys = torch.cat([positions(rank) for rank in range(size)])
-            attention_mask = (keys[None, :] > positions(group.rank())[:, None])[None, None]
-        return forward(self, query, key, value, attention_mask, *args, **kwargs)
-
-    attention.__init__, attention.forward = __init__, forward_all_keys
+    module.compile_helpers = compile_if_missing
 
 
-_MENDS = {
-    "megatron.core.transformer.moe.moe_utils": _mend_moe_utils,
-    "megatron.core.transformer.torch_norm": _mend_torch_norm,
-    "megatron.core.transformer.dot_product_attention": _mend_attention,
-    "megatron.core.tensor_parallel.random": _mend_activation_checkpoint,
-    "megatron.core.optimizer.distrib_optimizer": _mend_distributed_optimizer,
-    "megatron.core.datasets.utils": _mend_dataset_helpers,
-    "megatron.legacy.fused_kernels": _mend_fused_kernels,
-}
+@_after_import("megatron.legacy.fused_kernels")
+def _skip_fused_kernels(module):
+    # initialize_megatron() of the 0.16 source tree asks nvcc for its version.
+    module.load = lambda args: None

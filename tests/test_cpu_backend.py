@@ -1,0 +1,71 @@
+"""The CPU backend, each time in a fresh interpreter: it changes torch for good."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+from processes import ROOT, TESTS, torchrun
+
+needs_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
+)
+
+
+def _python(*command) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=TESTS,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def _check(*command) -> str:
+    run = _python(*command)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_nothing_but_enable_activates_it():
+    _check(
+        "-c",
+        """
+import sys, threading, torch
+from torch.overrides import _get_current_function_mode_stack
+
+def state():
+    names = [torch.compile, torch.autograd.backward, torch.autograd.graph._engine_run_backward, threading.Thread._bootstrap_inner]
+    names += [torch.distributed.all_gather, torch.distributed.reduce_scatter]
+    names += [torch.cuda.is_available, torch.cuda.Stream, torch.cuda.current_stream, torch.accelerator.is_available]
+    return names, torch.cuda.is_available(), list(sys.meta_path), _get_current_function_mode_stack()
+
+before = state()
+import megatron_moe_spec, megatron_moe_spec.losses, megatron_moe_spec.launch
+import megatron_moe_spec.integration.cpu
+assert state() == before and not before[-1]
+""",
+    )
+
+
+@needs_megatron
+def test_refused_after_megatron():
+    run = _python("-c", "import megatron.core; from megatron_moe_spec.integration.cpu import enable; enable()")
+    assert run.returncode == 1
+    assert "RuntimeError" in run.stderr and "megatron_moe_spec.launch --cpu" in run.stderr
+
+
+def test_devices():
+    assert len(_check("cpu_devices.py").split()) > 8
+
+
+def test_uneven_collectives():
+    torchrun(2, "cpu_collectives.py")
+
+
+@needs_megatron
+def test_models_train(tmp_path):
+    _check("cpu_models.py", tmp_path / "store")

@@ -1,0 +1,394 @@
+"""The pure losses against float64 loops written from their definitions, and the properties they promise.
+
+Suffixes: T tokens, k experts of a token, F activation width, E experts of a layer.
+"""
+
+import math
+
+import pytest
+import torch
+
+from megatron_moe_spec.losses import coupling_loss, specialization_loss
+from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
+
+
+def specialization_by_loops(z_TkF, valid_Tk=None) -> float:
+    num_tokens, k, _ = z_TkF.shape
+    total = 0.0
+    for t, token in enumerate(z_TkF.double().tolist()):
+        alive = [e for e in range(k) if valid_Tk is None or valid_Tk[t, e]]
+        for i, e in enumerate(alive):
+            for v in alive[i + 1 :]:
+                dot = sum(x * y for x, y in zip(token[e], token[v]))
+                lengths = math.hypot(*token[e]) * math.hypot(*token[v])
+                total += (dot / lengths) ** 2 if lengths > 0 else 0.0
+    return 2.0 * total / (num_tokens * k * (k - 1))
+
+
+def top_k_indices(row, top_k) -> list[int]:
+    return sorted(range(len(row)), key=lambda e: -row[e])[:top_k]
+
+
+def mass_by_loops(scores_TE, next_TE, map_TE, map_next_TE) -> float:
+    joint = 0.0
+    for t in range(len(scores_TE)):
+        mass = sum(float(s) for s, live in zip(scores_TE[t], map_TE[t]) if live)
+        mass_next = sum(float(s) for s, live in zip(next_TE[t], map_next_TE[t]) if live)
+        joint += mass * mass_next
+    return 1.0 - joint / len(scores_TE)
+
+
+def pathway_by_loops(scores_TE, next_TE, top_k) -> float:
+    scores, following = scores_TE.tolist(), next_TE.tolist()
+    kept = 0.0
+    for e in range(len(scores[0])):
+        row = [
+            sum(s[e] * n[v] for s, n in zip(scores, following)) / len(scores) for v in range(len(following[0]))
+        ]
+        kept += sum(row[v] for v in top_k_indices(row, top_k))
+    return 1.0 - kept
+
+
+@pytest.fixture
+def random():
+    """A seeded torch.randn in float64."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def value_and_gradient(loss, x):
+    x = x.detach().clone().requires_grad_()
+    value = loss(x)
+    (gradient,) = torch.autograd.grad(value, x)
+    return value.detach(), gradient
+
+
+# Specialization
+
+
+@pytest.mark.parametrize("k", range(2, 9))
+@pytest.mark.parametrize("num_tokens", [1, 7])
+def test_specialization_equals_its_definition(random, num_tokens, k):
+    z = random(num_tokens, k, 5)
+    valid = random(num_tokens, k) > -0.3
+    for mask in (None, valid):
+        value = specialization_loss(z, mask)
+        assert value.dtype == torch.float64
+        assert float(value) == pytest.approx(specialization_by_loops(z, mask), rel=1e-12)
+        assert torch.autograd.gradcheck(lambda x: specialization_loss(x, mask), z.clone().requires_grad_())
+
+
+def test_specialization_is_one_for_parallel_and_zero_for_orthogonal_experts(random):
+    factors = torch.tensor([2.0, -0.5, 3.0, 1e-3], dtype=torch.float64)
+    parallel = factors[None, :, None] * random(6, 1, 8)
+    assert float(specialization_loss(parallel)) == pytest.approx(1.0, rel=1e-12)
+    orthogonal = torch.linalg.qr(random(6, 8, 8)).Q[:, :4] * factors[None, :, None]
+    assert float(specialization_loss(orthogonal)) == pytest.approx(0.0, abs=1e-12)
+    assert 0.0 < float(specialization_loss(random(6, 4, 8))) < 1.0
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-10, 1.0, 1e10, 1e18])
+def test_specialization_ignores_positive_scale_in_fp32(random, scale):
+    z = random(16, 3, 10).float()
+    factors = scale * (0.5 + torch.rand(16, 3, 1, generator=torch.Generator().manual_seed(1)))
+    value, gradient = value_and_gradient(specialization_loss, z)
+    scaled_value, scaled_gradient = value_and_gradient(specialization_loss, z * factors)
+    assert float(scaled_value) == pytest.approx(float(value), rel=1e-5)
+    assert torch.isfinite(scaled_gradient).all()
+    torch.testing.assert_close(scaled_gradient * factors, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_specialization_ignores_scales_that_differ_within_a_token(random):
+    z = random(5, 3, 6).float()
+    factors = torch.tensor([1e-20, 1.0, 1e18])[None, :, None]
+    assert float(specialization_loss(z * factors)) == pytest.approx(float(specialization_loss(z)), rel=1e-5)
+
+
+def test_specialization_gradient_is_orthogonal_to_each_vector(random):
+    z = random(9, 4, 12)
+    _, gradient = value_and_gradient(specialization_loss, z)
+    cosine = torch.cosine_similarity(gradient, z, dim=-1)
+    assert gradient.norm(dim=-1).min() > 1e-4
+    torch.testing.assert_close(cosine, torch.zeros_like(cosine), rtol=0, atol=1e-10)
+
+
+def test_specialization_sends_no_gradient_to_router_probabilities(random):
+    z, probs = random(9, 4, 12), torch.softmax(random(9, 4), dim=-1)
+    _, gradient = value_and_gradient(lambda p: specialization_loss(p.unsqueeze(-1) * z), probs)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
+
+
+def test_specialization_ignores_order_of_experts_and_tokens(random):
+    z, valid = random(11, 5, 6), random(11, 5) > -0.5
+    slots = torch.stack([torch.randperm(5, generator=torch.Generator().manual_seed(t)) for t in range(11)])
+    tokens = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    permuted_z = z.gather(1, slots.unsqueeze(-1).expand_as(z))[tokens]
+    permuted_valid = valid.gather(1, slots)[tokens]
+    expected = float(specialization_loss(z, valid))
+    assert float(specialization_loss(permuted_z, permuted_valid)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_specialization_of_zero_vectors_is_zero_and_sends_no_gradient(random):
+    z = random(4, 3, 6)
+    z[0] = 0.0
+    z[1, 1] = 0.0
+    value, gradient = value_and_gradient(specialization_loss, z)
+    assert float(value) == pytest.approx(specialization_by_loops(z), rel=1e-12)
+    valid = z.abs().sum(dim=-1) > 0
+    _, expected = value_and_gradient(lambda x: specialization_loss(x, valid), z)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
+    assert gradient[~valid].abs().max() == 0.0 and gradient[1, 0].norm() > 1e-4
+
+
+def test_tokens_without_a_pair_add_nothing_and_count(random):
+    z = random(8, 3, 6)
+    valid = torch.ones(8, 3, dtype=torch.bool)
+    valid[4:7] = torch.tensor([True, False, False])
+    valid[7] = False
+    value, gradient = value_and_gradient(lambda x: specialization_loss(x, valid), z)
+    assert float(value) == pytest.approx(float(specialization_loss(z[:4])) / 2, rel=1e-12)
+    assert gradient[4:].abs().max() == 0.0
+
+
+@pytest.mark.parametrize("garbage", [7.0, 1e38, math.inf, math.nan])
+def test_content_of_invalid_slots_does_not_matter(random, garbage):
+    z, valid = random(6, 4, 5).float(), random(6, 4) > 0
+    value, gradient = value_and_gradient(lambda x: specialization_loss(x, valid), z)
+    filled = z.masked_fill(~valid.unsqueeze(-1), garbage)
+    filled_value, filled_gradient = value_and_gradient(lambda x: specialization_loss(x, valid), filled)
+    assert torch.equal(filled_value, value) and torch.equal(filled_gradient, gradient)
+
+
+def test_specialization_of_no_tokens():
+    value, gradient = value_and_gradient(specialization_loss, torch.zeros(0, 2, 4))
+    assert float(value) == 0.0 and gradient.shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_specialization_of_half_precision_accumulates_in_fp32(random, dtype):
+    z = random(600, 4, 100).to(dtype)
+    value, gradient = value_and_gradient(specialization_loss, z)
+    exact, exact_gradient = value_and_gradient(specialization_loss, z.double())
+    assert value.dtype == torch.float32 and gradient.dtype == dtype
+    assert float(value) == pytest.approx(float(exact), rel=1e-5)
+    # One rounding to the input's precision, or to the spacing of fp16's smallest numbers.
+    spacing = 2.0**-24 if dtype == torch.float16 else 0.0
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=2 * torch.finfo(dtype).eps, atol=spacing + 1e-9)
+
+
+# Coupling
+
+
+def layer_pair(random, num_tokens=9, num_experts=6):
+    """Scores of two layers, and maps with 0 to E live experts a token."""
+    scores = torch.softmax(random(2, num_tokens, num_experts), dim=-1)
+    maps = random(2, num_tokens, num_experts) > 0.2
+    maps[0, 0] = maps[1, 1] = False
+    maps[:, 2] = True
+    return scores[0], scores[1], maps[0], maps[1]
+
+
+def test_mass_equals_its_definition(random):
+    scores, following, live, live_next = layer_pair(random)
+    value = coupling_loss(scores, following, live, live_next)
+    assert value.dtype == torch.float64 and 0.0 < float(value) < 1.0
+    assert float(value) == pytest.approx(mass_by_loops(scores, following, live, live_next), rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda s, n: coupling_loss(s, n, live, live_next), (scores.requires_grad_(), following.requires_grad_())
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_mass_without_maps_takes_the_highest_scores(random, top_k):
+    scores, following, *_ = layer_pair(random)
+    highest = [
+        [[e in top_k_indices(row, top_k) for e in range(6)] for row in x.tolist()] for x in (scores, following)
+    ]
+    expected = mass_by_loops(scores, following, *highest)
+    assert float(coupling_loss(scores, following, top_k=top_k)) == pytest.approx(expected, rel=1e-12)
+    one_map = coupling_loss(scores, following, map=torch.tensor(highest[0]), top_k=top_k)
+    assert float(one_map) == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda s, n: coupling_loss(s, n, top_k=top_k), (scores.requires_grad_(), following.requires_grad_())
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_pathway_equals_its_definition(random, top_k):
+    scores, following, *_ = layer_pair(random)
+    value = coupling_loss(scores, following, kind="pathway", top_k=top_k)
+    assert value.dtype == torch.float64 and 0.0 < float(value) < 1.0
+    assert float(value) == pytest.approx(pathway_by_loops(scores, following, top_k), rel=1e-12)
+    assert torch.autograd.gradcheck(
+        lambda s, n: coupling_loss(s, n, kind="pathway", top_k=top_k),
+        (scores.requires_grad_(), following.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("kind", ["mass", "pathway"])
+def test_coupling_over_all_experts_is_zero(random, kind):
+    scores, following, *_ = layer_pair(random)
+    assert float(coupling_loss(scores, following, kind=kind, top_k=6)) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_mass_of_tokens_without_experts():
+    scores, none = torch.full((3, 4), 0.25), torch.zeros(3, 4, dtype=torch.bool)
+    value, gradient = value_and_gradient(lambda s: coupling_loss(s, scores, none, ~none), scores)
+    assert float(value) == 1.0 and gradient.abs().max() == 0.0
+
+
+def test_mass_gradient_of_a_layer_is_its_neighbours_mass(random):
+    before, scores, live_before, live = layer_pair(random)
+    after, _, live_after, _ = layer_pair(random)
+    _, gradient = value_and_gradient(
+        lambda s: coupling_loss(before, s, live_before, live) + coupling_loss(s, after, live, live_after), scores
+    )
+    for t in range(9):
+        neighbours = float(before[t][live_before[t]].sum() + after[t][live_after[t]].sum())
+        for e in range(6):
+            expected = -neighbours / 9 if live[t, e] else 0.0
+            assert float(gradient[t, e]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_coupling_and_the_permutation_of_experts(random):
+    scores, following, live, live_next = layer_pair(random)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    mass = float(coupling_loss(scores, following, live, live_next))
+    permuted = coupling_loss(scores[:, order], following, live[:, order], live_next)
+    assert float(permuted) == pytest.approx(mass, rel=1e-12)
+    pathway = float(coupling_loss(scores, following, kind="pathway", top_k=2))
+    for first, second in ((order, order), (order, slice(None)), (slice(None), order)):
+        permuted = coupling_loss(scores[:, first], following[:, second], kind="pathway", top_k=2)
+        assert float(permuted) == pytest.approx(pathway, rel=1e-12)
+
+
+def test_pathway_sees_the_pairing_of_tokens_and_mass_does_not():
+    """64 tokens, each sent with 0.9 to one of 8 experts and then with 0.9 to that expert's fixed successor."""
+    expert = torch.arange(64) % 8
+    row = torch.full((64, 8), 0.1 / 7)
+    scores = row.scatter(1, expert[:, None], 0.9)
+    following = row.scatter(1, ((3 * expert + 1) % 8)[:, None], 0.9)
+    shuffled = following[torch.randperm(64, generator=torch.Generator().manual_seed(0))]
+    paired, broken = (coupling_loss(scores, x, kind="pathway", top_k=1) for x in (following, shuffled))
+    assert float(paired) == pytest.approx(1 - 0.9**2 - 7 * (0.1 / 7) ** 2, rel=1e-5)
+    assert float(broken) > float(paired) + 0.2
+    paired, broken = (coupling_loss(scores, x, top_k=1) for x in (following, shuffled))
+    assert float(paired) == pytest.approx(1 - 0.9**2, rel=1e-5)
+    assert float(broken) == pytest.approx(float(paired), rel=1e-6)
+
+
+def test_coupling_ignores_the_order_of_tokens(random):
+    scores, following, live, live_next = layer_pair(random)
+    order = torch.tensor([8, 1, 3, 0, 2, 7, 5, 4, 6])
+    mass = coupling_loss(scores[order], following[order], live[order], live_next[order])
+    assert float(mass) == pytest.approx(float(coupling_loss(scores, following, live, live_next)), rel=1e-12)
+    pathway = coupling_loss(scores[order], following[order], kind="pathway", top_k=2)
+    expected = coupling_loss(scores, following, kind="pathway", top_k=2)
+    assert float(pathway) == pytest.approx(float(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mass", "pathway"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_coupling_of_half_precision_accumulates_in_fp32(random, kind, dtype):
+    scores, following, *_ = (x.to(dtype) for x in layer_pair(random, num_tokens=600, num_experts=16))
+    value = coupling_loss(scores, following, kind=kind, top_k=3)
+    exact = coupling_loss(scores.double(), following.double(), kind=kind, top_k=3)
+    assert value.dtype == torch.float32
+    assert float(value) == pytest.approx(float(exact), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mass", "pathway"])
+def test_coupling_of_no_tokens(kind):
+    value, gradient = value_and_gradient(
+        lambda s: coupling_loss(s, torch.zeros(0, 4), kind=kind, top_k=2), torch.zeros(0, 4)
+    )
+    assert 0.0 <= float(value) <= 1.0 and gradient.shape == (0, 4)
+
+
+# Bad use
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [
+        ((torch.zeros(4, 3),), "z"),
+        ((torch.zeros(4, 2, 3, dtype=torch.long),), "z"),
+        ((torch.zeros(4, 1, 3),), "z"),
+        ((torch.zeros(4, 2, 3), torch.ones(4, 3, dtype=torch.bool)), "valid"),
+        ((torch.zeros(4, 2, 3), torch.ones(4, 2)), "valid"),
+    ],
+)
+def test_specialization_names_the_bad_argument(arguments, name):
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        specialization_loss(*arguments)
+
+
+SCORES, MAP = torch.full((4, 5), 0.2), torch.ones(4, 5, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        (dict(kind="product", top_k=2), "kind"),
+        (dict(), "map"),
+        (dict(map=MAP), "map_next"),
+        (dict(kind="pathway"), "top_k"),
+        (dict(kind="pathway", top_k=6), "top_k"),
+        (dict(kind="pathway", top_k=0), "top_k"),
+        (dict(top_k=6), "top_k"),
+        (dict(scores=SCORES[0], top_k=2), "scores"),
+        (dict(scores=SCORES.long(), top_k=2), "scores"),
+        (dict(scores_next=SCORES.long(), top_k=2), "scores_next"),
+        (dict(scores_next=SCORES[:3], top_k=2), "scores_next"),
+        (dict(map=MAP[:, :4], map_next=MAP), "map"),
+        (dict(map=MAP.float(), map_next=MAP), "map"),
+        (dict(map=MAP, map_next=MAP[:3]), "map_next"),
+        (dict(map=MAP, map_next=MAP.long()), "map_next"),
+    ],
+)
+def test_coupling_names_the_bad_argument(changes, name):
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        coupling_loss(**{**dict(scores=SCORES, scores_next=SCORES), **changes})
+
+
+# Scores
+
+
+def scores_by_loops(row, score_function) -> list[float]:
+    if score_function == "softmax":
+        highest = max(row)
+        raw = [math.exp(x - highest) for x in row]
+    elif score_function == "sigmoid":
+        raw = [1 / (1 + math.exp(-x)) for x in row]
+    else:
+        raw = [math.sqrt(math.log1p(math.exp(x))) for x in row]
+    return [x / sum(raw) for x in raw]
+
+
+FUNCTIONS = pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, -25.0, 25.0])
+def test_scores_equal_their_definition(random, score_function, dtype, offset):
+    logits = (3 * random(7, 6) + offset).to(dtype)
+    scores = normalized_scores(logits, score_function)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    expected = torch.tensor([scores_by_loops(row, score_function) for row in logits.tolist()], dtype=torch.float64)
+    rtol = 1e-7 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(scores.double(), expected, rtol=rtol, atol=0)
+    torch.testing.assert_close(scores.sum(dim=-1), torch.ones_like(scores[:, 0]), rtol=0, atol=1e-6)
+
+
+@FUNCTIONS
+def test_closed_form_gradient_of_scores(random, score_function):
+    logits, upstream = random(7, 6), random(7, 6)
+    _, expected = value_and_gradient(lambda x: (normalized_scores(x, score_function) * upstream).sum(), logits)
+    torch.testing.assert_close(normalized_scores_gradient(logits, score_function, upstream), expected)
+    assert torch.autograd.gradcheck(lambda x: normalized_scores(x, score_function), logits.requires_grad_())
+
+
+def test_unknown_score_function():
+    with pytest.raises(ValueError, match="score_function.*relu"):
+        normalized_scores(torch.zeros(2, 3), "relu")

@@ -67,5 +67,16 @@ def test_uneven_collectives():
 
 
 @needs_megatron
+def test_context_and_sequence_parallel():
+    torchrun(2, "cpu_parallel.py")
+
+
+@needs_megatron
+def test_resume_equals_the_uninterrupted_run(tmp_path):
+    pytest.importorskip("psutil", reason="psutil is not installed, which saving torch_dist checkpoints needs")
+    torchrun(2, "cpu_checkpoint.py", tmp_path)
+
+
+@needs_megatron
 def test_models_train(tmp_path):
     _check("cpu_models.py", tmp_path / "store")

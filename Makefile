@@ -1,0 +1,55 @@
+# Python versions in the order of preference, and what goes into the environment. Megatron-Core 0.19 has no wheel
+# for Python 3.14.
+PRIMARY = .venv 3.12 3.13 megatron report test
+OLDEST = .venv-oldest 3.11 3.10 megatron report test -- torch==2.13.0 megatron-core==0.16.1
+
+PYTEST_ARGS ?=
+QUICKSTART_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-primary test-oldest clean
+
+help:
+	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
+	@echo "                   QUICKSTART_ARGS=\"--iterations 100\" and the like go to examples/quickstart/run.py"
+	@echo "make test          all tests, on the newest and on the oldest supported Megatron-Core"
+	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
+	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
+	@echo "make clean         remove the environments and everything that was built"
+	@echo "Each target makes the environment that it needs: .venv (Python 3.12 or 3.13) or .venv-oldest."
+
+# Exit status 3 of .ci/venv: there is no interpreter of these versions.
+quickstart:
+	@status=0; .ci/venv $(PRIMARY) || status=$$?; python=.venv/bin/python; \
+	if [ $$status -eq 3 ]; then \
+	    echo "No Python 3.12 or 3.13: going on with Megatron-Core 0.16.1, which has no training loop of its own."; \
+	    status=0; .ci/venv $(OLDEST) || status=$$?; python=.venv-oldest/bin/python; \
+	fi; \
+	[ $$status -eq 0 ] || exit $$status; \
+	exec $$python examples/quickstart/run.py $(QUICKSTART_ARGS)
+
+test:
+	@primary=0; oldest=0; \
+	$(MAKE) --no-print-directory test-primary || primary=$$?; \
+	$(MAKE) --no-print-directory test-oldest || oldest=$$?; \
+	[ $$primary -eq 0 ] || echo "FAILED: make test-primary"; \
+	[ $$oldest -eq 0 ] || echo "FAILED: make test-oldest"; \
+	[ $$primary -eq 0 ] && [ $$oldest -eq 0 ]
+
+test-primary:
+	@.ci/venv $(PRIMARY)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
+
+test-oldest:
+	@status=0; .ci/venv $(OLDEST) || status=$$?; \
+	if [ $$status -eq 3 ]; then \
+	    echo "NOT TESTED: the oldest supported Megatron-Core, 0.16.1, for want of Python 3.10 or 3.11."; \
+	    [ -z "$$CI" ]; exit; \
+	fi; \
+	[ $$status -eq 0 ] || exit $$status; \
+	echo "OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)"; \
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -61,7 +61,7 @@ def column(folder, name):
 def test_language_model_learns(runs, name):
     losses = column(runs / name, "lm_loss")
     assert losses[0] > 5.0
-    assert losses[-1] < losses[0] - 1.5
+    assert losses[-1] < losses[0] - 1.0
 
 
 def test_log_is_complete(runs):
@@ -117,8 +117,8 @@ def test_losses_end_lower_with_their_coefficients(runs):
 
 
 def test_two_processes_train_as_one(runs):
-    """Rounding alone sets them apart, and grows as training goes on."""
+    """Four micro-batches in one process, two in each of two: only the order of summation differs."""
     for name in ("lm_loss", "specialization_loss", "coupling_loss"):
         one, two = column(runs / "one_process", name), column(runs / "losses", name)
-        assert two[0] == pytest.approx(one[0], rel=1e-5), name
-        assert two[:4] == pytest.approx(one[:4], rel=1e-2), name
+        assert two[0] == pytest.approx(one[0], rel=1e-6), name
+        assert two == pytest.approx(one, rel=1e-4), name

@@ -6,10 +6,9 @@ loop: ``add_moe_spec_args`` for their flags, ``attach`` once the model is built,
     torchrun --nproc-per-node 2 examples/pretrain_core.py --data-path my_text_document --output build/run \\
         --moe-specialization-loss-coeff 2e-3 --moe-coupling-loss-coeff 1e-3
 
-Trains in fp32 with data parallelism. The dataset is Megatron's indexed format, a token a byte, 256 the end of a
-document: examples/quickstart/data.py makes one. ``--cpu`` needs no GPU; it is for trying things out, not for real
-training. Written to the output folder, a line of JSON an entry: log.jsonl, every iteration; moe_spec_metrics.jsonl,
-every ``--moe-spec-metrics-interval`` iterations.
+Trains in fp32 with data parallelism. The dataset has Megatron's indexed format, a token a byte, 256 the end of a
+document: examples/quickstart/data.py makes one. ``--cpu`` is for trying things out, not for real training. The output
+folder gets log.jsonl, a line an iteration, and moe_spec_metrics.jsonl, one every ``--moe-spec-metrics-interval``.
 """
 
 import argparse
@@ -28,16 +27,10 @@ if "--cpu" in sys.argv:
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.utils import get_blend_from_list
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -87,7 +80,6 @@ def parse_args():
     training.add_argument("--min-lr", type=float, default=5e-4)
     training.add_argument("--lr-warmup-iters", type=int, default=20, help="at most half of the run (%(default)s)")
     training.add_argument("--weight-decay", type=float, default=0.01)
-    training.add_argument("--clip-grad", type=float, default=1.0)
     training.add_argument("--eval-interval", type=int, default=100, help="and after the last one (%(default)s)")
     training.add_argument("--eval-iters", type=int, default=20, help="global batches an evaluation (%(default)s)")
     return add_moe_spec_args(parser).parse_args()
@@ -123,7 +115,7 @@ def build_model(args):
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
         normalization="RMSNorm",
         attention_dropout=0.0,
@@ -137,7 +129,7 @@ def build_model(args):
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
     ).cuda()
-    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
+    ddp_config = DistributedDataParallelConfig(use_distributed_optimizer=True)
     return DistributedDataParallel(config, ddp_config, model)
 
 
@@ -149,23 +141,22 @@ def build_optimizer(model, args):
             lr=args.lr,
             min_lr=args.min_lr,
             weight_decay=args.weight_decay,
-            clip_grad=args.clip_grad,
+            clip_grad=1.0,
             use_distributed_optimizer=True,
         ),
         [model],
     )
-    samples = args.iterations * args.global_batch_size
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=args.lr,
         min_lr=args.min_lr,
         lr_warmup_steps=min(args.lr_warmup_iters, args.iterations // 2) * args.global_batch_size,
-        lr_decay_steps=samples,
+        lr_decay_steps=args.iterations * args.global_batch_size,
         lr_decay_style="cosine",
         start_wd=args.weight_decay,
         end_wd=args.weight_decay,
-        wd_incr_steps=samples,
+        wd_incr_steps=0,
         wd_incr_style="constant",
     )
     model.config.grad_scale_func = optimizer.scale_loss
@@ -178,7 +169,7 @@ def build_datasets(args):
     config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
-        blend=get_blend_from_list([args.data_path]),
+        blend=([args.data_path], None),
         split=args.split,
         path_to_cache=args.data_cache_path,
         tokenizer=ByteTokenizer(),
@@ -234,8 +225,8 @@ def run_micro_batches(model, data_iterator, num_microbatches, args, forward_only
 def evaluate(model, dataset, num_microbatches, args):
     """Loss on the first ``--eval-iters`` global batches of the validation samples, the same ones each time."""
     model.eval()
-    data_iterator = micro_batches(dataset, args.eval_iters, args)
-    loss = run_micro_batches(model, data_iterator, num_microbatches * args.eval_iters, args, forward_only=True)
+    batches = micro_batches(dataset, args.eval_iters, args)
+    loss = run_micro_batches(model, batches, num_microbatches * args.eval_iters, args, forward_only=True)
     model.train()
     return loss
 
@@ -269,9 +260,8 @@ def main():
         optimizer.step()
         scheduler.step(increment=args.global_batch_size)
         metrics = handle.metrics()
-        step_time = time.perf_counter() - start
-
         diagnostics = metrics.pop("diagnostics", None)
+        step_time = time.perf_counter() - start
         record = {"iteration": iteration, "lm_loss": lm_loss, **metrics, "step_time_s": step_time}
         if iteration % args.eval_interval == 0 or iteration == args.iterations:
             record["validation_loss"] = evaluate(model, validation, num_microbatches, args)

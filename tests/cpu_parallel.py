@@ -1,4 +1,4 @@
-"""Under torchrun with two processes: the local attention and norm, which Megatron keeps from context and sequence parallelism."""
+"""Under torchrun with two processes: local attention under context, local norm under sequence parallelism."""
 
 from dataclasses import replace
 

@@ -67,7 +67,8 @@ def use_torch_grouped_linear() -> None:
         if hasattr(experts, "GroupedMLPSubmodules"):
             submodules = experts.GroupedMLPSubmodules(linear_fc1=TorchGroupedLinear, linear_fc2=TorchGroupedLinear)
             return partial(experts.TEGroupedMLP, submodules=submodules)
-        # Up to 0.16 a provider returns the class and the submodules.
-        return experts.TEGroupedMLP, experts.MLPSubmodules(linear_fc1=TorchGroupedLinear, linear_fc2=TorchGroupedLinear)
+        # 0.16: a provider returns the class and its submodules.
+        submodules = experts.MLPSubmodules(linear_fc1=TorchGroupedLinear, linear_fc2=TorchGroupedLinear)
+        return experts.TEGroupedMLP, submodules
 
     LocalSpecProvider.grouped_mlp_modules = grouped_mlp_modules

@@ -38,9 +38,9 @@ import sys, threading, torch
 from torch.overrides import _get_current_function_mode_stack
 
 def state():
-    names = [torch.compile, torch.autograd.backward, torch.autograd.graph._engine_run_backward, threading.Thread._bootstrap_inner]
-    names += [torch.distributed.all_gather, torch.distributed.reduce_scatter]
-    names += [torch.cuda.is_available, torch.cuda.Stream, torch.cuda.current_stream, torch.accelerator.is_available]
+    names = [torch.compile, torch.autograd.graph._engine_run_backward, threading.Thread._bootstrap_inner]
+    names += [torch.distributed.all_gather, torch.distributed.reduce_scatter, torch.accelerator.is_available]
+    names += [torch.cuda.is_available, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.record_stream]
     return names, torch.cuda.is_available(), list(sys.meta_path), _get_current_function_mode_stack()
 
 before = state()

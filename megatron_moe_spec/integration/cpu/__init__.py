@@ -21,7 +21,9 @@ def enable() -> None:
 
     Training takes ``--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion
     --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion``, and ``torchrun`` for one process too.
-    A second call does nothing. Threads that were started before the call keep their view of devices.
+    A second call does nothing. Threads that were started before the call keep their view of devices. The processes
+    that Megatron spawns to save checkpoints import the main script again, without this backend, which is enough for
+    them: keep the script's run under ``if __name__ == "__main__"``.
 
     Raises:
         RuntimeError: ``megatron.core`` is imported already.

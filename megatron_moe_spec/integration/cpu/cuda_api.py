@@ -1,4 +1,4 @@
-"""Stand-ins for what Megatron uses of ``torch.cuda``: one device per process of this host, and streams that run in order."""
+"""Stand-ins for what Megatron uses of ``torch.cuda``: one device per local process, streams that run in order."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ class Stream:
 
 
 class ExternalStream(Stream):
-    """As ``torch.cuda.ExternalStream``; a class of its own, since torch.compile's tables refuse a class with two names."""
+    """Of ``torch.cuda.ExternalStream``; a class of its own, since torch._dynamo refuses one with two names."""
 
 
 class Event:
@@ -126,7 +126,8 @@ def _replace_queries() -> None:
         multi_processor_count=1,
     )
     _set_constants(cuda, properties, "get_device_properties")
-    _set_constants(cuda, SimpleNamespace(cudaProfilerStart=_constant(None), cudaProfilerStop=_constant(None)), "cudart")
+    profiler = SimpleNamespace(cudaProfilerStart=_constant(None), cudaProfilerStop=_constant(None))
+    _set_constants(cuda, profiler, "cudart")
     _set_constants(cuda.nvtx, None, "range_push", "range_pop", "mark")
     _set_constants(torch._C, None, "_cuda_attach_out_of_memory_observer")
     cuda.memory_stats = lambda *args, **kwargs: defaultdict(int)

@@ -1,4 +1,4 @@
-"""Patches for the places of Megatron that assume a GPU, Transformer Engine or Apex, applied as modules are imported."""
+"""Patches for the places of Megatron that assume a GPU, Transformer Engine or Apex; applied at import."""
 
 import contextlib
 import importlib.abc
@@ -43,7 +43,7 @@ def _after_import(name):
 
 
 @contextlib.contextmanager
-def _set(config, **values):
+def _override(config, **values):
     """The config with other values for the time of the ``with`` block."""
     saved = {name: getattr(config, name) for name in values}
     for name, value in values.items():
@@ -78,7 +78,7 @@ def _allow_sequence_parallel_norm(module):
     new = module.WrappedTorchNorm.__new__
 
     def new_norm(cls, config, *args, **kwargs):
-        with _set(config, sequence_parallel=False):
+        with _override(config, sequence_parallel=False):
             norm = new(cls, config, *args, **kwargs)
         for weight in norm.parameters():
             weight.sequence_parallel = config.sequence_parallel
@@ -95,7 +95,7 @@ def _allow_context_parallel_attention(module):
     init, forward = attention.__init__, attention.forward
 
     def patched_init(self, config, *args, **kwargs):
-        with _set(config, context_parallel_size=1):
+        with _override(config, context_parallel_size=1):
             init(self, config, *args, **kwargs)
 
     def patched_forward(self, query, key, value, attention_mask, *args, **kwargs):

@@ -1,4 +1,3 @@
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -8,12 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
+from processes import HAS_MEGATRON  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def megatron(tmp_path_factory):
     """Megatron-Core on CPU in this process, as a job of one rank."""
-    if importlib.util.find_spec("megatron") is None:
+    if not HAS_MEGATRON:
         pytest.skip("megatron-core is not installed")
     from megatron_moe_spec.integration.cpu import enable
 

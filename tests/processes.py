@@ -1,12 +1,23 @@
 """Running scripts under torchrun in processes of their own."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
+
+# Found, not imported: the CPU backend has to come before Megatron.
+HAS_MEGATRON = importlib.util.find_spec("megatron") is not None
+needs_megatron = pytest.mark.skipif(not HAS_MEGATRON, reason="megatron-core is not installed")
+needs_training_loop = pytest.mark.skipif(
+    not HAS_MEGATRON or importlib.util.find_spec("megatron.training") is None,
+    reason="megatron.training is not installed (it comes with megatron-core >= 0.17)",
+)
 
 
 def torchrun(processes: int, *command, timeout: int = 300) -> str:

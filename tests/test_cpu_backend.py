@@ -1,16 +1,11 @@
 """The CPU backend, each time in a fresh interpreter: it changes torch for good."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
-from processes import ROOT, TESTS, torchrun
-
-needs_megatron = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed"
-)
+from processes import ROOT, TESTS, needs_megatron, torchrun
 
 
 def _python(*command) -> subprocess.CompletedProcess:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from processes import torchrun
+from processes import needs_megatron, torchrun
 
 
 def _run(tmp_path, processes, *options):
@@ -11,9 +11,9 @@ def _run(tmp_path, processes, *options):
     return torch.load(output)
 
 
+@needs_megatron
 @pytest.mark.parametrize("loss", ["mean", "per-token"])
 def test_two_ranks_equal_one(tmp_path, loss):
-    pytest.importorskip("megatron.core", exc_type=ImportError)
     one, two = (_run(tmp_path, processes, loss, 1) for processes in (1, 2))
     compared = 0
     for name, gradient in one["gradients"].items():

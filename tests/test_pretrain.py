@@ -1,6 +1,5 @@
 """An unedited pretraining script through Megatron's own loop, the launcher and the CPU backend."""
 
-import importlib.util
 import json
 import re
 import subprocess
@@ -8,12 +7,9 @@ import sys
 
 import pytest
 import torch
-from processes import ROOT, torchrun
+from processes import ROOT, needs_training_loop, torchrun
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.training") is None,
-    reason="megatron.training is not installed (it comes with megatron-core >= 0.17)",
-)
+pytestmark = needs_training_loop
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 32

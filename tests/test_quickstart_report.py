@@ -151,8 +151,9 @@ def test_report_of_a_run_without_losses_says_what_to_do(tmp_path):
         report.write(tmp_path)
 
 
-def test_dataset_gives_the_bytes_back(tmp_path):
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+def test_dataset_gives_the_bytes_back(megatron, tmp_path):
+    from megatron.core.datasets import indexed_dataset
+
     import data
 
     documents = [b"def f():\n    pass\n", b"", "caf\u00e9 \u2014 \u03c0".encode(), bytes(range(256))]

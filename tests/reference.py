@@ -112,5 +112,5 @@ def reference_step(model, batches, specialization_coeff, coupling_coeff, kind) -
         total = specialization_coeff * sum(specialization) + coupling_coeff * sum(pairs)
         (total * weight + 0.0 * output.sum()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    values = {name: float(torch.stack(v).mean()) for name, v in logged.items() if v}
+    values = {name: float(torch.stack(v).detach().mean()) for name, v in logged.items() if v}
     return gradients, values

@@ -117,11 +117,21 @@ def micro_batches(number: int, padding: bool = False, seed: int = 1) -> list[dic
 
 
 def run_model(model, batch) -> torch.Tensor:
-    """Per-token loss [b, s] of next-byte prediction, on labels made from the tokens."""
+    """Per-token loss [b, s] of next-byte prediction, on labels made from the tokens; s of this context-parallel rank."""
     tokens = batch["tokens"]
-    extra = {"padding_mask": batch["padding_mask"]} if "padding_mask" in batch else {}
     positions = torch.arange(SEQUENCE).expand_as(tokens)
-    return model(tokens, positions, None, labels=tokens.roll(-1, 1), **extra)
+    inputs = [on_this_rank(x) for x in (tokens, positions, tokens.roll(-1, 1))]
+    extra = {"padding_mask": on_this_rank(batch["padding_mask"])} if "padding_mask" in batch else {}
+    return model(*inputs[:2], None, labels=inputs[2], **extra)
+
+
+def on_this_rank(x: torch.Tensor) -> torch.Tensor:
+    """The part of [b, SEQUENCE] that this context-parallel rank holds: chunks r and 2n - 1 - r of 2n."""
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return x
+    chunks = x.chunk(2 * size, dim=1)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
 
 
 def train_step(model: GPTModel, batches: list[dict], main_loss_weight: float = 0.0, scale=None) -> dict:
@@ -144,7 +154,9 @@ def train_step(model: GPTModel, batches: list[dict], main_loss_weight: float = 0
     def forward_step(iterator, module):
         batch = next(iterator)
         output = run_model(module, batch)
-        mask = ~batch["padding_mask"] if "padding_mask" in batch else torch.ones_like(output, dtype=torch.bool)
+        mask = torch.ones_like(output, dtype=torch.bool)
+        if "padding_mask" in batch:
+            mask = ~on_this_rank(batch["padding_mask"])
         num_tokens = mask.sum().int()
 
         def loss(losses):

@@ -78,11 +78,8 @@ def test_model_that_does_not_fit_is_refused(megatron, settings, config, flag):
         ("moe_token_dispatcher_type", "flex", "--moe-token-dispatcher-type"),
         ("transformer_impl", "inference_optimized", "--transformer-impl"),
         ("fp8", "hybrid", "--fp8-format"),
-        ("tensor_model_parallel_size", 2, "--tensor-model-parallel-size"),
         ("expert_tensor_parallel_size", 2, "--expert-tensor-parallel-size"),
-        ("expert_model_parallel_size", 2, "--expert-model-parallel-size"),
         ("pipeline_model_parallel_size", 2, "--pipeline-model-parallel-size"),
-        ("context_parallel_size", 2, "--context-parallel-size"),
     ],
 )
 def test_unsupported_setting_is_refused(megatron, field, value, flag):

@@ -6,7 +6,7 @@ from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.checks import check_supported
-from megatron_moe_spec.integration.compat import moe_layers, require_megatron
+from megatron_moe_spec.integration.compat import moe_layers, require_megatron, token_group
 from megatron_moe_spec.integration.layer import LayerTap
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
 from megatron_moe_spec.integration.recorder import Recorder
@@ -51,7 +51,8 @@ class SpecHandle:
     def __init__(self, config: SpecConfig, chunks: list[tuple[nn.Module, list[nn.Module]]]):
         self.config = config
         self._layers = [layer for _, layers in chunks for layer in layers]
-        self.recorder = Recorder(config, [layer.config.num_moe_experts for layer in self._layers])
+        num_shares = token_group(self._layers[0]).size() if self._layers else 1
+        self.recorder = Recorder(config, [layer.config.num_moe_experts for layer in self._layers], num_shares)
         self._trackers = [MicroBatchTracker(chunk, len(layers)) for chunk, layers in chunks]
         self._taps = [
             LayerTap(index, layer, tracker, self.recorder)

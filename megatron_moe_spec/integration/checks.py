@@ -5,15 +5,6 @@ from typing import Iterator
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat import expert_down_projections, graphed_modules
 
-_PARALLEL_SIZES = {
-    "tensor_model_parallel_size": "--tensor-model-parallel-size",
-    "expert_tensor_parallel_size": "--expert-tensor-parallel-size",
-    "expert_model_parallel_size": "--expert-model-parallel-size",
-    "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
-    "context_parallel_size": "--context-parallel-size",
-}
-
-
 def check_supported(moe_layers: list, config: SpecConfig) -> None:
     """Raises ValueError that lists everything about the model that is not supported, with its remedy.
 
@@ -41,10 +32,10 @@ def _problems(moe_layers: list, config: SpecConfig) -> Iterator[str]:
         )
     if config.coupling_loss_coeff > 0 and len(moe_layers) < 2:
         yield "coupling needs two MoE layers, the model has one (set --moe-coupling-loss-coeff to 0)"
-    for field, flag in _PARALLEL_SIZES.items():
-        size = getattr(model, field, 1) or 1
-        if size > 1:
-            yield f"{flag} {size} is not supported yet, only data parallelism is (set it to 1)"
+    if model.pipeline_model_parallel_size > 1:
+        yield (
+            f"--pipeline-model-parallel-size {model.pipeline_model_parallel_size} is not supported yet (set it to 1)"
+        )
     if getattr(model, "overlap_moe_expert_parallel_comm", False):
         yield "the layers of two micro-batches are interleaved (remove --overlap-moe-expert-parallel-comm)"
     if getattr(model, "moe_token_dispatcher_type", "allgather") == "flex":
@@ -68,6 +59,11 @@ def _activation_problems(moe_layers: list, model) -> Iterator[str]:
         yield (
             "the legacy GroupedMLP never materialises its activations "
             "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
+        )
+    if (model.expert_tensor_parallel_size or 1) > 1:
+        yield (
+            "specialization does not support experts that are split over tensor-parallel ranks yet "
+            f"(--expert-tensor-parallel-size is {model.expert_tensor_parallel_size}; set it to 1)"
         )
     if getattr(model, "fp8", None) or getattr(model, "fp4", None):
         yield "specialization does not support quantized experts yet (remove --fp8-format / --fp4-format)"

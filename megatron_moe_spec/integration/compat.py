@@ -35,6 +35,11 @@ def moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def token_group(moe_layer: nn.Module):
+    """The ranks among which a micro-batch's tokens are divided: tensor (sequence) x context parallel."""
+    return moe_layer.router.tp_cp_group
+
+
 def expert_down_projections(moe_layer: nn.Module) -> list[nn.Module]:
     """The modules whose input is z: one ``linear_fc2`` for all local experts, or one for each.
 
@@ -60,15 +65,19 @@ def graphed_modules(config) -> Union[list[str], str]:
     return "everything" if {"full", "full_iteration"} & set(names) else names
 
 
-def backward_loss_scale() -> Union[Tensor, float]:
+def backward_loss_scale(config) -> Union[Tensor, float]:
     """The factor that Megatron applies to auxiliary losses in this backward pass.
 
     Loss scaling may be dynamic and the schedules set it after each forward: read it in backward.
     """
+    from megatron.core import __version__ as version
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     scale = MoEAuxLossAutoScaler.main_loss_backward_scale
-    return 1.0 if scale is None else scale
+    scale = 1.0 if scale is None else scale
+    # Up to 0.15 the schedules leave out the context-parallel size, by which gradients are averaged later.
+    lacks_size = not config.calculate_per_token_loss and _release(version) < (0, 16)
+    return scale * config.context_parallel_size if lacks_size else scale
 
 
 def training_modules():

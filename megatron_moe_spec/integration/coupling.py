@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_moe_spec.losses.coupling import joint_scores, routed_mass, strongest_successors
 from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
+from megatron_moe_spec.parallel.collectives import summed
 
 
 @dataclass
@@ -21,24 +22,39 @@ class LayerRouting:
     Attributes:
         live_TE: bool, the experts each token was dispatched to; none for padding tokens, and none that only
             fills an expert up to its capacity.
-        num_tokens: tokens that are not padding.
+        num_local_tokens: this rank's tokens that are not padding.
+        num_tokens: those of the micro-batch, over all ranks that share it.
         message: what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway).
         successors_EE: bool, the strongest pathways to the next layer (pathway), known once that has run.
     """
 
     live_TE: Tensor
+    num_local_tokens: Union[Tensor, int]
     num_tokens: Union[Tensor, int]
     message: Optional[Tensor] = None
     successors_EE: Optional[Tensor] = None
 
 
-def read_routing(probs_TE: Tensor, routing_map_TE: Tensor, padding_mask: Optional[Tensor]) -> LayerRouting:
-    """What ``TopKRouter.routing`` decided. ``padding_mask``: True for padding, in any shape of T elements."""
+def read_routing(
+    probs_TE: Tensor, routing_map_TE: Tensor, padding_mask: Optional[Tensor], known: Optional[LayerRouting], group
+) -> LayerRouting:
+    """What ``TopKRouter.routing`` decided.
+
+    Args:
+        padding_mask: True for padding, in any shape of T elements; None: no padding.
+        known: another layer's routing of the same micro-batch, whose numbers of tokens hold here as well.
+        group: the ranks that share the micro-batch, tensor x context parallel. One all-reduce of one number, for
+            the first layer, where there is padding.
+    """
     live_TE = routing_map_TE & (probs_TE > 0)
+    if padding_mask is not None:
+        live_TE &= ~padding_mask.reshape(-1, 1)
+    if known is not None:
+        return LayerRouting(live_TE, known.num_local_tokens, known.num_tokens)
     if padding_mask is None:
-        return LayerRouting(live_TE, live_TE.shape[0])
-    is_token = ~padding_mask.reshape(-1)
-    return LayerRouting(live_TE & is_token.unsqueeze(-1), is_token.sum().clamp_min(1))
+        return LayerRouting(live_TE, len(live_TE), len(live_TE) * group.size())
+    num_local_tokens = (~padding_mask).sum()
+    return LayerRouting(live_TE, num_local_tokens, summed(num_local_tokens, group).clamp_min(1))
 
 
 def token_scores(logits: Tensor, score_function: str, padding_mask: Optional[Tensor]) -> Tensor:
@@ -51,13 +67,16 @@ def coupling_message(kind: str, scores_TE: Tensor, live_TE: Tensor) -> Tensor:
     return routed_mass(scores_TE, live_TE) if kind == "mass" else scores_TE
 
 
-def pair_loss(kind: str, this: LayerRouting, following: LayerRouting, top_k: int) -> Tensor:
-    """The loss of two adjacent layers; notes the pathways it rewards in ``this``."""
+def pair_loss(kind: str, this: LayerRouting, following: LayerRouting, top_k: int, group) -> Tensor:
+    """This rank's part of the loss of two adjacent layers; the parts of the group's ranks sum to the loss.
+
+    Notes the pathways that the loss rewards in ``this``: one all-reduce of E x E numbers (pathway).
+    """
     if kind == "mass":
-        return 1.0 - (this.message * following.message).sum() / following.num_tokens
+        return 1.0 / group.size() - (this.message * following.message).sum() / following.num_tokens
     joint_EE = joint_scores(this.message, following.message, following.num_tokens)
-    this.successors_EE = strongest_successors(joint_EE, top_k)
-    return 1.0 - (joint_EE * this.successors_EE).sum()
+    this.successors_EE = strongest_successors(summed(joint_EE, group), top_k)
+    return 1.0 / group.size() - (joint_EE * this.successors_EE).sum()
 
 
 def logits_gradient(

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration import coupling
-from megatron_moe_spec.integration.compat import expert_down_projections
+from megatron_moe_spec.integration.compat import expert_down_projections, token_group
+from megatron_moe_spec.integration.dispatch import row_exchange
 from megatron_moe_spec.integration.injection import add_gradient
 from megatron_moe_spec.integration.microbatch import MicroBatch, MicroBatchTracker
 from megatron_moe_spec.integration.recorder import Recorder
@@ -28,11 +29,13 @@ class LayerTap:
         self._recorder = recorder
         self._config = moe_layer.config
         self._router = moe_layer.router
+        self._dispatcher = moe_layer.token_dispatcher
+        self._token_group = token_group(moe_layer)
         self._routing = self._router.routing
         self._had_own_routing = "routing" in vars(self._router)
         self._router.routing = partial(_route, self)
         self._rows: Optional[ExpertRows] = None
-        self._num_tokens = None
+        self._routing_map = self._num_tokens = None
         projections = expert_down_projections(moe_layer)
         self._num_parts = len(projections)
         self._hooks = [
@@ -58,11 +61,13 @@ class LayerTap:
         if self._recorder.config.coupling_loss_coeff and torch.is_grad_enabled():
             logits = add_gradient(logits, partial(self._coupling_gradient, micro_batch, values))
         probs, routing_map = route(logits)
-        routing = coupling.read_routing(probs.detach(), routing_map, padding_mask)
+        known = next(filter(None, micro_batch.routing), None)
+        routing = coupling.read_routing(probs.detach(), routing_map, padding_mask, known, self._token_group)
         if not recomputed:
             self._observe(micro_batch, routing, values, padding_mask)
         if torch.is_grad_enabled() and self._recorder.wants_specialization:
             self._rows = self._expected_rows(micro_batch, routing, routing_map)
+            self._routing_map = routing_map
             self._num_tokens = routing.num_tokens
         return probs, routing_map
 
@@ -75,10 +80,12 @@ class LayerTap:
         kind = self._recorder.config.coupling_type
         scores = coupling.token_scores(logits, self._config.moe_router_score_function, padding_mask)
         routing.message = coupling.coupling_message(kind, scores, routing.live_TE)
-        self._recorder.record_routing(self._index, scores, routing.live_TE, routing.num_tokens)
+        self._recorder.record_routing(self._index, scores, routing.live_TE, routing.num_local_tokens)
         previous = micro_batch.routing[self._index - 1] if self._index else None
         if previous is not None:
-            loss = coupling.pair_loss(kind, previous, routing, self._config.moe_router_topk)
+            loss = coupling.pair_loss(
+                kind, previous, routing, self._config.moe_router_topk, self._token_group
+            )
             self._recorder.record_pair(self._index - 1, previous.live_TE, routing.live_TE, loss)
 
     def _coupling_gradient(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
@@ -110,10 +117,11 @@ class LayerTap:
         mean = settings.specialization_token_stride / (self._num_tokens * k * (k - 1))
         with torch.no_grad():
             if rows.add(z):
+                rows.compare(row_exchange(self._dispatcher, self._routing_map, rows.num_rows))
                 self._recorder.record_cosines(
                     self._index, rows.cosines_TKK, rows.valid_TK, rows.squared_cosine_sum() * mean
                 )
-                self._rows = None
+                self._rows = self._routing_map = None
         if not settings.specialization_loss_coeff:
             return z
         return add_gradient(z, partial(self._specialization_gradient, rows, part, mean, self._num_tokens))

@@ -20,11 +20,16 @@ class Recorder:
         config: the settings.
         iteration: number of the last finished training step.
         measuring: whether this step's routing and overlap are measured for the diagnostics.
+
+    Args:
+        num_experts: of each MoE layer.
+        num_shares: ranks that share a micro-batch; the losses they record for it sum to its loss.
     """
 
-    def __init__(self, config: SpecConfig, num_experts: list[int], iteration: int = 0):
+    def __init__(self, config: SpecConfig, num_experts: list[int], num_shares: int = 1, iteration: int = 0):
         self.config = config
         self._num_experts = num_experts
+        self._num_shares = num_shares
         self.begin_after(iteration)
 
     def begin_after(self, iteration: int) -> None:
@@ -72,7 +77,7 @@ class Recorder:
     def _record(self, name: str, value: Tensor) -> None:
         entry = self._losses[LOSS_NAMES.index(name)]
         entry[0] += value.detach()
-        entry[1] += 1
+        entry[1] += 1.0 / self._num_shares
 
     def losses(self) -> dict[str, Tensor]:
         """Means over this step's micro-batches, layers (pairs) and ranks; scalars on the device.

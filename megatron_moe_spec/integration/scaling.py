@@ -8,15 +8,17 @@ from megatron_moe_spec.integration.compat import backward_loss_scale
 
 
 def gradient_factor(config, num_tokens: Union[Tensor, int]) -> Union[Tensor, float]:
-    """Factor on the gradient of a loss L that is a mean over the micro-batch's tokens. Call it in backward.
+    """Factor on the gradient of this rank's part of a loss. Call it in backward.
 
-    Megatron divides gradients by the number of micro-batches through its auxiliary-loss scale and averages
-    them over data-parallel ranks. With ``--calculate-per-token-loss`` it sums them and divides by the global
-    number of tokens instead, so L is weighted by its micro-batch's own number of tokens.
+    The parts sum, over the ranks that share a micro-batch, to a mean over the micro-batch's tokens. Megatron sums
+    router gradients over tensor-parallel ranks and expert gradients over the ranks that tokens come from. It averages
+    over data x context parallel ranks, and its auxiliary-loss scale holds the context-parallel size and one over the
+    number of micro-batches. With ``--calculate-per-token-loss`` it sums gradients over all these ranks and divides
+    them by the global number of tokens instead, so a micro-batch's loss is weighted by its own number.
 
     Args:
         config: the layer's TransformerConfig.
-        num_tokens: non-padding tokens of the micro-batch.
+        num_tokens: non-padding tokens of the micro-batch, over all ranks that share it.
     """
-    scale = backward_loss_scale()
+    scale = backward_loss_scale(config)
     return scale * num_tokens if config.calculate_per_token_loss else scale

@@ -3,6 +3,8 @@
 Suffixes: T tokens (every N-th with a token stride), E experts, K experts per token, F expert hidden size.
 """
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,11 @@ from megatron_moe_spec.losses.specialization import (
     squared_cosine_sum,
     unit_vectors,
 )
+from megatron_moe_spec.parallel.rows import RowExchange
 
 
 def expert_rows(dispatched_TE: Tensor, live_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Where each token's vectors lie among the permuted rows, ordered by (expert, token) as dispatchers do.
+    """Where each of this rank's tokens has its vectors among their rows, ordered by (expert, token).
 
     No host synchronisation.
 
@@ -38,6 +41,9 @@ class ExpertRows:
     Experts hand in their rows one after another (TEGroupedMLP: all at once). When all have, the cosines are
     computed; backward reads z again, recomputed by then where the layer recomputes its activation.
 
+    Under expert parallelism the rows come home to their tokens' rank: one all-to-all of z in forward; in backward
+    another of z, so that no copy of it is kept, and one of the gradients. Each moves every row once, in z's dtype.
+
     Attributes:
         cosines_TKK: between each token's vectors; None until all rows are there.
         valid_TK: bool, which vectors a token has.
@@ -50,14 +56,21 @@ class ExpertRows:
         self._num_parts = num_parts
         self._parts: list[Tensor] = []
         self._gradients: list[Tensor] = []
+        self._exchange: Optional[RowExchange] = None
 
     def add(self, z: Tensor) -> bool:
         """Takes the rows of the next expert; returns whether they were the last."""
         self._parts.append(z.detach())
-        if len(self._parts) < self._num_parts:
-            return False
-        self.cosines_TKK = pair_cosines(self._units()[0])
-        return True
+        return len(self._parts) == self._num_parts
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(z) for z in self._parts)
+
+    def compare(self, exchange: Optional[RowExchange]) -> None:
+        """Computes the cosines, once all rows are there. ``exchange`` brings rows home; None: they are."""
+        self._exchange = exchange
+        self.cosines_TKK = pair_cosines(self._units(self._rows())[0])
 
     def squared_cosine_sum(self) -> Tensor:
         return squared_cosine_sum(self.cosines_TKK)
@@ -65,21 +78,27 @@ class ExpertRows:
     def gradient(self, part: int, weight) -> Tensor:
         """Gradient of weight * ``squared_cosine_sum`` for the rows of one part; each part asks once."""
         if not self._gradients:
-            gradient_TKF = squared_cosine_gradient(*self._units(), self.cosines_TKK) * weight
-            sizes = [len(z) for z in self._parts]
-            gradient_PF = gradient_TKF.new_zeros(sum(sizes), gradient_TKF.shape[-1])
+            z_PF = self._rows()
+            gradient_TKF = squared_cosine_gradient(*self._units(z_PF), self.cosines_TKK) * weight
+            gradient_PF = gradient_TKF.new_zeros(z_PF.shape)
             if len(gradient_PF):
                 # Vectors that are not there add their zero gradient to row 0; every other row has one token.
                 gradient_PF.index_add_(0, self._rows_TK.reshape(-1), gradient_TKF.flatten(0, 1))
-            self._gradients = list(gradient_PF.split(sizes))
+            if self._exchange is not None:
+                gradient_PF = self._exchange.to_experts(gradient_PF.to(z_PF.dtype))
+            self._gradients = list(gradient_PF.split([len(z) for z in self._parts]))
         gradient, self._gradients[part] = self._gradients[part], None
         self._num_parts -= 1
         if not self._num_parts:
             self._parts = []
         return gradient
 
-    def _units(self) -> tuple[Tensor, Tensor]:
+    def _rows(self) -> Tensor:
+        """The rows of this rank's tokens."""
         z_PF = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
+        return z_PF if self._exchange is None else self._exchange.to_home(z_PF)
+
+    def _units(self, z_PF: Tensor) -> tuple[Tensor, Tensor]:
         if len(z_PF):
             z_TKF = z_PF[self._rows_TK]
         else:

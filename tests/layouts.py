@@ -1,0 +1,109 @@
+"""Under torchrun: one training step of each of several small models in one parallel layout.
+
+    layouts.py JOB.json OUTPUT.pt
+
+The job holds the sizes of the parallel groups and the cases. Written for each case: every parameter's whole gradient
+by its checkpoint key, and the logged values. Weights are drawn by checkpoint key too, so that every layout trains the
+same model.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_moe_spec.integration.cpu import enable
+
+GLOBAL_BATCH = 4  # micro-batches
+
+
+def shards(model):
+    """(key, tensor, shape of the whole, place in it, is this its main replica) for every sharded tensor."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+
+    def walk(entry):
+        if isinstance(entry, ShardedTensor):
+            yield entry
+        elif isinstance(entry, ShardedTensorFactory):
+            yield from walk(entry.build())
+        elif isinstance(entry, (dict, list, tuple)):
+            for child in entry.values() if isinstance(entry, dict) else entry:
+                yield from walk(child)
+
+    for tensor in walk(model.sharded_state_dict()):
+        if isinstance(tensor.data, torch.Tensor) and tensor.data.is_floating_point():
+            sizes = [1] * tensor.prepend_axis_num + list(tensor.local_shape)
+            place = tuple(slice(start, start + size) for start, size in zip(tensor.global_offset, sizes))
+            yield tensor.key, tensor.data, tuple(tensor.global_shape), place, is_main_replica(tensor.replica_id)
+
+
+def draw_weights(model) -> None:
+    with torch.no_grad():
+        for key, weight, shape, place, _ in shards(model):
+            seed = int(hashlib.md5(key.encode()).hexdigest()[:8], 16)
+            whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+            scale = 1.0 if "router" in key or "expert_bias" in key else 0.2
+            weight.copy_((1.0 if "norm" in key else whole[place].reshape(weight.shape) * scale))
+
+
+def whole_gradients(model, gradients: dict) -> dict:
+    """Every parameter's gradient, put together from all ranks' main replicas; on rank 0."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, gradient in gradients.items():
+            parameters[name].copy_(gradient)
+    parts = [
+        (key, x.detach().clone(), shape, place)
+        for key, x, shape, place, main in shards(model)
+        if main and "expert_bias" not in key
+    ]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, parts)
+    whole = {}
+    for key, part, shape, place in sum(gathered, []):
+        target = whole.setdefault(key, torch.full(shape, float("nan")))
+        target[place] = part.reshape(target[place].shape)
+    assert not any(x.isnan().any() for x in whole.values()), "a part of a gradient is missing"
+    return whole
+
+
+def run(sizes: dict, case: dict) -> dict:
+    import megatron_models
+    from megatron.core import parallel_state
+
+    from megatron_moe_spec import SpecConfig, attach
+
+    model = megatron_models.build_model(
+        sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1, **sizes, **case["model"]
+    )
+    draw_weights(model)
+    handle = attach(model, SpecConfig(**case["config"]))
+    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    batches = megatron_models.micro_batches(GLOBAL_BATCH, padding=case["padding"])[rank::size]
+    gradients = megatron_models.train_step(model, batches, main_loss_weight=1.0)
+    return {"gradients": whole_gradients(model, gradients), "metrics": handle.metrics()}
+
+
+def main(job: str, output: str) -> None:
+    enable()
+    from grouped_linear import use_torch_grouped_linear
+
+    use_torch_grouped_linear()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    dist.init_process_group("gloo")
+    sizes, cases = json.loads(Path(job).read_text())
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(1)
+    results = [run(sizes, case) for case in cases]
+    if dist.get_rank() == 0:
+        torch.save(results, output)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -24,9 +24,11 @@ LAYOUTS = {
     "DP2": (2, {}),
     "EP2": (2, {EP: 2}),
     "TP2+SP, ETP1, EP2": (2, {TP: 2, ETP: 1, EP: 2}),
+    "TP2+SP, ETP2": (2, {TP: 2, ETP: 2}),
     "CP2": (2, {CP: 2}),
     "CP2+EP2": (2, {CP: 2, EP: 2}),
     "EP4": (4, {EP: 4}),
+    "TP2+SP, ETP2, EP2": (4, {TP: 2, ETP: 2, EP: 2}),
     "TP2+SP, ETP1, CP2, EP4": (4, {TP: 2, ETP: 1, CP: 2, EP: 4}),
 }
 # name -> what the model and its data are like; each is run in one process for comparison
@@ -52,17 +54,22 @@ def _case(properties: dict, coefficient: float) -> dict:
     return dict(model=properties.get("model", {}), padding=properties.get("padding", False), config=config)
 
 
+def _models(sizes: dict) -> list[str]:
+    """The grouped linears of these tests know no expert tensor parallelism."""
+    return [name for name in MODELS if sizes.get(ETP, 1) == 1 or "grouped" not in name]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """Everything that is compared, from one torchrun job a layout: (layout, model, coefficient) -> result."""
     folder = tmp_path_factory.mktemp("layouts")
-    cases = {(name, c): _case(properties, c) for name, properties in MODELS.items() for c in (0.0, 1.0)}
     found = {}
     for layout, (processes, sizes) in LAYOUTS.items():
         job, output = folder / "job.json", folder / "results.pt"
-        job.write_text(json.dumps([sizes, list(cases.values())]))
+        keys = [(layout, model, coefficient) for model in _models(sizes) for coefficient in (0.0, 1.0)]
+        job.write_text(json.dumps([sizes, [_case(MODELS[model], coefficient) for _, model, coefficient in keys]]))
         torchrun(processes, "layouts.py", job, output)
-        found.update({(layout, *case): result for case, result in zip(cases, torch.load(output), strict=True)})
+        found.update(zip(keys, torch.load(output), strict=True))
     return found
 
 
@@ -72,8 +79,10 @@ def _worst_error(found: dict, expected: dict) -> float:
     return max(float((found[key] - g).norm() / g.norm()) for key, g in expected.items())
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS)[1:])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "layout, model",
+    [(layout, model) for layout in list(LAYOUTS)[1:] for model in _models(LAYOUTS[layout][1])],
+)
 def test_layout_trains_as_one_process(results, layout, model):
     expected, found = results["one process", model, 1.0], results[layout, model, 1.0]
     megatrons_own = _worst_error(

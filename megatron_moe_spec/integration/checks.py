@@ -60,10 +60,11 @@ def _activation_problems(moe_layers: list, model) -> Iterator[str]:
             "the legacy GroupedMLP never materialises its activations "
             "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
         )
-    if (model.expert_tensor_parallel_size or 1) > 1:
+    if (model.expert_tensor_parallel_size or 1) > model.tensor_model_parallel_size:
         yield (
-            "specialization does not support experts that are split over tensor-parallel ranks yet "
-            f"(--expert-tensor-parallel-size is {model.expert_tensor_parallel_size}; set it to 1)"
+            "specialization needs experts to be split over ranks that share their tokens: "
+            f"--expert-tensor-parallel-size {model.expert_tensor_parallel_size} is larger than "
+            f"--tensor-model-parallel-size {model.tensor_model_parallel_size}"
         )
     if getattr(model, "fp8", None) or getattr(model, "fp4", None):
         yield "specialization does not support quantized experts yet (remove --fp8-format / --fp4-format)"

@@ -40,6 +40,11 @@ def token_group(moe_layer: nn.Module):
     return moe_layer.router.tp_cp_group
 
 
+def column_group(dispatcher):
+    """The ranks over which the columns of an expert's activations are divided: expert tensor parallel."""
+    return dispatcher.tp_group
+
+
 def expert_down_projections(moe_layer: nn.Module) -> list[nn.Module]:
     """The modules whose input is z: one ``linear_fc2`` for all local experts, or one for each.
 

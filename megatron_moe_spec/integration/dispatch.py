@@ -1,6 +1,8 @@
 """Which permuted row belongs to which rank's tokens, read off a token dispatcher while its layer runs.
 
-Suffixes: T tokens of this rank, G tokens of all ranks, E experts, L local experts, R ranks.
+A home is an expert-parallel rank, together with its expert-tensor-parallel peers: these share their tokens' rows.
+Suffixes: T tokens of this home, G tokens of all homes, E experts, L local experts, R expert-parallel ranks, S
+expert-tensor-parallel ranks, P rows.
 """
 
 from typing import Optional
@@ -8,49 +10,69 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from megatron_moe_spec.parallel.collectives import gathered
 from megatron_moe_spec.parallel.rows import RowExchange
 
 
-def row_exchange(dispatcher, routing_map_TE: Tensor, num_rows: int) -> Optional[RowExchange]:
-    """The exchange between rows of this rank's experts and its tokens; None where each rank has all experts.
+def row_exchange(dispatcher, dispatched_TE: Tensor, num_rows: int) -> Optional[RowExchange]:
+    """The exchange between the rows of this rank's experts and their homes; None where each rank has all experts.
 
     Call it between dispatch and combine: the next micro-batch overwrites the dispatcher's attributes.
 
     Args:
-        dispatcher: MoEAlltoAllTokenDispatcher or MoEAllGatherTokenDispatcher, expert tensor parallel size 1.
-        routing_map_TE: bool, what the router gave it.
+        dispatcher: MoEAlltoAllTokenDispatcher or MoEAllGatherTokenDispatcher.
+        dispatched_TE: bool, the routing map of this home's tokens.
         num_rows: rows of this rank's experts.
     """
     if dispatcher.ep_size == 1:
         return None
     if dispatcher.config.moe_token_dispatcher_type == "allgather":
-        return _of_allgather(dispatcher, routing_map_TE, num_rows)
+        return _of_allgather(dispatcher, dispatched_TE, num_rows)
+    if dispatcher.tp_size > 1:
+        return _of_alltoall_and_gather(dispatcher, dispatched_TE, num_rows)
     return _of_alltoall(dispatcher, num_rows)
 
 
 def _of_alltoall(dispatcher, num_rows: int) -> RowExchange:
-    # Rows lie by (local expert, source rank, token) and were received by (source rank, local expert, token).
+    # Rows lie by (local expert, home, token) and were received by (home, local expert, token).
     ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
     order = None
     if local > 1:
         rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
-        source_LR = torch.arange(ranks, device=rows_RL.device).repeat(local)
-        source_P = source_LR.repeat_interleave(rows_RL.T.reshape(-1), output_size=num_rows)
-        order = source_P.argsort(stable=True).to(dispatcher.probs.device)
+        order = _by_home(rows_RL.T, num_rows).to(dispatcher.probs.device)
     rows_for, rows_from = dispatcher.output_splits, dispatcher.input_splits
     if rows_for is None:  # every expert is padded to its capacity
         rows_for = rows_from = [num_rows // ranks] * ranks
     return RowExchange(order, rows_for, rows_from, dispatcher.ep_group)
 
 
-def _of_allgather(dispatcher, routing_map_TE: Tensor, num_rows: int) -> RowExchange:
-    # Rows lie by (local expert, global token); rank r of the group holds the r-th T of the global tokens.
+def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> RowExchange:
+    # Rows lie by (local expert, tensor-parallel rank, home, token). The dispatcher keeps the counts only where it
+    # needs them: one all-gather of E numbers, and one host synchronisation.
+    ranks, peers, local = dispatcher.ep_size, dispatcher.tp_size, dispatcher.num_local_experts
+    own_E = dispatched_TE.unflatten(0, (peers, -1))[dispatcher.tp_rank].sum(dim=0)
+    rows_RSRL = gathered(own_E, dispatcher.tp_ep_group).view(ranks, peers, ranks, local)
+    here_RSL = rows_RSRL[:, :, dispatcher.ep_rank]
+    order = _by_home(here_RSL.permute(2, 1, 0), num_rows)
+    rows_for = here_RSL.sum(dim=(1, 2)).tolist()
+    rows_from = rows_RSRL[dispatcher.ep_rank].sum(dim=(0, 2)).tolist()
+    return RowExchange(order, rows_for, rows_from, dispatcher.ep_group)
+
+
+def _of_allgather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> RowExchange:
+    # Rows lie by (local expert, global token); home r has the r-th T of the global tokens.
     local_map_GL = dispatcher.local_map
-    ranks, num_tokens = dispatcher.ep_size, routing_map_TE.shape[0]
+    ranks, num_tokens = dispatcher.ep_size, len(dispatched_TE)
     flat = local_map_GL.T.reshape(-1).to(torch.uint8)
-    token_P = flat.argsort(descending=True, stable=True)[:num_rows] % local_map_GL.shape[0]
+    token_P = flat.argsort(descending=True, stable=True)[:num_rows] % len(local_map_GL)
     order = (token_P // num_tokens).argsort(stable=True)
     # The dispatcher itself synchronises with the host for its counts.
     rows_for = local_map_GL.view(ranks, -1).sum(dim=1).tolist()
-    rows_from = routing_map_TE.view(num_tokens, ranks, -1).sum(dim=(0, 2)).tolist()
-    return RowExchange(order, rows_for, rows_from, dispatcher.tp_ep_group)
+    rows_from = dispatched_TE.view(num_tokens, ranks, -1).sum(dim=(0, 2)).tolist()
+    return RowExchange(order, rows_for, rows_from, dispatcher.ep_group)
+
+
+def _by_home(rows: Tensor, num_rows: int) -> Tensor:
+    """[P] order by home of rows that lie in blocks; ``rows`` [..., R]: how many in each block, homes last."""
+    homes = torch.arange(rows.shape[-1], device=rows.device).expand(rows.shape).reshape(-1)
+    return homes.repeat_interleave(rows.reshape(-1), output_size=num_rows).argsort(stable=True)

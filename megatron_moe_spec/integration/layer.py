@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration import coupling
-from megatron_moe_spec.integration.compat import expert_down_projections, token_group
+from megatron_moe_spec.integration.compat import column_group, expert_down_projections, token_group
 from megatron_moe_spec.integration.dispatch import row_exchange
 from megatron_moe_spec.integration.injection import add_gradient
 from megatron_moe_spec.integration.microbatch import MicroBatch, MicroBatchTracker
 from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.scaling import gradient_factor
-from megatron_moe_spec.integration.specialization import ExpertRows, expert_rows
+from megatron_moe_spec.integration.specialization import ExpertRows
+from megatron_moe_spec.losses.specialization import squared_cosine_sum
 
 
 class LayerTap:
@@ -35,7 +36,7 @@ class LayerTap:
         self._had_own_routing = "routing" in vars(self._router)
         self._router.routing = partial(_route, self)
         self._rows: Optional[ExpertRows] = None
-        self._routing_map = self._num_tokens = None
+        self._num_tokens = None
         projections = expert_down_projections(moe_layer)
         self._num_parts = len(projections)
         self._hooks = [
@@ -67,7 +68,6 @@ class LayerTap:
             self._observe(micro_batch, routing, values, padding_mask)
         if torch.is_grad_enabled() and self._recorder.wants_specialization:
             self._rows = self._expected_rows(micro_batch, routing, routing_map)
-            self._routing_map = routing_map
             self._num_tokens = routing.num_tokens
         return probs, routing_map
 
@@ -102,9 +102,11 @@ class LayerTap:
 
     def _expected_rows(self, micro_batch: MicroBatch, routing, routing_map: Tensor) -> ExpertRows:
         stride = self._recorder.config.specialization_token_stride
-        rows, valid = expert_rows(routing_map, routing.live_TE, self._config.moe_router_topk)
         tokens = slice((self._recorder.iteration + micro_batch.number) % stride, None, stride)
-        return ExpertRows(rows[tokens], valid[tokens], self._num_parts)
+        top_k = self._config.moe_router_topk
+        return ExpertRows(
+            routing_map, routing.live_TE, top_k, tokens, self._num_parts, column_group(self._dispatcher)
+        )
 
     def tap_activation(self, part: int, z: Tensor) -> Tensor:
         """Takes part of the layer's activations; returns what the down projection is to read instead."""
@@ -117,11 +119,10 @@ class LayerTap:
         mean = settings.specialization_token_stride / (self._num_tokens * k * (k - 1))
         with torch.no_grad():
             if rows.add(z):
-                rows.compare(row_exchange(self._dispatcher, self._routing_map, rows.num_rows))
-                self._recorder.record_cosines(
-                    self._index, rows.cosines_TKK, rows.valid_TK, rows.squared_cosine_sum() * mean
-                )
-                self._rows = self._routing_map = None
+                exchange = row_exchange(self._dispatcher, rows.dispatched_TE, rows.num_rows)
+                cosines, valid = rows.compare(exchange)
+                self._recorder.record_cosines(self._index, cosines, valid, squared_cosine_sum(cosines) * mean)
+                self._rows = None
         if not settings.specialization_loss_coeff:
             return z
         return add_gradient(z, partial(self._specialization_gradient, rows, part, mean, self._num_tokens))

@@ -3,22 +3,19 @@
 Suffixes: T tokens (every N-th with a token stride), E experts, K experts per token, F expert hidden size.
 """
 
+from functools import partial
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.specialization import (
-    pair_cosines,
-    squared_cosine_gradient,
-    squared_cosine_sum,
-    unit_vectors,
-)
+from megatron_moe_spec.losses.specialization import pair_cosines, squared_cosine_gradient, unit_vectors
+from megatron_moe_spec.parallel.collectives import gathered, largest, summed
 from megatron_moe_spec.parallel.rows import RowExchange
 
 
 def expert_rows(dispatched_TE: Tensor, live_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Where each of this rank's tokens has its vectors among their rows, ordered by (expert, token).
+    """Where each token has its vectors among the rows of these tokens, ordered by (expert, token).
 
     No host synchronisation.
 
@@ -41,18 +38,35 @@ class ExpertRows:
     Experts hand in their rows one after another (TEGroupedMLP: all at once). When all have, the cosines are
     computed; backward reads z again, recomputed by then where the layer recomputes its activation.
 
-    Under expert parallelism the rows come home to their tokens' rank: one all-to-all of z in forward; in backward
+    Expert parallelism: the rows come home to their tokens' rank, by one all-to-all of z in forward; in backward
     another of z, so that no copy of it is kept, and one of the gradients. Each moves every row once, in z's dtype.
 
+    Expert tensor parallelism: a rank has F / size columns of the rows of all the group's tokens. It sums products over
+    the group: three all-reduces in forward, of k, k and k x k numbers a token in fp32, and one gather of two bits
+    (bytes) per token and expert; none in backward.
+
     Attributes:
-        cosines_TKK: between each token's vectors; None until all rows are there.
-        valid_TK: bool, which vectors a token has.
+        dispatched_TE: bool, the routing map of all tokens whose rows this rank's experts share.
+
+    Args:
+        dispatched_TE, live_TE: of this rank's tokens, see ``expert_rows``.
+        top_k: experts per token.
+        tokens: which of the tokens to use.
+        num_parts: how many times rows are handed in.
+        column_group: ranks that the columns of z are divided over.
     """
 
-    def __init__(self, rows_TK: Tensor, valid_TK: Tensor, num_parts: int):
-        self._rows_TK = rows_TK
-        self.valid_TK = valid_TK
-        self.cosines_TKK = None
+    def __init__(
+        self, dispatched_TE: Tensor, live_TE: Tensor, top_k: int, tokens: slice, num_parts: int, column_group
+    ):
+        self._group = column_group
+        ranks = column_group.size()
+        self.dispatched_TE = gathered(dispatched_TE, column_group)
+        rows_TK, valid_TK = expert_rows(self.dispatched_TE, gathered(live_TE, column_group), top_k)
+        self._rows_TK, self._valid_TK = (x.unflatten(0, (ranks, -1))[:, tokens].flatten(0, 1) for x in (rows_TK, valid_TK))
+        own = len(self._rows_TK) // ranks
+        self._own = slice(column_group.rank() * own, (column_group.rank() + 1) * own)
+        self._cosines_TKK = self._inverse_lengths_TK = None
         self._num_parts = num_parts
         self._parts: list[Tensor] = []
         self._gradients: list[Tensor] = []
@@ -67,40 +81,52 @@ class ExpertRows:
     def num_rows(self) -> int:
         return sum(len(z) for z in self._parts)
 
-    def compare(self, exchange: Optional[RowExchange]) -> None:
-        """Computes the cosines, once all rows are there. ``exchange`` brings rows home; None: they are."""
-        self._exchange = exchange
-        self.cosines_TKK = pair_cosines(self._units(self._rows())[0])
+    def compare(self, exchange: Optional[RowExchange]) -> tuple[Tensor, Tensor]:
+        """Computes the cosines, once all rows are there. ``exchange`` brings rows home; None: they are.
 
-    def squared_cosine_sum(self) -> Tensor:
-        return squared_cosine_sum(self.cosines_TKK)
+        Returns:
+            Cosines [T, K, K] between the vectors of each of this rank's tokens, and which there are, bool [T, K].
+        """
+        self._exchange = exchange
+        units_TKF, self._inverse_lengths_TK = unit_vectors(
+            self._vectors(self._rows()),
+            self._valid_TK,
+            maximum=partial(largest, group=self._group),
+            total=partial(summed, group=self._group),
+        )
+        self._cosines_TKK = summed(pair_cosines(units_TKF), self._group)
+        return self._cosines_TKK[self._own], self._valid_TK[self._own]
 
     def gradient(self, part: int, weight) -> Tensor:
         """Gradient of weight * ``squared_cosine_sum`` for the rows of one part; each part asks once."""
         if not self._gradients:
-            z_PF = self._rows()
-            gradient_TKF = squared_cosine_gradient(*self._units(z_PF), self.cosines_TKK) * weight
-            gradient_PF = gradient_TKF.new_zeros(z_PF.shape)
-            if len(gradient_PF):
-                # Vectors that are not there add their zero gradient to row 0; every other row has one token.
-                gradient_PF.index_add_(0, self._rows_TK.reshape(-1), gradient_TKF.flatten(0, 1))
-            if self._exchange is not None:
-                gradient_PF = self._exchange.to_experts(gradient_PF.to(z_PF.dtype))
-            self._gradients = list(gradient_PF.split([len(z) for z in self._parts]))
+            self._gradients = list(self._all_gradients(weight).split([len(z) for z in self._parts]))
         gradient, self._gradients[part] = self._gradients[part], None
         self._num_parts -= 1
         if not self._num_parts:
             self._parts = []
         return gradient
 
+    def _all_gradients(self, weight) -> Tensor:
+        z_PF = self._rows()
+        inverse_TK = self._inverse_lengths_TK
+        units_TKF = self._vectors(z_PF).to(inverse_TK.dtype) * inverse_TK.unsqueeze(-1)
+        gradient_TKF = squared_cosine_gradient(units_TKF, inverse_TK, self._cosines_TKK) * weight
+        gradient_PF = gradient_TKF.new_zeros(z_PF.shape)
+        if len(gradient_PF):
+            # Vectors that are not there add their zero gradient to row 0; every other row has one token.
+            gradient_PF.index_add_(0, self._rows_TK.reshape(-1), gradient_TKF.flatten(0, 1))
+        if self._exchange is None:
+            return gradient_PF
+        return self._exchange.to_experts(gradient_PF.to(z_PF.dtype))
+
     def _rows(self) -> Tensor:
-        """The rows of this rank's tokens."""
+        """[P, F] the rows of the group's tokens."""
         z_PF = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
         return z_PF if self._exchange is None else self._exchange.to_home(z_PF)
 
-    def _units(self, z_PF: Tensor) -> tuple[Tensor, Tensor]:
+    def _vectors(self, z_PF: Tensor) -> Tensor:
+        """[T, K, F] each token's rows; any row where a token has none."""
         if len(z_PF):
-            z_TKF = z_PF[self._rows_TK]
-        else:
-            z_TKF = z_PF.new_zeros(*self._rows_TK.shape, z_PF.shape[-1])
-        return unit_vectors(z_TKF, self.valid_TK)
+            return z_PF[self._rows_TK]
+        return z_PF.new_zeros(*self._rows_TK.shape, z_PF.shape[-1])

@@ -1,6 +1,6 @@
 """Intra-layer specialization loss (arXiv 2602.14159, Eq. 5): experts that share a token should differ on it."""
 
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from torch import Tensor
@@ -36,7 +36,12 @@ def specialization_loss(z: Tensor, valid: Optional[Tensor] = None) -> Tensor:
     return squared_cosine_sum(pair_cosines(unit_vectors(z, valid)[0])) / (max(num_tokens, 1) * k * (k - 1))
 
 
-def unit_vectors(z: Tensor, valid: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+def unit_vectors(
+    z: Tensor,
+    valid: Optional[Tensor] = None,
+    maximum: Callable[[Tensor], Tensor] = lambda x: x,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> tuple[Tensor, Tensor]:
     """Directions and inverse lengths of z, in the accumulation dtype; 0 for zero and for invalid vectors.
 
     Dividing by the largest component first keeps the squares of very small and very large vectors in range.
@@ -44,6 +49,7 @@ def unit_vectors(z: Tensor, valid: Optional[Tensor] = None) -> tuple[Tensor, Ten
     Args:
         z: [T, k, F].
         valid: [T, k] bool or None.
+        maximum, total: where the F components are divided over ranks, reductions over these.
 
     Returns:
         Unit vectors [T, k, F] and 1 / |z| [T, k].
@@ -52,10 +58,11 @@ def unit_vectors(z: Tensor, valid: Optional[Tensor] = None) -> tuple[Tensor, Ten
     if valid is not None:
         z = z.masked_fill(~valid.unsqueeze(-1), 0.0)
     largest = z.detach().abs().amax(dim=-1, keepdim=True) if z.shape[-1] else z.new_zeros(*z.shape[:-1], 1)
+    largest = maximum(largest)
     is_zero = largest == 0
     scaled = z / largest.masked_fill(is_zero, 1.0)
     # A zero vector gets length 1 before the root, whose gradient at 0 is infinite.
-    length = scaled.square().sum(dim=-1, keepdim=True).masked_fill(is_zero, 1.0).sqrt()
+    length = total(scaled.square().sum(dim=-1, keepdim=True)).masked_fill(is_zero, 1.0).sqrt()
     inverse_length = (1.0 / length / largest.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
     return scaled / length, inverse_length.squeeze(-1)
 

@@ -43,6 +43,13 @@ class SpecConfig:
         "micro-batch, the probability of each expert's top-k successors.",
         choices=("mass", "pathway"),
     )
+    coupling_across_stages: str = _setting(
+        "exact",
+        "--moe-coupling-across-stages",
+        "Pairs of adjacent MoE layers in different pipeline stages. exact: their loss counts; what it needs travels "
+        "with the hidden states and their gradient. drop: their loss is left out.",
+        choices=("exact", "drop"),
+    )
     kernels: str = _setting(
         "auto",
         "--moe-spec-kernels",

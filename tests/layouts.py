@@ -49,17 +49,19 @@ def draw_weights(model) -> None:
             weight.copy_((1.0 if "norm" in key else whole[place].reshape(weight.shape) * scale))
 
 
-def whole_gradients(model, gradients: dict) -> dict:
+def whole_gradients(chunks: list, gradients: list[dict]) -> dict:
     """Every parameter's gradient, put together from all ranks' main replicas; on rank 0."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, gradient in gradients.items():
-            parameters[name].copy_(gradient)
-    parts = [
-        (key, x.detach().clone(), shape, place)
-        for key, x, shape, place, main in shards(model)
-        if main and "expert_bias" not in key
-    ]
+    parts = []
+    for chunk, found in zip(chunks, gradients, strict=True):
+        parameters = dict(chunk.named_parameters())
+        with torch.no_grad():
+            for name, gradient in found.items():
+                parameters[name].copy_(gradient)
+        parts += [
+            (key, x.detach().clone(), shape, place)
+            for key, x, shape, place, main in shards(chunk)
+            if main and "expert_bias" not in key
+        ]
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, parts)
     whole = {}
@@ -76,15 +78,22 @@ def run(sizes: dict, case: dict) -> dict:
 
     from megatron_moe_spec import SpecConfig, attach
 
-    model = megatron_models.build_model(
-        sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1, **sizes, **case["model"]
+    settings = dict(sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1, num_layers=4, **sizes)
+    settings.update(case["model"])
+    if case["bf16"]:
+        settings.update(bf16=True, params_dtype=torch.bfloat16)
+    chunks = (
+        megatron_models.build_chunks(**settings)
+        if "pipeline_model_parallel_size" in sizes
+        else [megatron_models.build_model(**settings)]
     )
-    draw_weights(model)
-    handle = attach(model, SpecConfig(**case["config"]))
+    for chunk in chunks:
+        draw_weights(chunk)
+    handle = attach(chunks, SpecConfig(**case["config"]))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = megatron_models.micro_batches(GLOBAL_BATCH, padding=case["padding"])[rank::size]
-    gradients = megatron_models.train_step(model, batches, main_loss_weight=1.0)
-    return {"gradients": whole_gradients(model, gradients), "metrics": handle.metrics()}
+    gradients = megatron_models.train_chunks(chunks, batches, main_loss_weight=1.0)
+    return {"gradients": whole_gradients(chunks, gradients), "metrics": handle.metrics()}
 
 
 def main(job: str, output: str) -> None:

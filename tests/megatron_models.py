@@ -21,6 +21,30 @@ VOCABULARY, SEQUENCE, MICRO_BATCH = 64, 12, 2
 
 def build_model(seed: int = 0, **settings) -> GPTModel:
     """A GPT with MoE layers; ``settings`` override TransformerConfig's fields."""
+    return _build_gpt(transformer_config(**settings), seed)
+
+
+def build_chunks(**settings) -> list[GPTModel]:
+    """The same as this rank's chunks of a pipeline, without and with virtual stages."""
+    stages, chunks = settings["pipeline_model_parallel_size"], settings.get("virtual_pipeline_model_parallel_size")
+    # On gloo, messages of interleaved schedules are told apart only without batching.
+    interleaved = dict(overlap_p2p_comm=True, batch_p2p_comm=False) if chunks else {}
+    dtype = settings.get("params_dtype", torch.float32)
+    config = transformer_config(pipeline_dtype=dtype, **interleaved, **settings)
+    rank = parallel_state.get_pipeline_model_parallel_rank()
+    return [
+        _build_gpt(
+            config,
+            0,
+            pre_process=rank == 0 and chunk == 0,
+            post_process=rank == stages - 1 and chunk == (chunks or 1) - 1,
+            **(dict(vp_stage=chunk) if chunks else {}),
+        )
+        for chunk in range(chunks or 1)
+    ]
+
+
+def transformer_config(**settings) -> TransformerConfig:
     fields = dict(
         num_layers=3,
         hidden_size=16,
@@ -43,8 +67,13 @@ def build_model(seed: int = 0, **settings) -> GPTModel:
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
     )
-    config = TransformerConfig(**{**fields, **settings})
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
+    return TransformerConfig(**{**fields, **settings})
+
+
+def _build_gpt(config: TransformerConfig, seed: int, **stage) -> GPTModel:
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage.get("vp_stage")
+    )
     model = GPTModel(
         config,
         spec,
@@ -52,6 +81,7 @@ def build_model(seed: int = 0, **settings) -> GPTModel:
         max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=False,
+        **stage,
     )
     return _set_weights(model, seed)
 
@@ -135,6 +165,13 @@ def on_this_rank(x: torch.Tensor) -> torch.Tensor:
 
 
 def train_step(model: GPTModel, batches: list[dict], main_loss_weight: float = 0.0, scale=None) -> dict:
+    """``train_chunks`` of a model in one piece."""
+    return train_chunks([model], batches, main_loss_weight, scale)[0]
+
+
+def train_chunks(
+    chunks: list[GPTModel], batches: list[dict], main_loss_weight: float = 0.0, scale=None
+) -> list[dict]:
     """One forward and backward of all micro-batches by Megatron's schedule, under Megatron's DDP.
 
     Args:
@@ -142,12 +179,11 @@ def train_step(model: GPTModel, batches: list[dict], main_loss_weight: float = 0
         scale: factor of a mixed-precision gradient scaler, divided out of the result.
 
     Returns:
-        Gradient of every parameter that has one, by name.
+        For each chunk, the gradient of every parameter that has one, by name.
     """
-    config = model.config
-    wrapped = DistributedDataParallel(
-        config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False), model
-    )
+    config = chunks[0].config
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    wrapped = [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = (lambda loss: loss * scale) if scale else None
 
@@ -165,21 +201,25 @@ def train_step(model: GPTModel, batches: list[dict], main_loss_weight: float = 0
 
         return output, loss
 
-    wrapped.zero_grad_buffer()
+    for chunk in wrapped:
+        chunk.zero_grad_buffer()
     get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=wrapped,
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=wrapped if len(chunks) > 1 else wrapped[0],
         num_microbatches=len(batches),
         seq_length=SEQUENCE,
-        micro_batch_size=MICRO_BATCH,
+        micro_batch_size=len(batches[0]["tokens"]),
         forward_only=False,
     )
-    return {
-        name: weight.main_grad.detach().clone() / (scale or 1.0)
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
+    return [
+        {
+            name: weight.main_grad.detach().clone() / (scale or 1.0)
+            for name, weight in chunk.named_parameters()
+            if weight.requires_grad
+        }
+        for chunk in chunks
+    ]
 
 
 def initialize_one_rank(store: str) -> None:

@@ -15,8 +15,9 @@ SIGMOID = dict(
 )
 ODD = dict(num_moe_experts=12, moe_router_topk=3, moe_shared_expert_intermediate_size=16, **SIGMOID)
 
-TP, CP, EP, ETP = (
-    f"{name}_parallel_size" for name in ("tensor_model", "context", "expert_model", "expert_tensor")
+TP, CP, EP, ETP, PP, VPP = (
+    f"{name}_parallel_size"
+    for name in ("tensor_model", "context", "expert_model", "expert_tensor", "pipeline_model", "virtual_pipeline_model")
 )
 # name -> (number of processes, sizes of the parallel groups)
 LAYOUTS = {
@@ -27,7 +28,10 @@ LAYOUTS = {
     "TP2+SP, ETP2": (2, {TP: 2, ETP: 2}),
     "CP2": (2, {CP: 2}),
     "CP2+EP2": (2, {CP: 2, EP: 2}),
+    "PP2": (2, {PP: 2}),
+    "PP2+VPP2": (2, {PP: 2, VPP: 2}),
     "EP4": (4, {EP: 4}),
+    "PP2+EP2": (4, {PP: 2, EP: 2}),
     "TP2+SP, ETP2, EP2": (4, {TP: 2, ETP: 2, EP: 2}),
     "TP2+SP, ETP1, CP2, EP4": (4, {TP: 2, ETP: 1, CP: 2, EP: 4}),
 }
@@ -41,6 +45,8 @@ MODELS = {
     "per-token loss, padding": dict(model=dict(calculate_per_token_loss=True), padding=True),
     "pathway": dict(coupling_type="pathway"),
     "top-3 of 12, sigmoid with bias, shared expert": dict(model=ODD),
+    "dense layers at the stage boundary": dict(model=dict(moe_layer_freq=[1, 0, 0, 1])),
+    "no MoE layer in the first stage": dict(model=dict(moe_layer_freq=[0, 0, 1, 1])),
 }
 
 
@@ -51,7 +57,12 @@ def _case(properties: dict, coefficient: float) -> dict:
         coupling_type=properties.get("coupling_type", "mass"),
         metrics_interval=1,
     )
-    return dict(model=properties.get("model", {}), padding=properties.get("padding", False), config=config)
+    return dict(
+        model=properties.get("model", {}),
+        padding=properties.get("padding", False),
+        bf16=properties.get("bf16", False),
+        config=config,
+    )
 
 
 def _models(sizes: dict) -> list[str]:

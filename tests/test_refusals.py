@@ -23,6 +23,7 @@ COUPLING = SpecConfig(coupling_loss_coeff=1.0)
         ("coupling_type", "joint", "--moe-coupling-type"),
         ("specialization_token_stride", 0, "--moe-specialization-token-stride"),
         ("specialization_token_stride", 1.5, "--moe-specialization-token-stride"),
+        ("coupling_across_stages", "maybe", "--moe-coupling-across-stages"),
         ("kernels", "cuda", "--moe-spec-kernels"),
         ("metrics_interval", -1, "--moe-spec-metrics-interval"),
     ],
@@ -37,9 +38,18 @@ def test_flags_become_the_config():
     parser = add_moe_spec_args(argparse.ArgumentParser())
     args = parser.parse_args(
         "--moe-specialization-loss-coeff 2e-3 --moe-specialization-token-stride 4 --moe-coupling-loss-coeff 1e-3 "
-        "--moe-coupling-type pathway --moe-spec-kernels torch --moe-spec-metrics-interval 10".split()
+        "--moe-coupling-type pathway --moe-coupling-across-stages drop --moe-spec-kernels torch "
+        "--moe-spec-metrics-interval 10".split()
     )
-    assert spec_config_from_args(args) == SpecConfig(2e-3, 4, 1e-3, "pathway", "torch", 10)
+    assert spec_config_from_args(args) == SpecConfig(
+        specialization_loss_coeff=2e-3,
+        specialization_token_stride=4,
+        coupling_loss_coeff=1e-3,
+        coupling_type="pathway",
+        coupling_across_stages="drop",
+        kernels="torch",
+        metrics_interval=10,
+    )
     assert spec_config_from_args(parser.parse_args([])) == SpecConfig()
     assert spec_config_from_args(argparse.Namespace()) == SpecConfig()
 
@@ -79,7 +89,6 @@ def test_model_that_does_not_fit_is_refused(megatron, settings, config, flag):
         ("transformer_impl", "inference_optimized", "--transformer-impl"),
         ("fp8", "hybrid", "--fp8-format"),
         ("expert_tensor_parallel_size", 2, "--expert-tensor-parallel-size"),
-        ("pipeline_model_parallel_size", 2, "--pipeline-model-parallel-size"),
     ],
 )
 def test_unsupported_setting_is_refused(megatron, field, value, flag):

@@ -6,9 +6,10 @@ from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.checks import check_supported
-from megatron_moe_spec.integration.compat import moe_layers, require_megatron, token_group
+from megatron_moe_spec.integration.compat import model_config, moe_layers, require_megatron, token_group
 from megatron_moe_spec.integration.layer import LayerTap
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
+from megatron_moe_spec.integration.pipeline import Stages, carries_of_chunks
 from megatron_moe_spec.integration.recorder import Recorder
 
 _MARK = "_megatron_moe_spec_handle"
@@ -20,9 +21,12 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig) -> 
     The forward pass stays bitwise the same; no parameter, buffer or state-dict key is added. With all coefficients
     0 and no metrics nothing is hooked.
 
+    With pipeline parallelism it is a collective over the pipeline group: call it on every rank.
+
     Args:
-        model: the module that is called for each micro-batch, or the list of model chunks that Megatron's
-            ``get_model`` returns; before or after the DDP wrap. GPT, hybrid or any other model with MoELayers.
+        model: the module that is called for each micro-batch, or the list of all model chunks of this rank that
+            Megatron's ``get_model`` returns; before or after the DDP wrap. GPT, hybrid or any other model with
+            MoELayers.
         config: which losses, how strongly.
 
     Returns:
@@ -34,29 +38,36 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig) -> 
         RuntimeError: the model has the losses already.
     """
     if not config.enabled:
-        return SpecHandle(config, [])
+        return SpecHandle(config, [], Stages([], [], 0))
     require_megatron()
     chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
     layers_of_chunks = [[layer for _, layer in moe_layers(chunk)] for chunk in chunks]
     layers = [layer for chunk in layers_of_chunks for layer in chunk]
     if any(hasattr(layer, _MARK) for layer in layers):
         raise RuntimeError("the losses are attached to this model already: call detach() on the first handle")
-    check_supported(layers, config)
-    return SpecHandle(config, list(zip(chunks, layers_of_chunks)))
+    model_settings = model_config(chunks)
+    stages = Stages.of_model(chunks, [len(layers) for layers in layers_of_chunks], model_settings)
+    check_supported(model_settings, layers, stages, config)
+    return SpecHandle(config, list(zip(chunks, layers_of_chunks)), stages)
 
 
 class SpecHandle:
     """The losses on one model, from ``attach``."""
 
-    def __init__(self, config: SpecConfig, chunks: list[tuple[nn.Module, list[nn.Module]]]):
+    def __init__(
+        self, config: SpecConfig, chunks: list[tuple[nn.Module, list[nn.Module]]], stages: Stages
+    ):
         self.config = config
         self._layers = [layer for _, layers in chunks for layer in layers]
         num_shares = token_group(self._layers[0]).size() if self._layers else 1
-        self.recorder = Recorder(config, [layer.config.num_moe_experts for layer in self._layers], num_shares)
-        self._trackers = [MicroBatchTracker(chunk, len(layers)) for chunk, layers in chunks]
+        self.recorder = Recorder(config, [stages.num_experts] * sum(stages.num_layers), num_shares)
+        self._carries = carries_of_chunks([chunk for chunk, _ in chunks], stages, config)
+        self._trackers = [
+            MicroBatchTracker(chunk, len(layers), carry) for (chunk, layers), carry in zip(chunks, self._carries)
+        ]
         self._taps = [
-            LayerTap(index, layer, tracker, self.recorder)
-            for tracker, (_, layers) in zip(self._trackers, chunks)
+            LayerTap(index, first + index, layer, tracker, self.recorder)
+            for tracker, (_, layers), first in zip(self._trackers, chunks, stages.first_layers)
             for index, layer in enumerate(layers)
         ]
         for layer in self._layers:
@@ -95,6 +106,9 @@ class SpecHandle:
         for tracker in self._trackers:
             for hook in tracker.hooks:
                 hook.remove()
+        for carry in self._carries:
+            if carry is not None:
+                carry.detach()
         for layer in self._layers:
             delattr(layer, _MARK)
-        self._taps, self._trackers, self._layers = [], [], []
+        self._taps, self._trackers, self._carries, self._layers = [], [], [], []

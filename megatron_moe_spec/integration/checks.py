@@ -4,23 +4,27 @@ from typing import Iterator
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat import expert_down_projections, graphed_modules
+from megatron_moe_spec.integration.pipeline import Stages
 
-def check_supported(moe_layers: list, config: SpecConfig) -> None:
+
+def check_supported(model, moe_layers: list, stages: Stages, config: SpecConfig) -> None:
     """Raises ValueError that lists everything about the model that is not supported, with its remedy.
 
     Args:
-        moe_layers: every MoE layer of the model, MTP layers left out.
+        model: the model's TransformerConfig.
+        moe_layers: every MoE layer of this rank's model chunks, MTP layers left out.
+        stages: those of all pipeline stages.
+        config: the losses.
     """
-    problems = list(_problems(moe_layers, config))
+    problems = list(_problems(model, moe_layers, stages, config))
     if problems:
         raise ValueError("the MoE specialization losses cannot be attached: " + "; ".join(problems))
 
 
-def _problems(moe_layers: list, config: SpecConfig) -> Iterator[str]:
-    if not moe_layers:
+def _problems(model, moe_layers: list, stages: Stages, config: SpecConfig) -> Iterator[str]:
+    if not any(stages.num_layers):
         yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
         return
-    model = moe_layers[0].config
     wants_activations = config.specialization_loss_coeff > 0 or config.metrics_interval > 0
     if config.kernels == "triton":
         yield "--moe-spec-kernels triton is not available in this version (use auto or torch)"
@@ -30,16 +34,19 @@ def _problems(moe_layers: list, config: SpecConfig) -> Iterator[str]:
             f"(--moe-router-topk is {model.moe_router_topk}; set it to 2 or more, "
             "or --moe-specialization-loss-coeff and --moe-spec-metrics-interval to 0)"
         )
-    if config.coupling_loss_coeff > 0 and len(moe_layers) < 2:
-        yield "coupling needs two MoE layers, the model has one (set --moe-coupling-loss-coeff to 0)"
-    if model.pipeline_model_parallel_size > 1:
+    if config.coupling_loss_coeff > 0:
+        yield from _coupling_problems(stages, config)
+    if (
+        (config.coupling_loss_coeff > 0 or config.metrics_interval > 0)
+        and config.coupling_across_stages == "exact"
+        and getattr(model, "mtp_standalone", False)
+    ):
         yield (
-            f"--pipeline-model-parallel-size {model.pipeline_model_parallel_size} is not supported yet (set it to 1)"
+            "stages with MTP layers of their own send tensors of another shape "
+            "(set --moe-coupling-across-stages drop, or leave MTP layers in the last stage)"
         )
     if getattr(model, "overlap_moe_expert_parallel_comm", False):
         yield "the layers of two micro-batches are interleaved (remove --overlap-moe-expert-parallel-comm)"
-    if getattr(model, "moe_token_dispatcher_type", "allgather") == "flex":
-        yield "the flex dispatcher is not supported yet (set --moe-token-dispatcher-type alltoall)"
     if getattr(model, "transformer_impl", None) == "inference_optimized":
         yield "inference layers are not for training (set --transformer-impl transformer_engine)"
     graphed = graphed_modules(model)
@@ -52,6 +59,16 @@ def _problems(moe_layers: list, config: SpecConfig) -> Iterator[str]:
         yield from _activation_problems(moe_layers, model)
 
 
+def _coupling_problems(stages: Stages, config: SpecConfig) -> Iterator[str]:
+    if sum(stages.num_layers) < 2:
+        yield "coupling needs two MoE layers, the model has one (set --moe-coupling-loss-coeff to 0)"
+    elif config.coupling_across_stages == "drop" and max(stages.num_layers) < 2:
+        yield (
+            "no pipeline stage has two MoE layers, so no pair of layers is left for coupling "
+            "(set --moe-coupling-across-stages exact)"
+        )
+
+
 def _activation_problems(moe_layers: list, model) -> Iterator[str]:
     if getattr(model, "use_transformer_engine_op_fuser", False):
         yield "the fused experts never materialise their activations (remove --use-transformer-engine-op-fuser)"
@@ -59,6 +76,11 @@ def _activation_problems(moe_layers: list, model) -> Iterator[str]:
         yield (
             "the legacy GroupedMLP never materialises its activations "
             "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
+        )
+    if getattr(model, "moe_token_dispatcher_type", "allgather") == "flex":
+        yield (
+            "the flex dispatcher does not tell which token a row belongs to, which specialization needs "
+            "(set --moe-token-dispatcher-type alltoall)"
         )
     if (model.expert_tensor_parallel_size or 1) > model.tensor_model_parallel_size:
         yield (

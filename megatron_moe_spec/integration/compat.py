@@ -1,6 +1,7 @@
 """Everything that is known of Megatron's symbols and of how they differ between releases."""
 
-from typing import Iterator, Union
+import functools
+from typing import Callable, Iterator, Union
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,62 @@ def moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if isinstance(module, MoELayer) and "mtp" not in name.split("."):
             yield name, module
+
+
+def model_config(chunks: list[nn.Module]):
+    """The TransformerConfig of a model; None where nothing in it has one."""
+    stage = stage_module(chunks[0])
+    if hasattr(stage, "config"):
+        return stage.config
+    return next((layer.config for chunk in chunks for _, layer in moe_layers(chunk)), None)
+
+
+def stage_module(chunk: nn.Module) -> nn.Module:
+    """The model inside the wrappers (Float16Module, DDP) of a model chunk: what gets a pipeline stage's input."""
+    while not hasattr(chunk, "pre_process") and isinstance(getattr(chunk, "module", None), nn.Module):
+        chunk = chunk.module
+    return chunk
+
+
+def pipeline_group(chunk: nn.Module):
+    """The ranks of the pipeline stages."""
+    group = getattr(stage_module(chunk), "pp_group", None)
+    if group is None:
+        from megatron.core.parallel_state import get_pipeline_model_parallel_group
+
+        group = get_pipeline_model_parallel_group()
+    return group
+
+
+def change_received_shapes(config, change: Callable) -> Callable[[], None]:
+    """Has the stages of a model receive tensors of another shape from each other.
+
+    ``P2PCommunicator._communicate`` is where every schedule's tensors pass; schedules with variable sequence lengths
+    send shapes along and ask for none.
+
+    Args:
+        config: the model's; schedules are told by it.
+        change: shape and dtype -> shape.
+
+    Returns:
+        A function that undoes it.
+    """
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
+    changes = vars(P2PCommunicator._communicate).get("megatron_moe_spec_changes")
+    if changes is None:
+        original, changes = P2PCommunicator._communicate, {}
+
+        @functools.wraps(original)
+        def communicate(self, *, tensor_shape, **others):
+            if tensor_shape and id(self.config) in changes:
+                tensor_shape = changes[id(self.config)](tensor_shape, self.config.pipeline_dtype)
+            return original(self, tensor_shape=tensor_shape, **others)
+
+        communicate.megatron_moe_spec_changes = changes
+        P2PCommunicator._communicate = communicate
+    changes[id(config)] = change
+    return lambda: changes.pop(id(config), None)
 
 
 def token_group(moe_layer: nn.Module):

@@ -79,22 +79,31 @@ def pair_loss(kind: str, this: LayerRouting, following: LayerRouting, top_k: int
     return 1.0 / group.size() - (joint_EE * this.successors_EE).sum()
 
 
-def logits_gradient(
-    kind: str, layers: list[LayerRouting], index: int, logits: Tensor, score_function: str
-) -> Tensor:
-    """Gradient of the (at most two) pair losses of layer ``index`` with respect to its logits, in their shape."""
-    this = layers[index]
-    previous = layers[index - 1] if index > 0 else None
-    following = layers[index + 1] if index + 1 < len(layers) else None
-    scores_gradient_TE = 0.0
+def pull_of_previous(kind: str, previous: LayerRouting) -> Tensor:
+    """-T times the gradient of the loss of ``previous`` and this layer with respect to this layer's scores.
+
+    [T], the same for every dispatched expert (mass), or [T, E] (pathway).
+    """
     if kind == "mass":
-        neighbours_T = sum(other.message for other in (previous, following) if other is not None)
-        scores_gradient_TE = this.live_TE * neighbours_T.unsqueeze(-1)
-    else:
-        if previous is not None:
-            scores_gradient_TE = previous.message @ previous.successors_EE.to(previous.message.dtype)
-        if following is not None:
-            scores_gradient_TE += following.message @ this.successors_EE.T.to(following.message.dtype)
+        return previous.message
+    return previous.message @ previous.successors_EE.to(previous.message.dtype)
+
+
+def pull_of_following(kind: str, this: LayerRouting, following: LayerRouting) -> Tensor:
+    """The same for the loss of this layer and ``following``."""
+    if kind == "mass":
+        return following.message
+    return following.message @ this.successors_EE.T.to(following.message.dtype)
+
+
+def logits_gradient(kind: str, this: LayerRouting, pulls: list[Tensor], logits: Tensor, score_function: str) -> Tensor:
+    """Gradient of the (at most two) pair losses of a layer with respect to its logits, in their shape.
+
+    Args:
+        pulls: of the neighbours, see ``pull_of_previous``.
+    """
+    pull = sum(pulls)
+    scores_gradient_TE = this.live_TE * pull.unsqueeze(-1) if kind == "mass" else pull
     gradient_TE = normalized_scores_gradient(
         logits.reshape(-1, logits.shape[-1]), score_function, -scores_gradient_TE / this.num_tokens
     )

@@ -52,10 +52,11 @@ def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) ->
     ranks, peers, local = dispatcher.ep_size, dispatcher.tp_size, dispatcher.num_local_experts
     own_E = dispatched_TE.unflatten(0, (peers, -1))[dispatcher.tp_rank].sum(dim=0)
     rows_RSRL = gathered(own_E, dispatcher.tp_ep_group).view(ranks, peers, ranks, local)
-    here_RSL = rows_RSRL[:, :, dispatcher.ep_rank]
+    rank = dispatcher.ep_group.rank()
+    here_RSL = rows_RSRL[:, :, rank]
     order = _by_home(here_RSL.permute(2, 1, 0), num_rows)
     rows_for = here_RSL.sum(dim=(1, 2)).tolist()
-    rows_from = rows_RSRL[dispatcher.ep_rank].sum(dim=(0, 2)).tolist()
+    rows_from = rows_RSRL[rank].sum(dim=(0, 2)).tolist()
     return RowExchange(order, rows_for, rows_from, dispatcher.ep_group)
 
 

@@ -24,8 +24,11 @@ class LayerTap:
     checkpoint), what needs z where gradients flow (in the recomputation of a checkpoint).
     """
 
-    def __init__(self, index: int, moe_layer: nn.Module, tracker: MicroBatchTracker, recorder: Recorder):
+    def __init__(
+        self, index: int, number: int, moe_layer: nn.Module, tracker: MicroBatchTracker, recorder: Recorder
+    ):
         self._index = index
+        self._number = number
         self._tracker = tracker
         self._recorder = recorder
         self._config = moe_layer.config
@@ -73,32 +76,35 @@ class LayerTap:
 
     def _observe(self, micro_batch: MicroBatch, routing, logits: Tensor, padding_mask: Optional[Tensor]) -> None:
         if micro_batch.routing[self._index] is not None:
-            raise RuntimeError(f"MoE layer {self._index} ran twice in one forward of the attached model")
+            raise RuntimeError(f"MoE layer {self._number} ran twice in one forward of the attached model")
         micro_batch.routing[self._index] = routing
         if not self._recorder.wants_coupling:
             return
         kind = self._recorder.config.coupling_type
         scores = coupling.token_scores(logits, self._config.moe_router_score_function, padding_mask)
         routing.message = coupling.coupling_message(kind, scores, routing.live_TE)
-        self._recorder.record_routing(self._index, scores, routing.live_TE, routing.num_local_tokens)
-        previous = micro_batch.routing[self._index - 1] if self._index else None
+        self._recorder.record_routing(self._number, scores, routing.live_TE, routing.num_local_tokens)
+        previous = micro_batch.previous(self._index)
         if previous is not None:
             loss = coupling.pair_loss(
                 kind, previous, routing, self._config.moe_router_topk, self._token_group
             )
-            self._recorder.record_pair(self._index - 1, previous.live_TE, routing.live_TE, loss)
+            self._recorder.record_pair(self._number - 1, previous.live_TE, routing.live_TE, loss)
 
     def _coupling_gradient(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
         settings = self._recorder.config
-        gradient = coupling.logits_gradient(
-            settings.coupling_type,
-            micro_batch.routing,
-            self._index,
-            logits,
-            self._config.moe_router_score_function,
-        )
-        num_tokens = micro_batch.routing[self._index].num_tokens
-        return gradient * (settings.coupling_loss_coeff * gradient_factor(self._config, num_tokens))
+        kind, routing = settings.coupling_type, micro_batch.routing[self._index]
+        pulls = []
+        if (previous := micro_batch.previous(self._index)) is not None:
+            pulls.append(coupling.pull_of_previous(kind, previous))
+        if (following := micro_batch.following(self._index)) is not None:
+            pulls.append(coupling.pull_of_following(kind, routing, following))
+        elif micro_batch.pull_after is not None:
+            pulls.append(micro_batch.pull_after)
+        if not pulls:  # the only MoE layer of a stage, and pairs across stages are dropped
+            return torch.zeros_like(logits)
+        gradient = coupling.logits_gradient(kind, routing, pulls, logits, self._config.moe_router_score_function)
+        return gradient * (settings.coupling_loss_coeff * gradient_factor(self._config, routing.num_tokens))
 
     def _expected_rows(self, micro_batch: MicroBatch, routing, routing_map: Tensor) -> ExpertRows:
         stride = self._recorder.config.specialization_token_stride
@@ -121,7 +127,7 @@ class LayerTap:
             if rows.add(z):
                 exchange = row_exchange(self._dispatcher, rows.dispatched_TE, rows.num_rows)
                 cosines, valid = rows.compare(exchange)
-                self._recorder.record_cosines(self._index, cosines, valid, squared_cosine_sum(cosines) * mean)
+                self._recorder.record_cosines(self._number, cosines, valid, squared_cosine_sum(cosines) * mean)
                 self._rows = None
         if not settings.specialization_loss_coeff:
             return z

@@ -13,12 +13,23 @@ class MicroBatch:
 
     Attributes:
         number: counts the micro-batches of a training step from 0.
-        routing: per MoE layer, its ``LayerRouting``; None until the layer's router has run.
+        routing: per MoE layer of the chunk, its ``LayerRouting``; None until the layer's router has run.
+        before: that of the last MoE layer of the stages before; None if there is none, or it does not count.
+        pull_after: what the loss of this chunk's last MoE layer and the next stage's first asks of this chunk, known
+            once the gradient of the chunk's output is; None if there is no such loss.
     """
 
     def __init__(self, number: int, num_layers: int):
         self.number = number
         self.routing = [None] * num_layers
+        self.before = None
+        self.pull_after: Optional[Tensor] = None
+
+    def previous(self, layer: int):
+        return self.routing[layer - 1] if layer else self.before
+
+    def following(self, layer: int):
+        return self.routing[layer + 1] if layer + 1 < len(self.routing) else None
 
 
 class MicroBatchTracker:
@@ -28,10 +39,16 @@ class MicroBatchTracker:
     of an activation checkpoint; one that runs outside it with gradients is being recomputed in backward, for
     the oldest micro-batch whose recomputation it still owes (Megatron's schedules are first in, first out for
     each chunk). Evaluation and passes without gradients open nothing.
+
+    Args:
+        chunk: the module that is called for each micro-batch.
+        num_layers: its number of MoE layers.
+        carry: brings messages from and to other pipeline stages; None: no messages.
     """
 
-    def __init__(self, chunk: nn.Module, num_layers: int):
+    def __init__(self, chunk: nn.Module, num_layers: int, carry=None):
         self._num_layers = num_layers
+        self._carry = carry
         self._current: Optional[MicroBatch] = None
         self._owed = [deque() for _ in range(num_layers)]
         self.started = 0
@@ -44,13 +61,18 @@ class MicroBatchTracker:
         live = module.training and torch.is_grad_enabled()
         self._current = MicroBatch(self.started, self._num_layers) if live else None
         self.started += live
+        if self._carry is not None:
+            self._carry.open(self._current)
 
-    def _close(self, module, args, output) -> None:
+    def _close(self, module, args, output):
+        micro_batch, self._current = self._current, None
+        if self._carry is not None:
+            output = self._carry.pack(output, micro_batch)
         node = _gradient_node(output)
-        if node is not None and self._current is not None:
+        if node is not None and micro_batch is not None:
             # The layers' own references are weak, so that a micro-batch that never sees backward is forgotten.
-            node.metadata["megatron_moe_spec"] = self._current
-        self._current = None
+            node.metadata["megatron_moe_spec"] = micro_batch
+        return output
 
     def enter(self, layer: int, module: nn.Module) -> tuple[Optional[MicroBatch], bool]:
         """The micro-batch that a layer's router is called for (None: stay out), and whether it is recomputed.

@@ -102,5 +102,7 @@ class Recorder:
                 dist.all_reduce(layer.largest_cosine, op=dist.ReduceOp.MAX)
         return {
             "layers": [{"layer": i, **layer.summary()} for i, layer in enumerate(self._layers)],
-            "pairs": [{"layers": [i, i + 1], **pair.summary()} for i, pair in enumerate(self._pairs)],
+            "pairs": [
+                {"layers": [i, i + 1], **pair.summary()} for i, pair in enumerate(self._pairs) if pair.sums.any()
+            ],
         }

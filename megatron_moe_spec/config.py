@@ -27,8 +27,8 @@ class SpecConfig:
     specialization_token_stride: int = _setting(
         1,
         "--moe-specialization-token-stride",
-        "Compute the specialization loss on every N-th token only, starting at another token each "
-        "micro-batch. Unbiased; cuts its cost N-fold.",
+        "Compute the specialization loss on every N-th token of each rank only, starting at another token each "
+        "micro-batch and step. Unbiased; cuts its cost, and its traffic under expert parallelism, N-fold.",
     )
     coupling_loss_coeff: float = _setting(
         0.0,

@@ -92,8 +92,23 @@ def run(sizes: dict, case: dict) -> dict:
     handle = attach(chunks, SpecConfig(**case["config"]))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = megatron_models.micro_batches(GLOBAL_BATCH, padding=case["padding"])[rank::size]
-    gradients = megatron_models.train_chunks(chunks, batches, main_loss_weight=1.0)
-    return {"gradients": whole_gradients(chunks, gradients), "metrics": handle.metrics()}
+    # With a token stride, the mean over all of its starts.
+    steps = range(case["config"]["specialization_token_stride"])
+    gradients, metrics = [], []
+    for step in steps:
+        handle.start_after(step)
+        gradients.append(megatron_models.train_chunks(chunks, batches, main_loss_weight=0.1))
+        metrics.append(handle.metrics())
+    mean = [
+        {name: sum(step[chunk][name] for step in gradients) / len(steps) for name in gradients[0][chunk]}
+        for chunk in range(len(chunks))
+    ]
+    losses = {name: sum(m[name] for m in metrics) / len(steps) for name in metrics[0] if name != "diagnostics"}
+    return {
+        "gradients": whole_gradients(chunks, mean),
+        "losses": losses,
+        "diagnostics": metrics[0]["diagnostics"],
+    }
 
 
 def main(job: str, output: str) -> None:

@@ -14,6 +14,11 @@ from megatron_moe_spec.parallel.collectives import gathered
 from megatron_moe_spec.parallel.rows import RowExchange
 
 
+def exchanges_rows(dispatcher) -> bool:
+    """Whether a token's experts lie on several ranks."""
+    return dispatcher.ep_size > 1
+
+
 def row_exchange(dispatcher, dispatched_TE: Tensor, num_rows: int) -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their homes; None where each rank has all experts.
 
@@ -24,7 +29,7 @@ def row_exchange(dispatcher, dispatched_TE: Tensor, num_rows: int) -> Optional[R
         dispatched_TE: bool, the routing map of this home's tokens.
         num_rows: rows of this rank's experts.
     """
-    if dispatcher.ep_size == 1:
+    if not exchanges_rows(dispatcher):
         return None
     if dispatcher.config.moe_token_dispatcher_type == "allgather":
         return _of_allgather(dispatcher, dispatched_TE, num_rows)
@@ -43,7 +48,7 @@ def _of_alltoall(dispatcher, num_rows: int) -> RowExchange:
     rows_for, rows_from = dispatcher.output_splits, dispatcher.input_splits
     if rows_for is None:  # every expert is padded to its capacity
         rows_for = rows_from = [num_rows // ranks] * ranks
-    return RowExchange(order, rows_for, rows_from, dispatcher.ep_group)
+    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group)
 
 
 def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> RowExchange:
@@ -57,7 +62,7 @@ def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) ->
     order = _by_home(here_RSL.permute(2, 1, 0), num_rows)
     rows_for = here_RSL.sum(dim=(1, 2)).tolist()
     rows_from = rows_RSRL[rank].sum(dim=(0, 2)).tolist()
-    return RowExchange(order, rows_for, rows_from, dispatcher.ep_group)
+    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group)
 
 
 def _of_allgather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> RowExchange:
@@ -70,7 +75,7 @@ def _of_allgather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> RowExchan
     # The dispatcher itself synchronises with the host for its counts.
     rows_for = local_map_GL.view(ranks, -1).sum(dim=1).tolist()
     rows_from = dispatched_TE.view(num_tokens, ranks, -1).sum(dim=(0, 2)).tolist()
-    return RowExchange(order, rows_for, rows_from, dispatcher.ep_group)
+    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group)
 
 
 def _by_home(rows: Tensor, num_rows: int) -> Tensor:

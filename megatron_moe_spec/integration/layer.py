@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megatron_moe_spec.integration import coupling
 from megatron_moe_spec.integration.compat import column_group, expert_down_projections, token_group
-from megatron_moe_spec.integration.dispatch import row_exchange
+from megatron_moe_spec.integration.dispatch import exchanges_rows, row_exchange
 from megatron_moe_spec.integration.injection import add_gradient
 from megatron_moe_spec.integration.microbatch import MicroBatch, MicroBatchTracker
 from megatron_moe_spec.integration.recorder import Recorder
@@ -111,7 +111,13 @@ class LayerTap:
         tokens = slice((self._recorder.iteration + micro_batch.number) % stride, None, stride)
         top_k = self._config.moe_router_topk
         return ExpertRows(
-            routing_map, routing.live_TE, top_k, tokens, self._num_parts, column_group(self._dispatcher)
+            routing_map,
+            routing.live_TE,
+            top_k,
+            tokens,
+            self._num_parts,
+            column_group(self._dispatcher),
+            come_home=exchanges_rows(self._dispatcher),
         )
 
     def tap_activation(self, part: int, z: Tensor) -> Tensor:

@@ -39,7 +39,9 @@ class ExpertRows:
     computed; backward reads z again, recomputed by then where the layer recomputes its activation.
 
     Expert parallelism: the rows come home to their tokens' rank, by one all-to-all of z in forward; in backward
-    another of z, so that no copy of it is kept, and one of the gradients. Each moves every row once, in z's dtype.
+    another of z, so that no copy of it is kept, and one of the gradients. Each moves the rows of the used tokens once,
+    in z's dtype: k F / stride numbers a token. With a stride, an all-to-all of k bytes a token in forward tells the
+    experts' ranks which rows are used.
 
     Expert tensor parallelism: a rank has F / size columns of the rows of all the group's tokens. It sums products over
     the group: three all-reduces in forward, of k, k and k x k numbers a token in fp32, and one gather of two bits
@@ -54,16 +56,29 @@ class ExpertRows:
         tokens: which of the tokens to use.
         num_parts: how many times rows are handed in.
         column_group: ranks that the columns of z are divided over.
+        come_home: whether rows are exchanged with other ranks before they are compared.
     """
 
     def __init__(
-        self, dispatched_TE: Tensor, live_TE: Tensor, top_k: int, tokens: slice, num_parts: int, column_group
+        self,
+        dispatched_TE: Tensor,
+        live_TE: Tensor,
+        top_k: int,
+        tokens: slice,
+        num_parts: int,
+        column_group,
+        come_home: bool,
     ):
         self._group = column_group
+        self._tokens = tokens
         ranks = column_group.size()
         self.dispatched_TE = gathered(dispatched_TE, column_group)
-        rows_TK, valid_TK = expert_rows(self.dispatched_TE, gathered(live_TE, column_group), top_k)
-        self._rows_TK, self._valid_TK = (x.unflatten(0, (ranks, -1))[:, tokens].flatten(0, 1) for x in (rows_TK, valid_TK))
+        live_TE = gathered(live_TE, column_group)
+        if come_home:
+            used = expert_rows(self._used(self.dispatched_TE), self._used(live_TE), top_k)
+        else:
+            used = map(self._used, expert_rows(self.dispatched_TE, live_TE, top_k))
+        self._rows_TK, self._valid_TK = used
         own = len(self._rows_TK) // ranks
         self._own = slice(column_group.rank() * own, (column_group.rank() + 1) * own)
         self._cosines_TKK = self._inverse_lengths_TK = None
@@ -87,6 +102,8 @@ class ExpertRows:
         Returns:
             Cosines [T, K, K] between the vectors of each of this rank's tokens, and which there are, bool [T, K].
         """
+        if exchange is not None and self._tokens.step > 1:
+            exchange = exchange.part(self._used_rows())
         self._exchange = exchange
         units_TKF, self._inverse_lengths_TK = unit_vectors(
             self._vectors(self._rows()),
@@ -119,6 +136,16 @@ class ExpertRows:
         if self._exchange is None:
             return gradient_PF
         return self._exchange.to_experts(gradient_PF.to(z_PF.dtype))
+
+    def _used(self, x_T: Tensor) -> Tensor:
+        """Of [T, ...] for all tokens of the column group, that of the used tokens; a view but for the last step."""
+        return x_T.unflatten(0, (self._group.size(), -1))[:, self._tokens].flatten(0, 1)
+
+    def _used_rows(self) -> Tensor:
+        """Which rows, in the order of (expert, token), are a used token's, bool."""
+        used_T = torch.zeros_like(self.dispatched_TE[:, 0])
+        used_T.unflatten(0, (self._group.size(), -1))[:, self._tokens] = True
+        return used_T.expand(self.dispatched_TE.shape[::-1])[self.dispatched_TE.T]
 
     def _rows(self) -> Tensor:
         """[P, F] the rows of the group's tokens."""

@@ -89,6 +89,12 @@ class SpecConfig:
         return bool(self.trained_losses or self.metrics_interval)
 
     @property
+    def carries_messages(self) -> bool:
+        """Whether routing travels between pipeline stages."""
+        measured = self.coupling_loss_coeff > 0 or self.metrics_interval > 0
+        return measured and self.coupling_across_stages == "exact"
+
+    @property
     def trained_losses(self) -> tuple[str, ...]:
         """Log names of the losses with a coefficient."""
         return tuple(

@@ -84,7 +84,6 @@ def test_model_that_does_not_fit_is_refused(megatron, settings, config, flag):
         ("use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
         ("cuda_graph_impl", "transformer_engine", "--cuda-graph-impl"),
         ("enable_cuda_graph", True, "--cuda-graph-impl"),
-        ("overlap_moe_expert_parallel_comm", True, "--overlap-moe-expert-parallel-comm"),
         ("moe_token_dispatcher_type", "flex", "--moe-token-dispatcher-type"),
         ("transformer_impl", "inference_optimized", "--transformer-impl"),
         ("fp8", "hybrid", "--fp8-format"),

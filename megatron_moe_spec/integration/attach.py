@@ -97,15 +97,14 @@ class SpecHandle:
         """Sets the number of the last finished step, as on resuming from a checkpoint."""
         self.recorder.begin_after(iteration)
         for tracker in self._trackers:
-            tracker.started = 0
+            tracker.start_step()
 
     def detach(self) -> None:
         """Removes every hook; the model is as it was. A second call does nothing."""
         for tap in self._taps:
             tap.detach()
         for tracker in self._trackers:
-            for hook in tracker.hooks:
-                hook.remove()
+            tracker.detach()
         for carry in self._carries:
             if carry is not None:
                 carry.detach()

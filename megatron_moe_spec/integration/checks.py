@@ -36,17 +36,8 @@ def _problems(model, moe_layers: list, stages: Stages, config: SpecConfig) -> It
         )
     if config.coupling_loss_coeff > 0:
         yield from _coupling_problems(stages, config)
-    if (
-        (config.coupling_loss_coeff > 0 or config.metrics_interval > 0)
-        and config.coupling_across_stages == "exact"
-        and getattr(model, "mtp_standalone", False)
-    ):
-        yield (
-            "stages with MTP layers of their own send tensors of another shape "
-            "(set --moe-coupling-across-stages drop, or leave MTP layers in the last stage)"
-        )
-    if getattr(model, "overlap_moe_expert_parallel_comm", False):
-        yield "the layers of two micro-batches are interleaved (remove --overlap-moe-expert-parallel-comm)"
+    if config.carries_messages and len(stages.num_layers) > len(stages.own):
+        yield from _message_problems(model)
     if getattr(model, "transformer_impl", None) == "inference_optimized":
         yield "inference layers are not for training (set --transformer-impl transformer_engine)"
     graphed = graphed_modules(model)
@@ -66,6 +57,19 @@ def _coupling_problems(stages: Stages, config: SpecConfig) -> Iterator[str]:
         yield (
             "no pipeline stage has two MoE layers, so no pair of layers is left for coupling "
             "(set --moe-coupling-across-stages exact)"
+        )
+
+
+def _message_problems(model) -> Iterator[str]:
+    if getattr(model, "mtp_standalone", False):
+        yield (
+            "stages with MTP layers of their own send tensors of another shape "
+            "(set --moe-coupling-across-stages drop, or leave MTP layers in the last stage)"
+        )
+    if getattr(model, "overlap_moe_expert_parallel_comm", False):
+        yield (
+            "the schedule of --overlap-moe-expert-parallel-comm hands gradients past what carries the coupling of "
+            "layers in different pipeline stages (set --moe-coupling-across-stages drop)"
         )
 
 

@@ -2,10 +2,13 @@
 
 import weakref
 from collections import deque
+from functools import partial
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat import stage_module
 
 
 class MicroBatch:
@@ -40,6 +43,10 @@ class MicroBatchTracker:
     the oldest micro-batch whose recomputation it still owes (Megatron's schedules are first in, first out for
     each chunk). Evaluation and passes without gradients open nothing.
 
+    The schedule that overlaps a forward with another micro-batch's backward (``overlap_moe_expert_parallel_comm``)
+    calls no chunk's forward: it builds a plan of its layers' parts and runs them. Building one opens a micro-batch,
+    which is the current one until the next is built; layers are not recomputed then.
+
     Args:
         chunk: the module that is called for each micro-batch.
         num_layers: its number of MoE layers.
@@ -51,16 +58,31 @@ class MicroBatchTracker:
         self._carry = carry
         self._current: Optional[MicroBatch] = None
         self._owed = [deque() for _ in range(num_layers)]
-        self.started = 0
-        self.hooks = [
+        self._started = 0
+        self._hooks = [
             chunk.register_forward_pre_hook(self._open),
             chunk.register_forward_hook(self._close, always_call=True),
         ]
+        self._stage = stage_module(chunk)
+        self._build_plan = getattr(self._stage, "build_schedule_plan", None)
+        if self._build_plan is not None:
+            self._stage.build_schedule_plan = partial(_open_and_build_plan, self)
 
-    def _open(self, module, args) -> None:
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._build_plan is not None:
+            del self._stage.build_schedule_plan
+
+    def start_step(self) -> None:
+        """A training step begins."""
+        self._current = None
+        self._started = 0
+
+    def _open(self, module, args=()) -> None:
         live = module.training and torch.is_grad_enabled()
-        self._current = MicroBatch(self.started, self._num_layers) if live else None
-        self.started += live
+        self._current = MicroBatch(self._started, self._num_layers) if live else None
+        self._started += live
         if self._carry is not None:
             self._carry.open(self._current)
 
@@ -96,6 +118,12 @@ class MicroBatchTracker:
             "an MoE layer ran outside the forward of the model given to attach(): attach the module whose "
             "forward is called for each micro-batch"
         )
+
+
+def _open_and_build_plan(tracker: MicroBatchTracker, *args, **kwargs):
+    """Stands in for ``build_schedule_plan`` of a model."""
+    tracker._open(tracker._stage)
+    return tracker._build_plan(*args, **kwargs)
 
 
 def _gradient_node(output):

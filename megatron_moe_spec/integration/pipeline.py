@@ -204,8 +204,7 @@ class _Arrival:
 
 def carries_of_chunks(chunks: list[nn.Module], stages: Stages, config: SpecConfig) -> list[Optional[StageCarry]]:
     """One for each of this rank's chunks; None where nothing is to travel between stages."""
-    wanted = config.coupling_loss_coeff > 0 or config.metrics_interval > 0
-    if len(stages.num_layers) <= len(chunks) or not wanted or config.coupling_across_stages == "drop":
+    if len(stages.num_layers) <= len(chunks) or not config.carries_messages:
         return [None] * len(chunks)
     form = MessageForm(config.coupling_type, stages.num_experts, config.metrics_interval > 0)
     return [StageCarry(chunk, form, first > 0) for chunk, first in zip(chunks, stages.first_layers)]

@@ -24,3 +24,13 @@ def megatron(tmp_path_factory):
     import megatron_models
 
     megatron_models.initialize_one_rank(str(tmp_path_factory.mktemp("store") / "store"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The table of what the layout tests measured."""
+    reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]
+    rows = [value for r in reports for name, value in getattr(r, "user_properties", []) if name == "errors"]
+    if rows:
+        terminalreporter.section("relative error against one process")
+        for row in ("layout | model | losses | worst gradient | worst gradient without the losses", *rows):
+            terminalreporter.write_line(f"| {row} |")

@@ -34,7 +34,11 @@ class TorchGroupedLinear(torch.nn.Module):
             if config.perform_initialization:
                 with get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name()):
                     init_method(weight)
-            weight.allreduce = pg_collection.ep.size() == 1
+            # Whether data-parallel ranks hold the same weights, as for what is no expert's.
+            weight.allreduce = (
+                config.expert_model_parallel_size == 1
+                and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
+            )
             self.register_parameter(f"weight{i}", weight)
 
     def forward(self, x, m_splits):

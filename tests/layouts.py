@@ -82,16 +82,15 @@ def run(sizes: dict, case: dict) -> dict:
     settings.update(case["model"])
     if case["bf16"]:
         settings.update(bf16=True, params_dtype=torch.bfloat16)
-    chunks = (
-        megatron_models.build_chunks(**settings)
-        if "pipeline_model_parallel_size" in sizes
-        else [megatron_models.build_model(**settings)]
-    )
+    chunks = megatron_models.build_chunks(**settings)
     for chunk in chunks:
         draw_weights(chunk)
     handle = attach(chunks, SpecConfig(**case["config"]))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    batches = megatron_models.micro_batches(GLOBAL_BATCH, padding=case["padding"])[rank::size]
+    batches = megatron_models.micro_batches(GLOBAL_BATCH, padding=case["padding"])
+    if case["one_sequence"]:
+        batches = [{name: x[i : i + 1] for name, x in b.items()} for b in batches for i in range(len(b["tokens"]))]
+    batches = batches[rank::size]
     # With a token stride, the mean over all of its starts.
     steps = range(case["config"]["specialization_token_stride"])
     gradients, metrics = [], []

@@ -25,8 +25,9 @@ def build_model(seed: int = 0, **settings) -> GPTModel:
 
 
 def build_chunks(**settings) -> list[GPTModel]:
-    """The same as this rank's chunks of a pipeline, without and with virtual stages."""
-    stages, chunks = settings["pipeline_model_parallel_size"], settings.get("virtual_pipeline_model_parallel_size")
+    """The same as this rank's chunks of a pipeline of one or more stages, without and with virtual stages."""
+    stages = settings.get("pipeline_model_parallel_size", 1)
+    chunks = settings.get("virtual_pipeline_model_parallel_size")
     # On gloo, messages of interleaved schedules are told apart only without batching.
     interleaved = dict(overlap_p2p_comm=True, batch_p2p_comm=False) if chunks else {}
     dtype = settings.get("params_dtype", torch.float32)
@@ -146,8 +147,12 @@ def micro_batches(number: int, padding: bool = False, seed: int = 1) -> list[dic
     return batches
 
 
-def run_model(model, batch) -> torch.Tensor:
-    """Per-token loss [b, s] of next-byte prediction, on labels made from the tokens; s of this context-parallel rank."""
+def run_model(model, batch):
+    """Per-token loss [b, s] of next-byte prediction, on labels made from the tokens; s of this context-parallel rank.
+
+    Args:
+        model: the model, or its ``build_schedule_plan``.
+    """
     tokens = batch["tokens"]
     positions = torch.arange(SEQUENCE).expand_as(tokens)
     inputs = [on_this_rank(x) for x in (tokens, positions, tokens.roll(-1, 1))]
@@ -187,15 +192,15 @@ def train_chunks(
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = (lambda loss: loss * scale) if scale else None
 
-    def forward_step(iterator, module):
+    def forward_step(iterator, module, return_schedule_plan=False):
         batch = next(iterator)
-        output = run_model(module, batch)
-        mask = torch.ones_like(output, dtype=torch.bool)
-        if "padding_mask" in batch:
-            mask = ~on_this_rank(batch["padding_mask"])
-        num_tokens = mask.sum().int()
+        output = run_model(module.build_schedule_plan if return_schedule_plan else module, batch)
 
         def loss(losses):
+            mask = torch.ones_like(losses, dtype=torch.bool)
+            if "padding_mask" in batch:
+                mask = ~on_this_rank(batch["padding_mask"])
+            num_tokens = mask.sum().int()
             total = (losses * mask).sum() * main_loss_weight
             return total, num_tokens, {"lm": torch.stack([total.detach(), num_tokens.float()])}
 

@@ -26,12 +26,12 @@ MODEL = """
 LOSSES = ["--moe-specialization-loss-coeff", "2e-2", "--moe-coupling-loss-coeff", "1e-2"]
 
 
-def _launch(*flags, processes=1) -> str:
+def launch(*flags, processes=1) -> str:
     launcher = ["-m", "megatron_moe_spec.launch", "--cpu", ROOT / "examples" / "pretrain_gpt.py"]
     return torchrun(processes, *launcher, *MODEL, *flags)
 
 
-def _scalars(folder) -> dict[str, dict[int, float]]:
+def scalars(folder) -> dict[str, dict[int, float]]:
     """Everything in a folder's TensorBoard files but what depends on the clock: name -> iteration -> value.
 
     The console's line would not do: Megatron's second one averages the first two iterations.
@@ -54,7 +54,7 @@ def runs(tmp_path_factory):
 
     def run(name, *flags):
         save = ["--save", folder / name, "--save-interval", 2, "--tensorboard-dir", folder / name]
-        return _launch("--train-iters", 4, *save, *flags)
+        return launch("--train-iters", 4, *save, *flags)
 
     outputs = {
         "plain": run("plain"),
@@ -71,7 +71,7 @@ def _weights(folder, iteration) -> dict:
 
 def test_first_forward_is_the_same_with_the_losses(runs):
     folder, _ = runs
-    plain, losses = _scalars(folder / "plain"), _scalars(folder / "losses")
+    plain, losses = scalars(folder / "plain"), scalars(folder / "losses")
     for name in ("lm loss", "load_balancing_loss"):
         assert losses[name][1] == plain[name][1]
     assert losses["grad-norm"][1] != plain["grad-norm"][1]
@@ -79,7 +79,7 @@ def test_first_forward_is_the_same_with_the_losses(runs):
 
 def test_zero_coefficients_give_a_bitwise_equal_run(runs):
     folder, _ = runs
-    assert _scalars(folder / "zero") == _scalars(folder / "plain")
+    assert scalars(folder / "zero") == scalars(folder / "plain")
     plain, zero = _weights(folder / "plain", 4), _weights(folder / "zero", 4)
     assert plain.keys() == zero.keys()
     tensors = [key for key, value in plain.items() if torch.is_tensor(value)]
@@ -95,13 +95,13 @@ def test_state_dict_keys_do_not_change(runs):
 
 def test_losses_are_in_the_console_and_in_tensorboard(runs):
     folder, outputs = runs
-    scalars = _scalars(folder / "losses")
+    scalars = scalars(folder / "losses")
     for name in ("specialization_loss", "coupling_loss"):
         assert list(scalars[name]) == [1, 2, 3, 4]
         (first,) = re.findall(rf"iteration +1/.* {name}: (\S+)", outputs["losses"])
         assert float(first) == pytest.approx(scalars[name][1], rel=1e-5)
         assert len(re.findall(rf"iteration +\d/.* {name}: ", outputs["losses"])) == 4
-        assert f" {name}: " not in outputs["plain"] and name not in _scalars(folder / "plain")
+        assert f" {name}: " not in outputs["plain"] and name not in scalars(folder / "plain")
     assert list(scalars["moe_spec/routing_entropy/layer_1"]) == [2, 4]
     assert list(scalars["moe_spec/conditional_entropy/layers_0_1"]) == [2, 4]
 
@@ -110,7 +110,7 @@ def test_metrics_file(runs):
     folder, _ = runs
     lines = [json.loads(line) for line in (folder / "losses" / "moe_spec_metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4]
-    scalars = _scalars(folder / "losses")
+    scalars = scalars(folder / "losses")
     for line in lines:
         for name in ("specialization_loss", "coupling_loss"):
             assert line[name] == pytest.approx(scalars[name][line["iteration"]], rel=1e-6)
@@ -129,10 +129,10 @@ def test_checkpoints_resume_with_and_without_the_losses(runs, tmp_path):
         copy.mkdir()
         (copy / "iter_0000002").symlink_to(folder / name / "iter_0000002")
         (copy / "latest_checkpointed_iteration.txt").write_text("2")
-        _launch("--train-iters", 4, "--load", copy, "--tensorboard-dir", copy, *flags)
-        return _scalars(copy)
+        launch("--train-iters", 4, "--load", copy, "--tensorboard-dir", copy, *flags)
+        return scalars(copy)
 
-    plain, losses = _scalars(folder / "plain"), _scalars(folder / "losses")
+    plain, losses = scalars(folder / "plain"), scalars(folder / "losses")
     resumed = resume("losses", *LOSSES)
     for name in ("lm loss", "specialization_loss", "coupling_loss", "grad-norm"):
         assert resumed[name] == {iteration: losses[name][iteration] for iteration in (3, 4)}
@@ -144,7 +144,7 @@ def test_checkpoints_resume_with_and_without_the_losses(runs, tmp_path):
 
 def test_model_that_does_not_fit_stops_the_run_by_name():
     with pytest.raises(AssertionError, match="--moe-router-topk is 1"):
-        _launch("--train-iters", 1, "--moe-router-topk", 1, "--moe-router-pre-softmax", *LOSSES)
+        launch("--train-iters", 1, "--moe-router-topk", 1, "--moe-router-pre-softmax", *LOSSES)
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,19 @@ def specialization_loss(z: Tensor, valid: Optional[Tensor] = None) -> Tensor:
     Raises:
         ValueError: a shape or dtype does not fit, or k < 2.
     """
-    if z.dim() != 3 or not z.is_floating_point():
-        raise ValueError(f"z must be a floating-point tensor [T, k, F]; got {z.dtype} {list(z.shape)}")
-    num_tokens, k, _ = z.shape
-    if k < 2:
-        raise ValueError("z needs at least two experts per token (k >= 2) to compare them; got k = 1")
-    if valid is not None and (valid.shape != z.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(f"valid must be bool {list(z.shape[:2])}; got {valid.dtype} {list(valid.shape)}")
+    num_tokens, k, _ = checked_vectors("z", z, valid)
     return squared_cosine_sum(pair_cosines(unit_vectors(z, valid)[0])) / (max(num_tokens, 1) * k * (k - 1))
+
+
+def checked_vectors(name: str, x: Tensor, valid: Optional[Tensor]) -> torch.Size:
+    """The shape [T, k, F] of the vectors of each token's k >= 2 experts; raises ValueError that names the argument."""
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor [T, k, F]; got {x.dtype} {list(x.shape)}")
+    if x.shape[1] < 2:
+        raise ValueError(f"{name} needs at least two experts per token (k >= 2) to compare them; got k = {x.shape[1]}")
+    if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool {list(x.shape[:2])}; got {valid.dtype} {list(valid.shape)}")
+    return x.shape
 
 
 def unit_vectors(

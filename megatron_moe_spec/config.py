@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, fields
 from math import isfinite
 
+LOSS_NAMES = ("specialization_loss", "coupling_loss", "orthogonality_loss", "score_variance_loss", "erc_loss")
+
 
 def _setting(default, flag, help, choices=None):
     return field(default=default, metadata={"flag": flag, "help": help, "choices": choices})
@@ -49,6 +51,29 @@ class SpecConfig:
         "Pairs of adjacent MoE layers in different pipeline stages. exact: their loss counts; what it needs travels "
         "with the hidden states and their gradient. drop: their loss is left out.",
         choices=("exact", "drop"),
+    )
+    orthogonality_loss_coeff: float = _setting(
+        0.0,
+        "--moe-orthogonality-loss-coeff",
+        "Weight of the orthogonality loss (arXiv 2505.22323): the mean squared projection of the outputs of the "
+        "experts that process the same token on each other, summed over MoE layers. Paper: 1e-4.",
+    )
+    score_variance_loss_coeff: float = _setting(
+        0.0,
+        "--moe-score-variance-loss-coeff",
+        "Weight of the score variance loss (arXiv 2505.22323): minus the variance of the experts' scores over "
+        "the tokens of a micro-batch, summed over MoE layers. Paper: 1e-3.",
+    )
+    erc_loss_coeff: float = _setting(
+        0.0,
+        "--moe-erc-loss-coeff",
+        "Weight of the expert-router coupling loss, ERC (arXiv 2512.23447): by how much a router row, taken as a "
+        "token, excites other experts more than its own, summed over MoE layers. Paper: 1.",
+    )
+    erc_alpha: float = _setting(
+        1.0,
+        "--moe-erc-alpha",
+        "ERC: the share of a router row's norm in its own expert that its norm in another expert may reach.",
     )
     kernels: str = _setting(
         "auto",
@@ -99,6 +124,6 @@ class SpecConfig:
         """Log names of the losses with a coefficient."""
         return tuple(
             name
-            for name in ("specialization_loss", "coupling_loss")
+            for name in LOSS_NAMES
             if getattr(self, f"{name}_coeff") > 0
         )

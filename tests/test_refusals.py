@@ -24,6 +24,10 @@ COUPLING = SpecConfig(coupling_loss_coeff=1.0)
         ("specialization_token_stride", 0, "--moe-specialization-token-stride"),
         ("specialization_token_stride", 1.5, "--moe-specialization-token-stride"),
         ("coupling_across_stages", "maybe", "--moe-coupling-across-stages"),
+        ("orthogonality_loss_coeff", -1e-4, "--moe-orthogonality-loss-coeff"),
+        ("score_variance_loss_coeff", float("inf"), "--moe-score-variance-loss-coeff"),
+        ("erc_loss_coeff", "1", "--moe-erc-loss-coeff"),
+        ("erc_alpha", -0.5, "--moe-erc-alpha"),
         ("kernels", "cuda", "--moe-spec-kernels"),
         ("metrics_interval", -1, "--moe-spec-metrics-interval"),
     ],
@@ -38,8 +42,9 @@ def test_flags_become_the_config():
     parser = add_moe_spec_args(argparse.ArgumentParser())
     args = parser.parse_args(
         "--moe-specialization-loss-coeff 2e-3 --moe-specialization-token-stride 4 --moe-coupling-loss-coeff 1e-3 "
-        "--moe-coupling-type pathway --moe-coupling-across-stages drop --moe-spec-kernels torch "
-        "--moe-spec-metrics-interval 10".split()
+        "--moe-coupling-type pathway --moe-coupling-across-stages drop "
+        "--moe-orthogonality-loss-coeff 1e-4 --moe-score-variance-loss-coeff 5e-3 "
+        "--moe-erc-loss-coeff 0.5 --moe-erc-alpha 0.7 --moe-spec-kernels torch --moe-spec-metrics-interval 10".split()
     )
     assert spec_config_from_args(args) == SpecConfig(
         specialization_loss_coeff=2e-3,
@@ -47,6 +52,10 @@ def test_flags_become_the_config():
         coupling_loss_coeff=1e-3,
         coupling_type="pathway",
         coupling_across_stages="drop",
+        orthogonality_loss_coeff=1e-4,
+        score_variance_loss_coeff=5e-3,
+        erc_loss_coeff=0.5,
+        erc_alpha=0.7,
         kernels="torch",
         metrics_interval=10,
     )

@@ -104,13 +104,15 @@ class _Training:
 
 
 def _describe(config: SpecConfig, metrics_file: Optional[Path]) -> str:
-    parts = [
-        f"specialization loss x {config.specialization_loss_coeff:g}",
-        f"coupling loss ({config.coupling_type}) x {config.coupling_loss_coeff:g}",
-    ]
+    parts = [f"{_named(loss, config)} x {getattr(config, f'{loss}_coeff'):g}" for loss in config.trained_losses]
     if metrics_file:
         parts.append(f"measured every {config.metrics_interval} iterations to {metrics_file}")
     return ", ".join(parts)
+
+
+def _named(loss: str, config: SpecConfig) -> str:
+    name = loss.replace("_", " ")
+    return f"{name} ({config.coupling_type})" if loss == "coupling_loss" else name
 
 
 def _scalars(diagnostics: dict) -> dict[str, float]:

@@ -113,6 +113,38 @@ def expert_down_projections(moe_layer: nn.Module) -> list[nn.Module]:
     return [experts.linear_fc2] if hasattr(experts, "linear_fc2") else []
 
 
+def expert_group(dispatcher):
+    """The ranks that hold the parts of one set of experts: expert x expert tensor parallel."""
+    return dispatcher.tp_ep_group
+
+
+def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:
+    """``linear_fc1``'s weight [2 F, H] of every local expert; empty where there is no such weight for each."""
+    experts = moe_layer.experts
+    if hasattr(experts, "local_experts"):
+        weights = [getattr(expert.linear_fc1, "weight", None) for expert in experts.local_experts]
+    else:
+        linear = getattr(experts, "linear_fc1", None)
+        weights = [getattr(linear, f"weight{i}", None) for i in range(moe_layer.num_local_experts)]
+    return [] if any(weight is None for weight in weights) else weights
+
+
+def gate_rows(moe_layer: nn.Module, weight: Tensor) -> Tensor:
+    """The rows of an expert's ``linear_fc1`` weight [2 F, H] that make its gate, as a view [..., H] of F rows.
+
+    They are its first half, or every other block of rows where TEGroupedMLP interleaves gate and linear units.
+    """
+    size = getattr(moe_layer.config, "moe_mlp_glu_interleave_size", None)
+    if size is None or hasattr(moe_layer.experts, "local_experts"):
+        size = len(weight) // 2
+    return weight.view(-1, 2, size, weight.shape[-1])[:, 0]
+
+
+def adds_to_main_gradient(config) -> bool:
+    """Whether linear layers write their weight's gradient into ``main_grad``, past ``Tensor.grad``."""
+    return config.gradient_accumulation_fusion
+
+
 def graphed_modules(config) -> Union[list[str], str]:
     """Names of what CUDA graphs capture: a list of module kinds, "everything", or an empty list."""
     implementation = getattr(config, "cuda_graph_impl", "none")

@@ -26,6 +26,7 @@ class LayerRouting:
         num_tokens: those of the micro-batch, over all ranks that share it.
         message: what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway).
         successors_EE: bool, the strongest pathways to the next layer (pathway), known once that has run.
+        mean_scores_E: the experts' mean scores over the micro-batch's tokens, where the score variance loss needs them.
     """
 
     live_TE: Tensor
@@ -33,6 +34,7 @@ class LayerRouting:
     num_tokens: Union[Tensor, int]
     message: Optional[Tensor] = None
     successors_EE: Optional[Tensor] = None
+    mean_scores_E: Optional[Tensor] = None
 
 
 def read_routing(

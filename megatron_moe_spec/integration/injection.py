@@ -1,6 +1,6 @@
 """Adding a gradient to a tensor without touching its value."""
 
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +28,26 @@ def add_gradient(x: Tensor, gradient: Callable[[], Tensor]) -> Tensor:
     recomputation too, where x's memory is filled again only before the backward of what follows.
     """
     return _AddGradient.apply(x, gradient)
+
+
+class _AddWeightGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gradients, *weights):
+        ctx.gradients = gradients
+        return x
+
+    @staticmethod
+    def backward(ctx, incoming):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the auxiliary loss's gradient was already used: backward ran twice on one graph")
+        return incoming, None, *gradients()
+
+
+def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callable[[], Sequence]) -> Tensor:
+    """Returns x unchanged; in the backward pass through x, ``gradients()`` are added to those of ``weights``.
+
+    The edge to each weight makes its gradient wait for this one, and with it all that is hooked on the gradient being
+    complete. A gradient may be None.
+    """
+    return _AddWeightGradients.apply(x, gradients, *weights)

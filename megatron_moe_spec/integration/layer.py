@@ -6,11 +6,13 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration import coupling
+from megatron_moe_spec.integration import coupling, score_variance
 from megatron_moe_spec.integration.compat import column_group, expert_down_projections, token_group
 from megatron_moe_spec.integration.dispatch import exchanges_rows, row_exchange
+from megatron_moe_spec.integration.expert_router_coupling import WeightTap
 from megatron_moe_spec.integration.injection import add_gradient
 from megatron_moe_spec.integration.microbatch import MicroBatch, MicroBatchTracker
+from megatron_moe_spec.integration.orthogonality import OutputTap
 from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.scaling import gradient_factor
 from megatron_moe_spec.integration.specialization import ExpertRows
@@ -46,24 +48,36 @@ class LayerTap:
             module.register_forward_pre_hook(partial(_tap_activation, self, part))
             for part, module in enumerate(projections)
         ]
+        settings = recorder.config
+        self._outputs = self._weights = None
+        if settings.orthogonality_loss_coeff:
+            self._outputs = OutputTap(moe_layer, recorder)
+        if settings.erc_loss_coeff:
+            self._weights = WeightTap(index, moe_layer, recorder)
 
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._outputs is not None:
+            self._outputs.detach()
         if self._had_own_routing:
             self._router.routing = self._routing
         else:
             del self._router.routing
 
     def route(self, logits: Tensor, padding_mask: Optional[Tensor], route) -> tuple[Tensor, Tensor]:
-        """Runs the router's own ``route(logits)`` with the coupling gradient on its logits."""
+        """Runs the router's own ``route(logits)`` with the gradients of the losses of its scores on its logits."""
         self._rows = None
+        if self._outputs is not None:
+            self._outputs.forget()
         micro_batch, recomputed = self._tracker.enter(self._index, self._router)
         if micro_batch is None or not self._recorder.active:
             return route(logits)
         values = logits.detach()
         if self._recorder.config.coupling_loss_coeff and torch.is_grad_enabled():
             logits = add_gradient(logits, partial(self._coupling_gradient, micro_batch, values))
+        if self._recorder.config.score_variance_loss_coeff and torch.is_grad_enabled():
+            logits = add_gradient(logits, partial(self._variance_gradient, micro_batch, values, padding_mask))
         probs, routing_map = route(logits)
         known = next(filter(None, micro_batch.routing), None)
         routing = coupling.read_routing(probs.detach(), routing_map, padding_mask, known, self._token_group)
@@ -72,16 +86,25 @@ class LayerTap:
         if torch.is_grad_enabled() and self._recorder.wants_specialization:
             self._rows = self._expected_rows(micro_batch, routing, routing_map)
             self._num_tokens = routing.num_tokens
+        if torch.is_grad_enabled() and self._outputs is not None:
+            self._outputs.expect(probs.detach(), routing_map, routing)
+        if torch.is_grad_enabled() and self._weights is not None:
+            probs = self._weights.attach_to(probs, routing.num_tokens)
         return probs, routing_map
 
     def _observe(self, micro_batch: MicroBatch, routing, logits: Tensor, padding_mask: Optional[Tensor]) -> None:
         if micro_batch.routing[self._index] is not None:
             raise RuntimeError(f"MoE layer {self._number} ran twice in one forward of the attached model")
         micro_batch.routing[self._index] = routing
+        wants_variance = self._recorder.config.score_variance_loss_coeff > 0
+        if not (self._recorder.wants_coupling or wants_variance):
+            return
+        scores = coupling.token_scores(logits, self._config.moe_router_score_function, padding_mask)
+        if wants_variance:
+            self._observe_variance(routing, scores, padding_mask)
         if not self._recorder.wants_coupling:
             return
         kind = self._recorder.config.coupling_type
-        scores = coupling.token_scores(logits, self._config.moe_router_score_function, padding_mask)
         routing.message = coupling.coupling_message(kind, scores, routing.live_TE)
         self._recorder.record_routing(self._number, scores, routing.live_TE, routing.num_local_tokens)
         previous = micro_batch.previous(self._index)
@@ -90,6 +113,19 @@ class LayerTap:
                 kind, previous, routing, self._config.moe_router_topk, self._token_group
             )
             self._recorder.record_pair(self._number - 1, previous.live_TE, routing.live_TE, loss)
+
+    def _observe_variance(self, routing, scores: Tensor, padding_mask: Optional[Tensor]) -> None:
+        routing.mean_scores_E = score_variance.mean_scores(scores, routing.num_tokens, self._token_group)
+        loss = score_variance.loss_part(scores, routing.mean_scores_E, routing.num_tokens, padding_mask)
+        self._recorder.record_loss("score_variance_loss", loss)
+
+    def _variance_gradient(self, micro_batch: MicroBatch, logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        routing = micro_batch.routing[self._index]
+        gradient = score_variance.logits_gradient(
+            logits, self._config.moe_router_score_function, routing.mean_scores_E, routing.num_tokens, padding_mask
+        )
+        coefficient = self._recorder.config.score_variance_loss_coeff
+        return gradient * (coefficient * gradient_factor(self._config, routing.num_tokens))
 
     def _coupling_gradient(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
         settings = self._recorder.config

@@ -6,11 +6,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.config import LOSS_NAMES, SpecConfig
 from megatron_moe_spec.integration.compat import current_device
 from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics
 
-LOSS_NAMES = ("specialization_loss", "coupling_loss")
+MEASURED_LOSSES = ("specialization_loss", "coupling_loss")
 
 
 class Recorder:
@@ -49,7 +49,7 @@ class Recorder:
 
     @property
     def active(self) -> bool:
-        return self.wants_specialization or self.wants_coupling
+        return self.measuring or bool(self.config.trained_losses)
 
     @property
     def wants_specialization(self) -> bool:
@@ -65,16 +65,17 @@ class Recorder:
 
     def record_pair(self, layer: int, live: Tensor, live_next: Tensor, loss: Tensor) -> None:
         """Records the coupling of ``layer`` and the next MoE layer."""
-        self._record("coupling_loss", loss)
+        self.record_loss("coupling_loss", loss)
         if self.measuring:
             self._pairs[layer].add(live, live_next)
 
     def record_cosines(self, layer: int, cosines: Tensor, valid: Tensor, loss: Tensor) -> None:
-        self._record("specialization_loss", loss)
+        self.record_loss("specialization_loss", loss)
         if self.measuring:
             self._layers[layer].add_cosines(cosines, valid)
 
-    def _record(self, name: str, value: Tensor) -> None:
+    def record_loss(self, name: str, value: Tensor) -> None:
+        """Records this rank's part of a loss of one layer (pair) and micro-batch."""
         entry = self._losses[LOSS_NAMES.index(name)]
         entry[0] += value.detach()
         entry[1] += 1.0 / self._num_shares
@@ -88,8 +89,8 @@ class Recorder:
         if dist.is_initialized():
             dist.all_reduce(totals)
         means = (totals[:, 0] / totals[:, 1].clamp_min(1.0)).float()
-        wanted = dict(zip(LOSS_NAMES, (self.wants_specialization, self.wants_coupling)))
-        return {name: mean for name, mean in zip(LOSS_NAMES, means) if wanted[name]}
+        wanted = {*self.config.trained_losses, *(MEASURED_LOSSES if self.measuring else ())}
+        return {name: mean for name, mean in zip(LOSS_NAMES, means) if name in wanted}
 
     def diagnostics(self) -> Optional[dict]:
         """The measures of this step, on every rank; None in a step that is not measured. A collective, too."""

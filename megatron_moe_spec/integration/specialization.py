@@ -27,9 +27,14 @@ def expert_rows(dispatched_TE: Tensor, live_TE: Tensor, top_k: int) -> tuple[Ten
         Row numbers [T, K], 0 where there is none, and which of them are there, bool [T, K].
     """
     row_TE = (dispatched_TE.T.reshape(-1).cumsum(0) - 1).view(dispatched_TE.shape[::-1]).T
-    experts_TK = live_TE.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    valid_TK = live_TE.gather(1, experts_TK)
+    experts_TK, valid_TK = token_experts(live_TE, top_k)
     return row_TE.gather(1, experts_TK) * valid_TK, valid_TK
+
+
+def token_experts(live_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Numbers of each token's experts [T, K] in ascending order, and which of them are there, bool [T, K]."""
+    experts_TK = live_TE.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    return experts_TK, live_TE.gather(1, experts_TK)
 
 
 class ExpertRows:
@@ -128,7 +133,7 @@ class ExpertRows:
         z_PF = self._rows()
         inverse_TK = self._inverse_lengths_TK
         units_TKF = self._vectors(z_PF).to(inverse_TK.dtype) * inverse_TK.unsqueeze(-1)
-        gradient_TKF = squared_cosine_gradient(units_TKF, inverse_TK, self._cosines_TKK) * weight
+        gradient_TKF = self._loss_gradient(units_TKF) * weight
         gradient_PF = gradient_TKF.new_zeros(z_PF.shape)
         if len(gradient_PF):
             # Vectors that are not there add their zero gradient to row 0; every other row has one token.
@@ -146,6 +151,9 @@ class ExpertRows:
         used_T = torch.zeros_like(self.dispatched_TE[:, 0])
         used_T.unflatten(0, (self._group.size(), -1))[:, self._tokens] = True
         return used_T.expand(self.dispatched_TE.shape[::-1])[self.dispatched_TE.T]
+
+    def _loss_gradient(self, units_TKF: Tensor) -> Tensor:
+        return squared_cosine_gradient(units_TKF, self._inverse_lengths_TK, self._cosines_TKK)
 
     def _rows(self) -> Tensor:
         """[P, F] the rows of the group's tokens."""

@@ -14,7 +14,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 class TorchGroupedLinear(torch.nn.Module):
-    """One linear layer per local expert, ``weight0`` ... as in Transformer Engine; without expert tensor parallelism.
+    """One linear layer per local expert, ``weight0`` ... as in Transformer Engine; without expert tensor parallelism. Biases start at 0.
 
     Args:
         num_gemms: number of local experts.
@@ -22,11 +22,12 @@ class TorchGroupedLinear(torch.nn.Module):
     """
 
     def __init__(
-        self, num_gemms, input_size, output_size, *, config, init_method, bias, pg_collection, **others
+        self, num_gemms, input_size, output_size, *, config, init_method, bias, skip_bias_add, pg_collection, **others
     ):
         super().__init__()
-        if bias or pg_collection.expt_tp.size() > 1:
-            raise NotImplementedError("TorchGroupedLinear has neither a bias nor expert tensor parallelism")
+        if pg_collection.expt_tp.size() > 1:
+            raise NotImplementedError("TorchGroupedLinear knows no expert tensor parallelism")
+        self.adds_bias = not skip_bias_add
         self.num_gemms = num_gemms
         self.pg_collection = pg_collection
         for i in range(num_gemms):
@@ -40,16 +41,21 @@ class TorchGroupedLinear(torch.nn.Module):
                 and config.expert_tensor_parallel_size == config.tensor_model_parallel_size
             )
             self.register_parameter(f"weight{i}", weight)
+            self.register_parameter(f"bias{i}", torch.nn.Parameter(torch.zeros(output_size)) if bias else None)
 
     def forward(self, x, m_splits):
-        """``x`` [rows, input_size], sorted by expert, ``m_splits`` rows for each; returns (output, no bias)."""
+        """``x`` [rows, input_size], sorted by expert, ``m_splits`` rows for each; returns (output, biases that are yet to be added)."""
         rows = torch.split(x, [int(split) for split in m_splits])
-        outputs = [torch.nn.functional.linear(r, getattr(self, f"weight{i}")) for i, r in enumerate(rows)]
-        return torch.cat(outputs), None
+        weights, biases = ([getattr(self, f"{name}{i}") for i in range(len(rows))] for name in ("weight", "bias"))
+        left = None if self.adds_bias or biases[0] is None else biases
+        added = biases if left is None else [None] * len(rows)
+        return torch.cat([torch.nn.functional.linear(*part) for part in zip(rows, weights, added)]), left
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         """As Transformer Engine's layer in Megatron: an axis over all experts in front of each weight."""
         number, first = self.pg_collection.ep.size() * self.num_gemms, self.pg_collection.ep.rank() * self.num_gemms
+        if self.bias0 is not None:
+            raise NotImplementedError("TorchGroupedLinear saves no biases")
         state = {}
         for i in range(self.num_gemms):
             offsets = (*sharded_offsets, (len(sharded_offsets), first + i, number))

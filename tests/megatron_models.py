@@ -95,6 +95,8 @@ def _set_weights(model, seed: int):
                 # Routers far from uniform, so that scores, masses and drops vary.
                 scale = 1.0 if "router" in name else 0.2
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+            elif name.split(".")[-1].startswith("bias"):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
         for name, bias in model.named_buffers():
             if name.endswith("expert_bias"):
                 bias.copy_(torch.randn(bias.shape, generator=generator))

@@ -8,7 +8,15 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron_models import run_model
 
-from megatron_moe_spec.losses import coupling_loss, specialization_loss
+from megatron_moe_spec.config import LOSS_NAMES
+from megatron_moe_spec.losses import (
+    coupling_loss,
+    expert_router_coupling_loss,
+    orthogonality_loss,
+    router_noise,
+    score_variance_loss,
+    specialization_loss,
+)
 from megatron_moe_spec.losses.scores import normalized_scores
 
 
@@ -33,6 +41,10 @@ class Capture:
                     )
                 )
 
+            self.handles.append(
+                experts.register_forward_hook(lambda _, args, output, seen=seen: seen.update(p=args[2], y=output[0]))
+            )
+
     def _wrap_routing(self, router, seen):
         original = router.routing
 
@@ -50,53 +62,80 @@ class Capture:
             del layer.router.routing
 
 
-def pure_losses(capture: Capture, is_token, kind: str) -> tuple[list, list]:
-    """Per-layer specialization losses and per-pair coupling losses of the captured forward pass.
+def pure_losses(capture: Capture, is_token, kind: str, alpha: float) -> dict[str, list]:
+    """Every loss of every layer, or pair of layers, of the captured forward pass, by log name.
 
     Args:
         is_token: [T] bool, False for padding, in the router's order of tokens.
     """
-    specialization, scores, live_maps = [], [], []
-    for layer, seen in zip(capture.layers, capture.seen):
+    losses = {name: [] for name in LOSS_NAMES}
+    scores, live_maps = [], []
+    for number, (layer, seen) in enumerate(zip(capture.layers, capture.seen)):
         config = layer.config
-        k = config.moe_router_topk
         dispatched, probs = seen["map"], seen["probs"]
-        rows = torch.cat(seen["z"])
-        position = 0
-        where = {}
-        for expert in range(dispatched.shape[1]):
-            for token in dispatched[:, expert].nonzero().flatten().tolist():
-                where[token, expert] = position
-                position += 1
-        assert position == len(rows)
         live = dispatched & (probs > 0)
-        vectors, valid = [], []
-        for token in is_token.nonzero().flatten().tolist():
-            experts = live[token].nonzero().flatten().tolist()
-            found = [rows[where[token, expert]] for expert in experts]
-            missing = k - len(found)
-            vectors.append(torch.stack(found + [torch.zeros_like(rows[0])] * missing))
-            valid.append([True] * len(found) + [False] * missing)
-        specialization.append(specialization_loss(torch.stack(vectors), torch.tensor(valid)))
+        z, valid = by_token(torch.cat(seen["z"]), dispatched, live, is_token, config.moe_router_topk)
+        losses["specialization_loss"].append(specialization_loss(z, valid))
+        # By autograd, what reaches p through y and through the division adds up to nothing.
+        x = seen["y"] / seen["p"].where(seen["p"] > 0, torch.ones(())).unsqueeze(-1)
+        x, valid = by_token(x, dispatched, live, is_token, config.moe_router_topk)
+        losses["orthogonality_loss"].append(orthogonality_loss(x, valid))
         all_scores = normalized_scores(seen["logits"].reshape(-1, dispatched.shape[1]), config.moe_router_score_function)
         scores.append(all_scores[is_token])
         live_maps.append(live[is_token])
-    pairs = []
+        losses["score_variance_loss"].append(score_variance_loss(scores[-1]))
+        losses["erc_loss"].append(erc_of(layer, number, alpha))
     for i in range(len(scores) - 1):
         arguments = (
             dict(map=live_maps[i], map_next=live_maps[i + 1])
             if kind == "mass"
             else dict(top_k=capture.layers[0].config.moe_router_topk)
         )
-        pairs.append(coupling_loss(scores[i], scores[i + 1], kind=kind, **arguments))
-    return specialization, pairs
+        losses["coupling_loss"].append(coupling_loss(scores[i], scores[i + 1], kind=kind, **arguments))
+    return losses
 
 
-def reference_step(model, batches, specialization_coeff, coupling_coeff, kind) -> tuple[dict, dict]:
-    """Gradients by name of the auxiliary losses alone, and their logged values."""
+def by_token(rows, dispatched, live, is_token, k: int) -> tuple:
+    """Rows sorted by (expert, token) -> each token's rows [T, k, :], and which of them are there."""
+    where = {}
+    for expert in range(dispatched.shape[1]):
+        for token in dispatched[:, expert].nonzero().flatten().tolist():
+            where[token, expert] = len(where)
+    assert len(where) == len(rows)
+    vectors, valid = [], []
+    for token in is_token.nonzero().flatten().tolist():
+        experts = live[token].nonzero().flatten().tolist()
+        found = [rows[where[token, expert]] for expert in experts]
+        missing = k - len(found)
+        vectors.append(torch.stack(found + [torch.zeros_like(rows[0])] * missing))
+        valid.append([True] * len(found) + [False] * missing)
+    return torch.stack(vectors), torch.tensor(valid)
+
+
+def erc_of(layer, number: int, alpha: float):
+    """ERC of a layer in the first training step."""
+    experts = layer.experts
+    if hasattr(experts, "local_experts"):
+        weights = [expert.linear_fc1.weight for expert in experts.local_experts]
+    else:
+        weights = [getattr(experts.linear_fc1, f"weight{i}") for i in range(layer.num_local_experts)]
+    rows = len(weights[0])
+    # Blocks of gate rows and of linear rows in turn; by default one of each.
+    block = getattr(layer.config, "moe_mlp_glu_interleave_size", None) or rows // 2
+    gate = torch.stack([weight[[row for row in range(rows) if row // block % 2 == 0]] for weight in weights])
+    router = layer.router.weight
+    return expert_router_coupling_loss(router, gate, alpha, router_noise(router, seed=number))
+
+
+def reference_step(model, batches, coefficients: dict, kind: str, alpha: float) -> tuple[dict, dict]:
+    """Gradients by name of the auxiliary losses alone, and their logged values.
+
+    Args:
+        coefficients: by log name; 0 where there is none.
+    """
     for weight in model.parameters():
         weight.grad = None
-    logged = {"specialization_loss": [], "coupling_loss": []}
+    logged = {name: [] for name in LOSS_NAMES}
     per_token = model.config.calculate_per_token_loss
     counts = [batch.get("padding_mask", torch.zeros_like(batch["tokens"], dtype=torch.bool)) for batch in batches]
     counts = [int((~mask).sum()) for mask in counts]
@@ -105,12 +144,12 @@ def reference_step(model, batches, specialization_coeff, coupling_coeff, kind) -
         output = run_model(model, batch)
         capture.remove()
         mask = batch.get("padding_mask", torch.zeros_like(batch["tokens"], dtype=torch.bool))
-        specialization, pairs = pure_losses(capture, ~mask.T.reshape(-1), kind)
-        logged["specialization_loss"] += specialization
-        logged["coupling_loss"] += pairs
+        losses = pure_losses(capture, ~mask.T.reshape(-1), kind, alpha)
         weight = count / sum(counts) if per_token else 1.0 / len(batches)
-        total = specialization_coeff * sum(specialization) + coupling_coeff * sum(pairs)
+        total = sum(coefficients.get(name, 0.0) * sum(values) for name, values in losses.items())
         (total * weight + 0.0 * output.sum()).backward()
+        for name, values in losses.items():
+            logged[name] += [value.detach() for value in values]
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    values = {name: float(torch.stack(v).detach().mean()) for name, v in logged.items() if v}
+    values = {name: float(torch.stack(v).mean()) for name, v in logged.items() if v}
     return gradients, values

@@ -67,6 +67,8 @@ MODES = {
     ),
     "top_3_of_12": (dict(num_moe_experts=12, moe_router_topk=3), {}),
     "all_experts": (dict(moe_router_topk=4), {}),
+    "grouped_with_biases": (dict(moe_grouped_gemm=True, add_bias_linear=True), {}),
+    "interleaved_gates": (dict(moe_grouped_gemm=True, moe_mlp_glu_interleave_size=4), {}),
     "sinkhorn": (dict(moe_router_load_balancing_type="sinkhorn"), {}),
 }
 
@@ -74,14 +76,21 @@ MODES = {
 def _fields(settings: dict) -> dict:
     """Skips a mode that this release of Megatron does not have."""
     from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
+    if "moe_mlp_glu_interleave_size" in settings and not hasattr(TransformerConfig, "moe_mlp_glu_interleave_size"):
+        pytest.skip("this Megatron has no interleaved gates")
     if settings.get("moe_router_score_function") == "sqrtsoftplus":
         if "sqrtsoftplus" not in inspect.getsource(topk_routing_with_score_function):
             pytest.skip("this Megatron has no sqrtsoftplus scores")
     return settings
 
 
-def _compare(settings: dict, data: dict, kind: str, coefficients=(1.0, 1.0), build="build_model", **step):
+BOTH = {"specialization_loss": 1.0, "coupling_loss": 1.0}
+PEERS = {"orthogonality_loss": 1.0, "score_variance_loss": 1.0, "erc_loss": 1.0}
+
+
+def _compare(settings: dict, data: dict, kind: str = "mass", coefficients=BOTH, build="build_model", alpha=1.0, **step):
     import megatron_models
     from reference import reference_step
 
@@ -90,19 +99,14 @@ def _compare(settings: dict, data: dict, kind: str, coefficients=(1.0, 1.0), bui
     batches = megatron_models.micro_batches(3, **data)
     plain = {k: v for k, v in settings.items() if k not in RECOMPUTE_FIELDS}
     expected, expected_values = reference_step(
-        getattr(megatron_models, build)(**plain), batches, *coefficients, kind
+        getattr(megatron_models, build)(**plain), batches, coefficients, kind, alpha
     )
     model = getattr(megatron_models, build)(**settings)
-    handle = attach(
-        model,
-        SpecConfig(
-            specialization_loss_coeff=coefficients[0],
-            coupling_loss_coeff=coefficients[1],
-            coupling_type=kind,
-        ),
-    )
+    weights = {f"{name}_coeff": coefficient for name, coefficient in coefficients.items()}
+    handle = attach(model, SpecConfig(coupling_type=kind, erc_alpha=alpha, **weights))
     found = megatron_models.train_step(model, batches, **step)
     values = handle.metrics()
+    assert values.keys() == {name for name, coefficient in coefficients.items() if coefficient}
     for name, value in values.items():
         assert value == pytest.approx(expected_values[name], rel=1e-5), name
     scale = max(float(g.norm()) for g in expected.values())
@@ -120,13 +124,25 @@ def test_gradients_equal_autograd(megatron, mode, kind):
     _compare(_fields(settings), data, kind)
 
 
-@pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.0, 1.0)])
-def test_each_loss_alone(megatron, coefficients):
-    _compare({}, {}, "mass", coefficients)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_of_the_peers_equal_autograd(megatron, mode):
+    settings, data = MODES[mode]
+    _compare(_fields(settings), data, coefficients=PEERS)
+
+
+@pytest.mark.parametrize("name", [*BOTH, *PEERS])
+def test_each_loss_alone(megatron, name):
+    _compare({}, {}, coefficients={name: 1.0})
+
+
+@pytest.mark.parametrize("settings", [{}, dict(moe_grouped_gemm=True)])
+def test_all_losses_together(megatron, settings):
+    coefficients = dict(zip([*BOTH, *PEERS], (1.0, 0.5, 0.1, 2.0, 0.3)))
+    _compare(settings, dict(padding=True), coefficients=coefficients, alpha=0.7)
 
 
 def test_gradient_scaler_is_read_in_backward(megatron):
-    _compare({}, {}, "mass", scale=1024.0)
+    _compare({}, {}, coefficients={**BOTH, **PEERS}, scale=1024.0)
 
 
 @pytest.mark.parametrize("kind", ["mass", "pathway"])

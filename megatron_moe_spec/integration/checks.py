@@ -3,7 +3,12 @@
 from typing import Iterator
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat import expert_down_projections, graphed_modules
+from megatron_moe_spec.integration.compat import (
+    delays_weight_gradients,
+    expert_down_projections,
+    expert_first_weights,
+    graphed_modules,
+)
 from megatron_moe_spec.integration.pipeline import Stages
 
 
@@ -48,6 +53,10 @@ def _problems(model, moe_layers: list, stages: Stages, config: SpecConfig) -> It
         )
     if wants_activations:
         yield from _activation_problems(moe_layers, model)
+    if config.orthogonality_loss_coeff > 0:
+        yield from _orthogonality_problems(moe_layers, model)
+    if config.erc_loss_coeff > 0:
+        yield from _erc_problems(moe_layers, model)
 
 
 def _coupling_problems(stages: Stages, config: SpecConfig) -> Iterator[str]:
@@ -94,3 +103,55 @@ def _activation_problems(moe_layers: list, model) -> Iterator[str]:
         )
     if getattr(model, "fp8", None) or getattr(model, "fp4", None):
         yield "specialization does not support quantized experts yet (remove --fp8-format / --fp4-format)"
+
+
+def _orthogonality_problems(moe_layers: list, model) -> Iterator[str]:
+    if model.moe_router_topk < 2:
+        yield (
+            "orthogonality compares the experts of a token and needs at least two "
+            f"(--moe-router-topk is {model.moe_router_topk}; set it to 2 or more, "
+            "or --moe-orthogonality-loss-coeff to 0)"
+        )
+    if (model.expert_tensor_parallel_size or 1) > 1:
+        yield (
+            "orthogonality needs whole expert outputs, of which expert tensor parallelism leaves a rank one summand "
+            f"(--expert-tensor-parallel-size is {model.expert_tensor_parallel_size}; set it to 1)"
+        )
+    if getattr(model, "moe_token_dispatcher_type", "allgather") == "flex":
+        yield (
+            "the flex dispatcher does not tell which token a row belongs to, which orthogonality needs "
+            "(set --moe-token-dispatcher-type alltoall)"
+        )
+    if getattr(model, "use_transformer_engine_op_fuser", False):
+        yield "orthogonality does not support fused experts yet (remove --use-transformer-engine-op-fuser)"
+    elif not all(expert_down_projections(layer) for layer in moe_layers):
+        yield (
+            "orthogonality does not support the legacy GroupedMLP "
+            "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
+        )
+    if getattr(model, "fp8", None) or getattr(model, "fp4", None):
+        yield "orthogonality does not support quantized experts yet (remove --fp8-format / --fp4-format)"
+
+
+def _erc_problems(moe_layers: list, model) -> Iterator[str]:
+    if model.num_moe_experts < 2:
+        yield f"ERC compares experts (--num-experts is {model.num_moe_experts}; set it to 2 or more)"
+    if not model.gated_linear_unit:
+        yield (
+            "ERC is a loss of the experts' gates, which these experts lack "
+            "(add --swiglu, or set --moe-erc-loss-coeff to 0)"
+        )
+    if getattr(model, "moe_latent_size", None):
+        yield "ERC feeds router rows to the experts, which read another width here (remove --moe-latent-size)"
+    if not all(expert_first_weights(layer) for layer in moe_layers):
+        yield (
+            "ERC needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
+            "--moe-use-legacy-grouped-gemm; attach before adapters are put around the experts)"
+        )
+    if delays_weight_gradients(model):
+        yield (
+            "ERC cannot add to weight gradients that are computed apart from the backward pass "
+            "(remove --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad)"
+        )
+    if getattr(model, "fp8", None) or getattr(model, "fp4", None):
+        yield "ERC does not support quantized experts yet (remove --fp8-format / --fp4-format)"

@@ -145,6 +145,12 @@ def adds_to_main_gradient(config) -> bool:
     return config.gradient_accumulation_fusion
 
 
+def delays_weight_gradients(config) -> bool:
+    """Whether some weights' gradients are computed apart from the backward pass."""
+    names = ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad")
+    return any(getattr(config, name, False) for name in names)
+
+
 def graphed_modules(config) -> Union[list[str], str]:
     """Names of what CUDA graphs capture: a list of module kinds, "everything", or an empty list."""
     implementation = getattr(config, "cuda_graph_impl", "none")

@@ -53,7 +53,7 @@ class LayerTap:
         if settings.orthogonality_loss_coeff:
             self._outputs = OutputTap(moe_layer, recorder)
         if settings.erc_loss_coeff:
-            self._weights = WeightTap(index, moe_layer, recorder)
+            self._weights = WeightTap(number, moe_layer, recorder)
 
     def detach(self) -> None:
         for hook in self._hooks:

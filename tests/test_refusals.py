@@ -11,6 +11,9 @@ from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
 
 SPECIALIZATION = SpecConfig(specialization_loss_coeff=1.0)
 COUPLING = SpecConfig(coupling_loss_coeff=1.0)
+ORTHOGONALITY = SpecConfig(orthogonality_loss_coeff=1.0)
+VARIANCE = SpecConfig(score_variance_loss_coeff=1.0)
+ERC = SpecConfig(erc_loss_coeff=1.0)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +79,9 @@ def test_parser_refuses_an_unknown_coupling_type(capsys):
         (dict(num_layers=1), COUPLING, "--moe-coupling-loss-coeff"),
         (dict(moe_layer_freq=[0, 0, 1]), COUPLING, "--moe-coupling-loss-coeff"),
         ({}, SpecConfig(coupling_loss_coeff=1.0, kernels="triton"), "--moe-spec-kernels"),
+        (dict(moe_router_topk=1, moe_router_pre_softmax=True), ORTHOGONALITY, "--moe-router-topk"),
+        (dict(gated_linear_unit=False), ERC, "--swiglu"),
+        (dict(num_moe_experts=1, moe_router_topk=1, moe_router_pre_softmax=True), ERC, "--num-experts"),
     ],
 )
 def test_model_that_does_not_fit_is_refused(megatron, settings, config, flag):
@@ -111,6 +117,60 @@ def test_unsupported_setting_is_refused(megatron, field, value, flag):
         attach(model, SPECIALIZATION)
 
 
+@pytest.mark.parametrize(
+    "config, field, value, flag",
+    [
+        (ORTHOGONALITY, "expert_tensor_parallel_size", 2, "--expert-tensor-parallel-size"),
+        (ORTHOGONALITY, "moe_token_dispatcher_type", "flex", "--moe-token-dispatcher-type"),
+        (ORTHOGONALITY, "use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
+        (ORTHOGONALITY, "fp8", "hybrid", "--fp8-format"),
+        (VARIANCE, "cuda_graph_impl", "transformer_engine", "--cuda-graph-impl"),
+        (ERC, "fp4", "e2m1", "--fp4-format"),
+        (ERC, "moe_latent_size", 8, "--moe-latent-size"),
+        (ERC, "delay_wgrad_compute", True, "--delay-wgrad-compute"),
+        (
+            ERC,
+            "overlap_dispatch_backward_with_experts_wgrad",
+            True,
+            "--overlap-dispatch-backward-with-experts-wgrad",
+        ),
+    ],
+)
+def test_setting_unsupported_by_a_loss_is_refused(megatron, config, field, value, flag):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    model = megatron_models.build_model()
+    setattr(model.config, field, value)
+    with pytest.raises(ValueError, match=flag):
+        attach(model, config)
+
+
+def test_settings_that_matter_to_other_losses_only_are_allowed(megatron):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    attach(megatron_models.build_model(moe_router_topk=1, moe_router_pre_softmax=True, num_layers=1), VARIANCE)
+    attach(megatron_models.build_model(moe_router_topk=1, moe_router_pre_softmax=True, num_layers=1), ERC)
+    attach(megatron_models.build_model(gated_linear_unit=False), ORTHOGONALITY)
+
+
+def test_experts_without_weights_of_their_own_are_refused_by_erc(megatron):
+    import megatron_models
+    import torch
+
+    from megatron_moe_spec import attach
+
+    model = megatron_models.build_model(moe_grouped_gemm=True)
+    linear = model.decoder.layers[0].mlp.experts.linear_fc1
+    linear.weight = torch.nn.Parameter(torch.stack([linear.weight0, linear.weight1]))
+    del linear.weight0
+    with pytest.raises(ValueError, match="--moe-single-grouped-weight"):
+        attach(model, ERC)
+
+
 def test_cuda_graphs_of_attention_alone_are_allowed(megatron):
     import megatron_models
 
@@ -139,8 +199,9 @@ def test_legacy_grouped_gemm_is_refused(megatron):
     model = megatron_models.build_model()
     for layer in model.decoder.layers:
         layer.mlp.experts = torch.nn.Module()
-    with pytest.raises(ValueError, match="--moe-use-legacy-grouped-gemm"):
-        attach(model, SPECIALIZATION)
+    for config in (SPECIALIZATION, ORTHOGONALITY, ERC):
+        with pytest.raises(ValueError, match="--moe-use-legacy-grouped-gemm"):
+            attach(model, config)
     attach(model, COUPLING)
 
 

@@ -1,0 +1,185 @@
+"""The hooks of the orthogonality, score variance and ERC losses leave the model as it is, and touch what they should."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_moe_spec import SpecConfig
+
+PEERS = SpecConfig(orthogonality_loss_coeff=1.0, score_variance_loss_coeff=1.0, erc_loss_coeff=1.0)
+ORTHOGONALITY, ERC = SpecConfig(orthogonality_loss_coeff=1.0), SpecConfig(erc_loss_coeff=1.0)
+FULL_RECOMPUTE = dict(
+    recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+)
+
+
+@pytest.fixture
+def mm(megatron):
+    import megatron_models
+
+    return megatron_models
+
+
+def _attach(model, config=PEERS):
+    from megatron_moe_spec import attach
+
+    return attach(model, config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(moe_grouped_gemm=True),
+        dict(moe_router_dtype=None, bf16=True, params_dtype=torch.bfloat16),
+        dict(moe_expert_capacity_factor=0.8, moe_pad_expert_input_to_capacity=True),
+        FULL_RECOMPUTE,
+    ],
+)
+def test_forward_is_bitwise_the_same_and_gradients_are_finite(mm, settings):
+    batch = mm.micro_batches(1)[0]
+    plain = mm.run_model(mm.build_model(**settings), batch)
+    model = mm.build_model(**settings)
+    _attach(model)
+    hooked = mm.run_model(model, batch)
+    assert torch.equal(plain, hooked)
+    hooked.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_random_numbers_and_state_dict_of_training_are_the_same(mm):
+    batch = mm.micro_batches(1)[0]
+    seen = []
+    for config in (SpecConfig(), PEERS):
+        torch.manual_seed(3)
+        model = mm.build_model()
+        handle = _attach(model, config)
+        mm.run_model(model, batch).sum().backward()
+        handle.metrics()
+        seen.append((torch.get_rng_state().tolist(), list(model.state_dict())))
+    assert seen[0] == seen[1]
+
+
+def test_detach_restores_the_model(mm):
+    batches = mm.micro_batches(2)
+    expected = mm.train_step(mm.build_model(), batches, main_loss_weight=1.0)
+    model = mm.build_model()
+    _attach(model).detach()
+    found = mm.train_step(model, batches, main_loss_weight=1.0)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for layer in model.modules():
+        assert "routing" not in vars(layer)
+        assert not layer._forward_pre_hooks and not layer._forward_hooks
+
+
+@pytest.mark.parametrize("settings", [{}, FULL_RECOMPUTE])
+def test_evaluation_records_nothing_and_keeps_training_exact(mm, settings):
+    batches = mm.micro_batches(2)
+    expected_model = mm.build_model(**settings)
+    expected_handle = _attach(expected_model)
+    expected = mm.train_step(expected_model, batches)
+    model = mm.build_model(**settings)
+    handle = _attach(model)
+    model.eval()
+    mm.run_model(model, batches[1])
+    model.train()
+    with torch.no_grad():
+        mm.run_model(model, batches[1])
+    found = mm.train_step(model, batches)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert handle.metrics() == expected_handle.metrics()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_orthogonality_sends_no_gradient_into_its_router(mm, grouped):
+    """The last layer's router reaches the loss only through the probability, which is divided out."""
+    model = mm.build_model(num_layers=1, moe_grouped_gemm=grouped)
+    _attach(model, ORTHOGONALITY)
+    gradients = mm.train_step(model, mm.micro_batches(2))
+    router = next(g for name, g in gradients.items() if "router.weight" in name)
+    experts = max(float(g.norm()) for name, g in gradients.items() if "experts" in name and "linear_fc2" in name)
+    assert experts > 1e-3
+    assert float(router.norm()) < 1e-6 * experts
+
+
+def test_erc_reaches_routers_and_gates_alone(mm):
+    model = mm.build_model()
+    _attach(model, ERC)
+    for name, gradient in mm.train_step(model, mm.micro_batches(2)).items():
+        if "router.weight" in name:
+            assert gradient.norm() > 1e-3
+        elif "experts" in name and "linear_fc1" in name:
+            gate, linear = gradient.chunk(2)
+            assert gate.norm() > 1e-3 and linear.abs().max() == 0.0
+        else:
+            assert gradient.abs().max() == 0.0, name
+
+
+def test_erc_does_not_depend_on_the_data(mm):
+    """Neither the value nor the gradient: not on tokens, on their number, or on the number of micro-batches."""
+    seen = []
+    for batches in (mm.micro_batches(1), mm.micro_batches(3, seed=5)):
+        model = mm.build_model()
+        handle = _attach(model, ERC)
+        seen.append((mm.train_step(model, batches), handle.metrics()))
+    (gradients, values), (other_gradients, other_values) = seen
+    assert values == pytest.approx(other_values, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_noise_of_erc_is_drawn_per_layer_and_step(mm, monkeypatch):
+    from megatron_moe_spec.integration import expert_router_coupling
+
+    draw, seeds = expert_router_coupling.router_noise, []
+    monkeypatch.setattr(
+        expert_router_coupling, "router_noise", lambda weight, seed: seeds.append(seed) or draw(weight, seed)
+    )
+    model = mm.build_model(num_layers=2)
+    handle = _attach(model, ERC)
+    values = []
+
+    def step(number_of_micro_batches):
+        for batch in mm.micro_batches(number_of_micro_batches):
+            mm.run_model(model, batch).sum().backward()
+        values.append(handle.metrics()["erc_loss"])
+
+    step(2)
+    step(1)
+    handle.start_after(0)  # a resumed run
+    step(1)
+    first, second, third = seeds[:2], seeds[4:6], seeds[6:]
+    assert seeds[2:4] == first == third, "the micro-batches of a step share their noise"
+    assert len({*first, *second}) == 4
+    assert values[0] == pytest.approx(values[2], rel=1e-6) and values[1] != values[0]
+
+
+def test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates(mm, monkeypatch):
+    """--gradient-accumulation-fusion: Megatron's layers write into main_grad, and its DDP drops what comes by autograd."""
+    from megatron.core.tensor_parallel import layers
+
+    def accumulate(inputs, output_gradients, main_gradient):
+        main_gradient.add_(output_gradients.T @ inputs)
+
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    fused = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", fused, raising=False)
+    batches, found = mm.micro_batches(2), []
+    for fusion in (False, True):
+        model = mm.build_model(gradient_accumulation_fusion=fusion)
+        _attach(model)
+        found.append(mm.train_step(model, batches, main_loss_weight=1.0))
+        if fusion:
+            assert any(getattr(p, "grad_added_to_main_grad", False) for p in model.parameters())
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_losses_of_a_measured_step(mm):
+    """Measuring adds the two losses of this package's paper, whatever is trained on."""
+    model = mm.build_model()
+    handle = _attach(model, SpecConfig(score_variance_loss_coeff=1.0, metrics_interval=2))
+    for expected in ({"score_variance_loss"}, {"score_variance_loss", "specialization_loss", "coupling_loss"}):
+        mm.run_model(model, mm.micro_batches(1)[0]).sum().backward()
+        assert handle.metrics().keys() - {"diagnostics"} == expected

@@ -127,6 +127,7 @@ def test_unsupported_setting_is_refused(megatron, field, value, flag):
         (VARIANCE, "cuda_graph_impl", "transformer_engine", "--cuda-graph-impl"),
         (ERC, "fp4", "e2m1", "--fp4-format"),
         (ERC, "moe_latent_size", 8, "--moe-latent-size"),
+        (ERC, "overlap_moe_expert_parallel_comm", True, "--overlap-moe-expert-parallel-comm"),
         (ERC, "delay_wgrad_compute", True, "--delay-wgrad-compute"),
         (
             ERC,

@@ -148,6 +148,11 @@ def _erc_problems(moe_layers: list, model) -> Iterator[str]:
             "ERC needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
             "--moe-use-legacy-grouped-gemm; attach before adapters are put around the experts)"
         )
+    if getattr(model, "overlap_moe_expert_parallel_comm", False):
+        yield (
+            "ERC joins a router to its experts in one backward pass, which the schedule of "
+            "--overlap-moe-expert-parallel-comm splits (remove it, or set --moe-erc-loss-coeff to 0)"
+        )
     if delays_weight_gradients(model):
         yield (
             "ERC cannot add to weight gradients that are computed apart from the backward pass "

@@ -106,7 +106,7 @@ def run(sizes: dict, case: dict) -> dict:
     return {
         "gradients": whole_gradients(chunks, mean),
         "losses": losses,
-        "diagnostics": metrics[0]["diagnostics"],
+        "diagnostics": metrics[0].get("diagnostics"),
     }
 
 

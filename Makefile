@@ -5,13 +5,17 @@ OLDEST = .venv-oldest 3.11 3.10 megatron report test -- torch==2.13.0 megatron-c
 
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
+COMPARE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-primary test-oldest clean
+.PHONY: help quickstart compare test test-primary test-oldest clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
 	@echo "                   QUICKSTART_ARGS=\"--iterations 100\" and the like go to examples/quickstart/run.py"
+	@echo "make compare       train it with each of several specialization losses, and compare them (about 60 minutes)"
+	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to examples/compare/compare.py;"
+	@echo "                   interrupted, it goes on where it was"
 	@echo "make test          all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
@@ -27,6 +31,10 @@ quickstart:
 	fi; \
 	[ $$status -eq 0 ] || exit $$status; \
 	exec $$python examples/quickstart/run.py $(QUICKSTART_ARGS)
+
+compare:
+	@.ci/venv $(PRIMARY)
+	exec .venv/bin/python examples/compare/compare.py $(COMPARE_ARGS)
 
 test:
 	@primary=0; oldest=0; \

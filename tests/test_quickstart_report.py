@@ -15,7 +15,7 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "examples/quickstart"
 def quickstart_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(QUICKSTART))
     yield
-    for name in ("data", "progress", "report", "results", "run", "settings"):
+    for name in ("data", "progress", "report", "results", "run", "settings", "training"):
         sys.modules.pop(name, None)
 
 
@@ -186,23 +186,25 @@ def test_files_are_sources_in_an_order_of_their_names(tmp_path):
 
 def test_steps_are_read_from_both_kinds_of_log():
     import run
+    import training
 
     console = (
         "noise\n [2026-01-01 00:00:00.000000] iteration       10/     600 | consumed samples: 80 |"
         " elapsed time per iteration (ms): 99.9 | lm loss: 2.500000E+00 | load_balancing_loss: 1.1E+00 |\n"
     )
-    assert run.megatron_steps(console) == [(10, 2.5)]
+    assert training.megatron_steps(console) == [(10, 2.5)]
     lines = '{"iteration": 1, "lm_loss": 5.5}\n{"iteration": 2, "validation_loss": 3.0}\n{"iteration": 3, "lm_lo'
     assert run.core_steps(lines) == [(1, 5.5)]
 
 
 def test_both_arms_differ_in_the_coefficients_only(tmp_path):
     import run
+    from training import Machine
 
     options = run.parse_options(["--iterations", "8", "--output", str(tmp_path)])
     coefficients = run.coefficients_of(options)
     for loop in ("megatron.training", "megatron.core"):
-        machine = run.Machine(loop, "CPU", 2, cpu=True)
+        machine = Machine(loop, "CPU", 2, cpu=True)
         commands = [
             run.command(machine, options, tmp_path / "text", tmp_path / "arm", arm) for arm in coefficients.values()
         ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import results
 from settings import ARMS, LOG_INTERVAL
+from training import shown
 
 # (what the reader sees, series, digits)
 ROWS = (
@@ -96,12 +97,6 @@ def smooth(points, width):
     """Means of ``width`` successive points, each at the middle of its iterations."""
     blocks = [points[start : start + width] for start in range(0, len(points) - width + 1, width)] or [points]
     return [(sum(x for x, _ in block) / len(block), sum(y for _, y in block) / len(block)) for block in blocks if block]
-
-
-def shown(path):
-    """The path as a user in the current folder would type it."""
-    path = Path(path).resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def draw(runs, path):

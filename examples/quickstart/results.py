@@ -7,7 +7,15 @@ from pathlib import Path
 TRAIN_LOSS = "lm_loss"
 VALIDATION_LOSS = "validation_loss"
 STEP_TIME = "step_time_s"
-AUXILIARY = ("load_balancing_loss", "specialization_loss", "coupling_loss")
+AUXILIARY = (
+    "load_balancing_loss",
+    "specialization_loss",
+    "coupling_loss",
+    "orthogonality_loss",
+    "score_variance_loss",
+    "erc_loss",
+)
+MEMORY = "memory_bytes"
 METRICS_FILE = "moe_spec_metrics.jsonl"
 
 # Megatron's TensorBoard tags, under the names that examples/pretrain_core.py uses.
@@ -15,6 +23,7 @@ TENSORBOARD_TAGS = {
     "lm loss": TRAIN_LOSS,
     "lm loss validation": VALIDATION_LOSS,
     "iteration-time": STEP_TIME,
+    "mem-max-allocated-bytes": MEMORY,
     **{name: name for name in AUXILIARY},
 }
 

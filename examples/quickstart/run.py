@@ -1,82 +1,43 @@
 """Train a tiny Mixture-of-Experts model without and with the losses, and write a report (``make quickstart``)."""
 
 import argparse
-import importlib.util
 import json
-import os
 import platform
-import re
-import shlex
-import shutil
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import data
 import report
 import settings
 from progress import Progress
-
-ROOT = Path(__file__).resolve().parents[2]
-TAIL_LINES = 30
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the runs use: the training loop, the processes and the device."""
-
-    loop: str  # "megatron.training" or "megatron.core"
-    device: str
-    processes: int
-    cpu: bool
-
-
-def detect_machine():
-    import torch
-
-    loop = "megatron.training" if importlib.util.find_spec("megatron.training") else "megatron.core"
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus:
-        return Machine(loop, torch.cuda.get_device_name(0), min(gpus, 2), cpu=False)
-    return Machine(loop, f"CPU, {os.cpu_count()} cores", 2, cpu=True)
+from training import (
+    ROOT,
+    account_of_failure,
+    detect_machine,
+    make_data,
+    megatron_command,
+    megatron_steps,
+    start,
+    torchrun,
+)
 
 
 def command(machine, options, prefix, folder, coefficients):
     """The command line of one arm."""
-    # The address is given because a machine's own name does not resolve everywhere.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    torchrun.append(f"--nproc-per-node={machine.processes}")
-    cpu = ["--cpu"] if machine.cpu else []
     losses = [
         f"--moe-specialization-loss-coeff={coefficients['specialization']}",
         f"--moe-coupling-loss-coeff={coefficients['coupling']}",
         f"--moe-spec-metrics-interval={min(settings.LOG_INTERVAL, options.iterations)}",
     ]
     if machine.loop == "megatron.core":
+        cpu = ["--cpu"] if machine.cpu else []
         script = [str(ROOT / "examples/pretrain_core.py"), *cpu, f"--data-path={prefix}", f"--output={folder}"]
         length = [f"--iterations={options.iterations}", *settings.validation(options.iterations)]
-        return [*torchrun, *script, *length, f"--seed={options.seed}", *losses]
-    return [
-        *torchrun,
-        *["-m", "megatron_moe_spec.launch", *cpu, str(ROOT / "examples/pretrain_gpt.py")],
-        *settings.MODEL,
-        *settings.PLAIN_TORCH,
-        *["--distributed-backend", "gloo" if machine.cpu else "nccl"],
-        *settings.schedule(options.iterations, options.seed),
-        *["--data-path", str(prefix), "--data-cache-path", str(prefix.parent / "cache"), "--split", "90,5,5"],
-        *["--tokenizer-type", "NullTokenizer", "--vocab-size", str(data.VOCAB_SIZE)],
-        *["--tensorboard-dir", str(folder / "tensorboard")],
-        *losses,
-    ]
-
-
-def megatron_steps(text):
-    """(iteration, lm loss) from Megatron's console lines."""
-    pattern = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*?lm loss: (\S+)")
-    return [(int(iteration), float(loss)) for iteration, loss in pattern.findall(text)]
+        return [*torchrun(machine.processes), *script, *length, f"--seed={options.seed}", *losses]
+    flags = [*settings.MODEL, *settings.schedule(options.iterations, options.seed), *losses]
+    return megatron_command(machine, flags, prefix, folder)
 
 
 def core_steps(text):
@@ -87,35 +48,22 @@ def core_steps(text):
 
 def train(name, arm_command, folder, watched, steps_of, progress):
     """Run one arm to its end; on failure, show the end of its log and leave."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    log = folder / "log.txt"
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ}
-    with log.open("w") as output:
-        output.write(f"{shlex.join(arm_command)}\n")
-        output.flush()
-        process = subprocess.Popen(
-            arm_command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment, cwd=ROOT
-        )
-        progress.start(name)
-        try:
-            while process.poll() is None:
-                time.sleep(0.5)
-                if watched.exists():
-                    progress.show(steps_of(watched.read_text(errors="replace")))
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
+    process = start(arm_command, folder)
+    progress.start(name)
+    try:
+        while process.poll() is None:
+            time.sleep(0.5)
+            if watched.exists():
+                progress.show(steps_of(watched.read_text(errors="replace")))
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     if process.returncode == 0:
         progress.finish(steps_of(watched.read_text(errors="replace")))
         return
     progress.end_line()
-    # torchrun adds its own account below the worker's; the cause stands above it.
-    text = re.split(r"^.*torch/distributed/elastic", log.read_text(errors="replace"), maxsplit=1, flags=re.M)[0]
-    print(f"\nThe {name} run failed (status {process.returncode}). The end of its log:\n")
-    print("\n".join(text.splitlines()[-TAIL_LINES:]), flush=True)
-    sys.exit(f"\nThe whole log, with the command in its first line: {report.shown(log)}")
+    sys.exit(account_of_failure(name, process.returncode, folder))
 
 
 def describe(machine, options):
@@ -161,10 +109,7 @@ def main():
     print(f"Training by {machine.loop} {version('megatron-core')}, {machine.processes} process(es), {machine.device}")
     if machine.loop == "megatron.core":
         print("This Megatron-Core has no megatron.training (that needs Python >= 3.12): using examples/pretrain_core.py.")
-    # A process of its own: importing Megatron here would cost memory and print warnings.
-    made = subprocess.run([sys.executable, "-W", "ignore", data.__file__, str(report.shown(prefix))])
-    if made.returncode:
-        sys.exit(made.returncode)
+    make_data(prefix)
 
     for stale in ("run.json", "report.md", "curves.png"):
         (options.output / stale).unlink(missing_ok=True)

@@ -1,0 +1,259 @@
+"""Write the report of a comparison: ``report.md``, ``differences.png`` and ``curves.png``."""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
+
+import arms
+import results
+import runs
+from paired import difference
+from report import ROWS
+from training import shown
+
+LOSS = results.VALIDATION_LOSS
+MEASURES = (
+    *ROWS,
+    ("time of a step, median (ms)", results.STEP_TIME, 1),
+    ("peak memory (MB)", runs.PEAK_MEMORY, 0),
+)
+CURVES = (
+    ("validation loss minus the baseline's (nats)", LOSS),
+    ("routing entropy of a token (nats)", "routing_entropy"),
+    ("expert overlap, mean abs(cos)", "mean_abs_cos"),
+    ("entropy of the next layer's expert given this one's (nats)", "conditional_entropy"),
+    ("mutual information of adjacent layers, normalised", "normalized_mutual_information"),
+    ("load imbalance, max / mean", "load_imbalance"),
+)
+
+
+def load(output, plan):
+    """{arm: {seed: result}} of the finished final runs, and the scales they ran at."""
+    sweep_seed = plan["sweep_seed"]
+    scales = {} if sweep_seed is None else runs.chosen_scales(output, sweep_seed)
+    found = {arm.name: {} for arm in arms.ARMS}
+    for run in runs.final(plan["seeds"], scales):
+        result = runs.result_of(output, run)
+        if result is not None:
+            found[run.arm][run.seed] = result
+    return found, scales
+
+
+def values_of(by_seed, name):
+    """{seed: value} of one measure, for the seeds that have it."""
+    return {seed: result["values"][name] for seed, result in by_seed.items() if name in result["values"]}
+
+
+def scaled(name, value):
+    return value * 1000 if name == results.STEP_TIME else value
+
+
+def losses_table(found, scales):
+    """Markdown rows: each arm's validation loss and its paired difference from the baseline."""
+    baseline = values_of(found[arms.BASELINE], LOSS)
+    corrected = 1 - 0.05 / (len(arms.ARMS) - 1)
+    rows = [("", "coefficients", "validation loss", "difference, 95 % interval", "better seeds", "")]
+    rows.append(("---", "---", "---:", "---:", "---:", "---"))
+    for arm in arms.ARMS:
+        values = values_of(found[arm.name], LOSS)
+        weights = arms.coefficients(arm, scales)
+        cells = [arm.title, ", ".join(f"{value:g}" for value in weights.values()), f"{mean(values):.4f}"]
+        if arm.name == arms.BASELINE:
+            cells += ["", "", ""]
+        else:
+            found_difference = difference(values, baseline)
+            better = sum(value < 0 for value in found_difference.values)
+            verdict = "differs" if found_difference.excludes_zero else "no difference found"
+            if found_difference.excludes_zero and not difference(values, baseline, corrected).excludes_zero:
+                verdict += " (not after correction)"
+            cells.append(f"{found_difference.mean:+.4f} ± {found_difference.half_width:.4f}")
+            cells += [f"{better} of {len(found_difference.values)}", verdict]
+        rows.append(tuple(cells))
+    return rows
+
+
+def measures_table(found):
+    """Markdown rows: means over seeds; a star where the paired difference's interval excludes 0."""
+    rows = [("", *(arm.name for arm in arms.ARMS)), ("---", *("---:" for _ in arms.ARMS))]
+    for title, name, digits in MEASURES:
+        baseline = values_of(found[arms.BASELINE], name)
+        cells = []
+        for arm in arms.ARMS:
+            values = values_of(found[arm.name], name)
+            if not values:
+                cells.append("")
+                continue
+            shared = arm.name != arms.BASELINE and values.keys() & baseline.keys()
+            star = " *" if shared and difference(values, baseline).excludes_zero else ""
+            cells.append(f"{scaled(name, mean(values)):.{digits}f}{star}")
+        if any(cells):
+            rows.append((title, *cells))
+    return rows
+
+
+def sweep_table(output, plan, scales):
+    """Markdown rows: what each multiple of the papers' coefficients gave on the sweep's seed."""
+    baseline = runs.result_of(output, runs.Run(arms.BASELINE, 1, plan["sweep_seed"]))["values"][LOSS]
+    rows = [("", "coefficients", "validation loss", "minus the baseline's", ""), ("---", "---", "---:", "---:", "---")]
+    rows.append((arms.BY_NAME[arms.BASELINE].title, "", f"{baseline:.4f}", "", ""))
+    for arm in arms.ARMS:
+        for scale in arm.scales:
+            loss = runs.result_of(output, runs.Run(arm.name, scale, plan["sweep_seed"]))["values"][LOSS]
+            weights = ", ".join(f"{value:g}" for value in arms.coefficients(arm, {arm.name: scale}).values())
+            chosen = "chosen" if scales[arm.name] == scale else ""
+            rows.append((arm.title, weights, f"{loss:.4f}", f"{loss - baseline:+.4f}", chosen))
+    return rows
+
+
+def mean(values):
+    return statistics.fmean(values.values())
+
+
+def markdown(rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def draw_differences(found, path):
+    """Each arm's paired differences in validation loss: one dot a seed, and the interval of their mean."""
+    pyplot = _pyplot()
+    baseline = values_of(found[arms.BASELINE], LOSS)
+    others = [arm for arm in arms.ARMS if arm.name != arms.BASELINE]
+    figure, axis = pyplot.subplots(figsize=(8, 0.55 * len(others) + 1.2), constrained_layout=True)
+    for height, arm in enumerate(reversed(others)):
+        found_difference = difference(values_of(found[arm.name], LOSS), baseline)
+        if len(found_difference.values) > 1:
+            axis.errorbar(
+                found_difference.mean, height, xerr=found_difference.half_width, fmt="s", color="#c8102e", capsize=4
+            )
+        axis.plot(found_difference.values, [height] * len(found_difference.values), "o", color="#555555", alpha=0.6)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(others)), [arm.title for arm in reversed(others)])
+    axis.set_xlabel("validation loss minus the baseline's of the same seed (nats); less is better")
+    axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def draw_curves(found, path):
+    """Means over seeds, over the course of training."""
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
+    for axis, (title, name) in zip(axes.flat, CURVES):
+        reference = dict(mean_curve(found[arms.BASELINE], name)) if name == LOSS else {}
+        for number, arm in enumerate(arms.ARMS):
+            points = [(x, y - reference.get(x, 0.0)) for x, y in mean_curve(found[arm.name], name)]
+            style = dict(color="black", linestyle="--") if arm.name == arms.BASELINE else dict(color=f"C{number}")
+            axis.plot([x for x, _ in points], [y for _, y in points], label=arm.name, linewidth=1.3, **style)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("iteration")
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def mean_curve(by_seed, name):
+    """(iteration, mean over seeds) at the iterations that all seeds have."""
+    curves = [dict(result["series"].get(name, [])) for result in by_seed.values()]
+    shared = set.intersection(*(set(curve) for curve in curves)) if curves else set()
+    return [(x, statistics.fmean(curve[x] for curve in curves)) for x in sorted(shared)]
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def text(plan, found, scales, sweep_rows):
+    """The whole report as Markdown."""
+    machine, seeds = plan["machine"], plan["seeds"]
+    tokens = plan["iterations"] * plan["tokens_per_step"] / 1e6
+    baseline = values_of(found[arms.BASELINE], LOSS)
+    others = [difference(values_of(found[arm.name], LOSS), baseline) for arm in arms.ARMS[1:]]
+    seconds = sum(result["seconds"] for by_seed in found.values() for result in by_seed.values())
+    spread = f"{max(baseline.values()) - min(baseline.values()):.4f}"
+    resolution = f"{statistics.median(found_difference.half_width for found_difference in others):.4f}"
+    sweep = ""
+    if sweep_rows:
+        sweep = f"""
+## How the coefficients were chosen
+
+Multiples of each paper's coefficients, one run each with seed {plan["sweep_seed"]}, which the comparison does not use. The
+one with the lowest validation loss was taken, though one seed often cannot tell it from the next.
+
+{markdown(sweep_rows)}"""
+    return f"""# Specialization losses compared
+
+Each arm adds its losses to the load-balancing loss (coefficient 1e-2). All arms share {len(seeds)} seeds; with the same
+seed, they share initial weights and the order of the data, so differences are taken seed by seed.
+
+{markdown(losses_table(found, scales))}
+Validation loss in nats per byte at the last iteration, mean over seeds; differences are arm minus baseline, with
+Student's t intervals. "After correction": with the interval widened for {len(arms.ARMS) - 1} comparisons (Bonferroni).
+
+![paired differences in validation loss](differences.png)
+
+## What the losses did
+
+{markdown(measures_table(found))}
+Means over seeds and over the last tenth of training, and over layers or pairs of adjacent layers; a star where the 95 %
+interval of the paired difference from the baseline excludes 0. Step times include the measuring and what else ran on the
+machine ({plan["workers"]} run(s) at a time).
+
+![training curves, means over seeds](curves.png)
+{sweep}
+## What this can show, and what it cannot
+
+- It can show what each loss does to routing and to experts, and whether it changes the validation loss of this model
+  within {tokens:.1f} million tokens by more than about {resolution} nats: half the width of the median interval. The
+  baseline's own seeds are {spread} nats apart.
+- "No difference found" is not "no difference": a smaller one stays unseen.
+- It cannot show what a loss is worth at scale. The model is tiny, the training is short, the text is source code, and
+  routing has hardly settled; the papers report gains after billions of tokens. Coefficients that win here need not win there.
+- Learning rate, balancing and schedule were not tuned for any arm.
+
+## How it was made
+
+- Model: {plan["shape"]}.
+- Data: the Python standard library's sources as bytes; {plan["iterations"]} steps of {plan["tokens_per_step"]} tokens.
+- Ran with {machine["loop"]}, {machine["device"]}, one process a run; {seconds / 60:.0f} minutes of runs in the comparison.
+- Versions: {", ".join(f"{name} {number}" for name, number in plan["versions"].items())}.
+"""
+
+
+def write(output):
+    """Write the report and its pictures into the comparison's output folder.
+
+    Raises:
+        SystemExit: an arm has no finished run yet.
+    """
+    output = Path(output)
+    if not (output / "plan.json").exists():
+        raise SystemExit(f"No comparison in {shown(output)}: run `make compare`.")
+    plan = json.loads((output / "plan.json").read_text())
+    found, scales = load(output, plan)
+    shared = set.intersection(*(set(by_seed) for by_seed in found.values()))
+    if not shared:
+        raise SystemExit(f"No seed has run in every arm yet in {shown(output)}: run `make compare` again to go on.")
+    # A seed that some arms lack would shift means, not differences.
+    found = {name: {seed: by_seed[seed] for seed in sorted(shared)} for name, by_seed in found.items()}
+    plan["seeds"] = sorted(shared)
+    sweep_rows = [] if plan["sweep_seed"] is None else sweep_table(output, plan, scales)
+    draw_differences(found, output / "differences.png")
+    draw_curves(found, output / "curves.png")
+    (output / "report.md").write_text(text(plan, found, scales, sweep_rows))
+    print(f"\n{markdown(losses_table(found, scales))}\nReport: {shown(output / 'report.md')}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", nargs="?", default="build/compare", help="default: %(default)s")
+    write(parser.parse_args().output)

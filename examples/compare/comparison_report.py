@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -67,13 +68,23 @@ def losses_table(found, scales):
         else:
             found_difference = difference(values, baseline)
             better = sum(value < 0 for value in found_difference.values)
-            verdict = "differs" if found_difference.excludes_zero else "no difference found"
-            if found_difference.excludes_zero and not difference(values, baseline, corrected).excludes_zero:
-                verdict += " (not after correction)"
-            cells.append(f"{found_difference.mean:+.4f} ± {found_difference.half_width:.4f}")
-            cells += [f"{better} of {len(found_difference.values)}", verdict]
+            cells += [interval(found_difference), f"{better} of {len(found_difference.values)}"]
+            cells.append(verdict(found_difference, difference(values, baseline, corrected)))
         rows.append(tuple(cells))
     return rows
+
+
+def interval(found_difference):
+    width = "" if found_difference.half_width == math.inf else f" ± {found_difference.half_width:.4f}"
+    return f"{found_difference.mean:+.4f}{width}"
+
+
+def verdict(found_difference, corrected):
+    if found_difference.half_width == math.inf:
+        return "one seed: cannot be told"
+    if not found_difference.excludes_zero:
+        return "no difference found"
+    return "differs" if corrected.excludes_zero else "differs (not after correction)"
 
 
 def measures_table(found):
@@ -86,6 +97,9 @@ def measures_table(found):
             values = values_of(found[arm.name], name)
             if not values:
                 cells.append("")
+                continue
+            if name == "coupling_loss" and arm.name == "coupling-pathway":
+                cells.append(f"({mean(values):.{digits}f})")
                 continue
             shared = arm.name != arms.BASELINE and values.keys() & baseline.keys()
             star = " *" if shared and difference(values, baseline).excludes_zero else ""
@@ -180,7 +194,14 @@ def text(plan, found, scales, sweep_rows):
     others = [difference(values_of(found[arm.name], LOSS), baseline) for arm in arms.ARMS[1:]]
     seconds = sum(result["seconds"] for by_seed in found.values() for result in by_seed.values())
     spread = f"{max(baseline.values()) - min(baseline.values()):.4f}"
-    resolution = f"{statistics.median(found_difference.half_width for found_difference in others):.4f}"
+    half_width = statistics.median(found_difference.half_width for found_difference in others)
+    if len(seeds) > 1:
+        resolution = (
+            f"by more than about {half_width:.4f} nats: half the width of the median interval. The\n"
+            f"  baseline's own seeds are {spread} nats apart."
+        )
+    else:
+        resolution = "by much; with one seed\n  there is no telling how much of a difference is chance."
     sweep = ""
     if sweep_rows:
         sweep = f"""
@@ -192,8 +213,9 @@ one with the lowest validation loss was taken, though one seed often cannot tell
 {markdown(sweep_rows)}"""
     return f"""# Specialization losses compared
 
-Each arm adds its losses to the load-balancing loss (coefficient 1e-2). All arms share {len(seeds)} seeds; with the same
-seed, they share initial weights and the order of the data, so differences are taken seed by seed.
+Each arm adds its losses to the load-balancing loss (coefficient 1e-2). All arms ran with the seeds
+{", ".join(map(str, seeds))}; with the same seed, they share initial weights and the order of the data, so differences are taken
+seed by seed.
 
 {markdown(losses_table(found, scales))}
 Validation loss in nats per byte at the last iteration, mean over seeds; differences are arm minus baseline, with
@@ -205,7 +227,8 @@ Student's t intervals. "After correction": with the interval widened for {len(ar
 
 {markdown(measures_table(found))}
 Means over seeds and over the last tenth of training, and over layers or pairs of adjacent layers; a star where the 95 %
-interval of the paired difference from the baseline excludes 0. Step times include the measuring and what else ran on the
+interval of the paired difference from the baseline excludes 0. The coupling loss is that of type mass, but for the value in
+parentheses, of type pathway, which cannot be compared with the others. Step times include the measuring and what else ran on the
 machine ({plan["workers"]} run(s) at a time).
 
 ![training curves, means over seeds](curves.png)
@@ -213,8 +236,7 @@ machine ({plan["workers"]} run(s) at a time).
 ## What this can show, and what it cannot
 
 - It can show what each loss does to routing and to experts, and whether it changes the validation loss of this model
-  within {tokens:.1f} million tokens by more than about {resolution} nats: half the width of the median interval. The
-  baseline's own seeds are {spread} nats apart.
+  within {tokens:.2g} million tokens {resolution}
 - "No difference found" is not "no difference": a smaller one stays unseen.
 - It cannot show what a loss is worth at scale. The model is tiny, the training is short, the text is source code, and
   routing has hardly settled; the papers report gains after billions of tokens. Coefficients that win here need not win there.

@@ -135,9 +135,9 @@ class _Job:
     def running(self) -> bool:
         """Whether it goes on; takes a look at its memory, too."""
         try:
-            # The launcher's own memory is not the training's.
-            workers = psutil.Process(self.process.pid).children(recursive=True)
-            self.peak_bytes = max(self.peak_bytes, sum(worker.memory_info().rss for worker in workers))
+            # Below the launcher, the one process that trains is by far the largest.
+            for worker in psutil.Process(self.process.pid).children(recursive=True):
+                self.peak_bytes = max(self.peak_bytes, worker.memory_info().rss)
         except psutil.Error:
             pass
         return self.process.poll() is None

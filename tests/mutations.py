@@ -73,6 +73,41 @@ MUTATIONS = [
         "return LayerRouting(live_TE, len(live_TE), 24)",
         f"{LAYOUT}[one process-micro-batches of one sequence]",
     ),
+    (
+        "orthogonality's gradient left in the router's probabilities",
+        "integration/orthogonality.py",
+        "probs_gradients.append(-(reaches_P",
+        "probs_gradients.append(0 * (reaches_P",
+        "tests/test_peer_hooks.py::test_orthogonality_sends_no_gradient_into_its_router",
+    ),
+    (
+        "ERC's gradient not counted for every rank of the expert group",
+        "integration/scaling.py",
+        "return backward_loss_scale(config) * ranks / num_shares",
+        "return backward_loss_scale(config) / num_shares",
+        f"{LAYOUT}[EP2-peers]",
+    ),
+    (
+        "ERC's gradient not shared among the ranks of a micro-batch",
+        "integration/scaling.py",
+        "return backward_loss_scale(config) * ranks / num_shares",
+        "return backward_loss_scale(config) * ranks",
+        f"{LAYOUT}[CP2-peers]",
+    ),
+    (
+        "ERC's gradient lost where linear layers accumulate theirs",
+        "integration/compat.py",
+        "return config.gradient_accumulation_fusion",
+        "return False",
+        "tests/test_peer_hooks.py::test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates",
+    ),
+    (
+        "score variance around each rank's own mean",
+        "integration/score_variance.py",
+        "return summed(scores_TE.sum(dim=0), group) / num_tokens",
+        "return scores_TE.mean(dim=0)",
+        f"{LAYOUT}[CP2-peers]",
+    ),
 ]
 
 

@@ -62,7 +62,7 @@ class Capture:
             del layer.router.routing
 
 
-def pure_losses(capture: Capture, is_token, kind: str, alpha: float) -> dict[str, list]:
+def pure_losses(capture: Capture, is_token, kind: str, alpha: float = 1.0) -> dict[str, list]:
     """Every loss of every layer, or pair of layers, of the captured forward pass, by log name.
 
     Args:

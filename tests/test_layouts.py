@@ -46,7 +46,10 @@ if HAS_MEGATRON and version("megatron-core").startswith("0.16."):
     # And a part of the others will do.
     for name in ("TP2+SP, ETP1", "CP2", "EP4", "TP2+SP, ETP1, CP2, EP4", "PP2+EP2", "PP2+VPP2, TP2+SP, ETP1, EP2"):
         del LAYOUTS[name]
-# name -> what the model and its data are like; compared with one process, of the model "like" where one is named
+BOTH = ("specialization_loss", "coupling_loss")
+PEERS = ("orthogonality_loss", "score_variance_loss", "erc_loss")
+# name -> what the model and its data are like; compared with one process, of the model "like" where one is named.
+# "without": another model that, trained without losses, shows Megatron's own error of this one as well.
 MODELS = {
     "plain": {},
     "allgather dispatcher": dict(model=dict(moe_token_dispatcher_type="allgather")),
@@ -69,13 +72,28 @@ MODELS = {
     "per-token loss, padding, micro-batches of one sequence": dict(
         model=PER_TOKEN, padding=True, one_sequence=True, like="per-token loss, padding"
     ),
+    "peers": dict(losses=PEERS, without="plain"),
+    "peers, grouped experts, moe_act recompute": dict(
+        losses=PEERS, model=MOE_ACT, without="grouped experts, moe_act recompute"
+    ),
+    "peers, allgather dispatcher, top-3 of 12, sigmoid with bias, shared expert": dict(
+        losses=PEERS,
+        model=dict(moe_token_dispatcher_type="allgather", **ODD),
+        without="top-3 of 12, sigmoid with bias, shared expert",
+    ),
+    "peers, per-token loss, padding, full recompute": dict(
+        losses=PEERS, model={**PER_TOKEN, **FULL_RECOMPUTE}, padding=True, without="per-token loss, padding"
+    ),
+    # What expert tensor parallelism leaves of them.
+    "score variance and ERC, per-token loss, padding": dict(
+        losses=PEERS[1:], model=PER_TOKEN, padding=True, without="per-token loss, padding"
+    ),
 }
 
 
 def _case(properties: dict, coefficient: float) -> dict:
     config = dict(
-        specialization_loss_coeff=coefficient,
-        coupling_loss_coeff=coefficient,
+        **{f"{name}_coeff": coefficient for name in properties.get("losses", BOTH)},
         coupling_type=properties.get("coupling_type", "mass"),
         coupling_across_stages=properties.get("across_stages", "exact"),
         specialization_token_stride=properties.get("stride", 1),
@@ -92,9 +110,15 @@ def _case(properties: dict, coefficient: float) -> dict:
 
 def _cases(layout: str) -> list[tuple[str, float]]:
     """(model, coefficient of the losses) to run; with 0, what remains is Megatron's own error."""
-    # The grouped linears of these tests know no expert tensor parallelism.
-    models = [name for name in MODELS if LAYOUTS[layout][1].get(ETP, 1) == 1 or "grouped" not in name]
-    return [(name, c) for name in models for c in (0.0, 1.0) if c > 0 or "like" not in MODELS[name]]
+    models = [name for name in MODELS if _fits(layout, name)]
+    return [(name, c) for name in models for c in (0.0, 1.0) if c > 0 or not {"like", "without"} & MODELS[name].keys()]
+
+
+def _fits(layout: str, model: str) -> bool:
+    if LAYOUTS[layout][1].get(ETP, 1) == 1:
+        return MODELS[model].get("losses") != PEERS[1:] or layout == "one process"
+    # The grouped linears of these tests know no expert tensor parallelism, nor does the orthogonality loss.
+    return "grouped" not in model and MODELS[model].get("losses") != PEERS
 
 
 class Jobs:
@@ -134,7 +158,7 @@ def _worst_error(found: dict, expected: dict) -> float:
 
 
 def _worst_loss_error(found: dict, expected: dict) -> float:
-    assert found["losses"].keys() == expected["losses"].keys() == {"specialization_loss", "coupling_loss"}
+    assert found["losses"].keys() == expected["losses"].keys() >= set(BOTH)
     return max(abs(value / expected["losses"][name] - 1.0) for name, value in found["losses"].items())
 
 
@@ -150,8 +174,10 @@ def _worst_loss_error(found: dict, expected: dict) -> float:
 def test_layout_trains_as_one_process(jobs, record_property, layout, model):
     like = MODELS[model].get("like", model)
     expected, found = jobs.result("one process", like, 1.0), jobs.result(layout, model, 1.0)
-    own = _worst_error(jobs.result(layout, like, 0.0), jobs.result("one process", like, 0.0))
+    without = MODELS[model].get("without", like)
+    own = _worst_error(jobs.result(layout, without, 0.0), jobs.result("one process", without, 0.0))
     error, loss_error = _worst_error(found, expected), _worst_loss_error(found, expected)
+    assert found["losses"].keys() == {*BOTH, *MODELS[model].get("losses", ())}
     record_property("errors", f"{layout} | {model} | {loss_error:.1e} | {error:.1e} | {own:.1e}")
     assert own < 1e-5, "Megatron's own gradients differ from one process"
     assert error < 1e-5
@@ -170,8 +196,9 @@ def _compare_diagnostics(found: dict, expected: dict) -> None:
 
 def test_the_losses_change_every_compared_model(jobs):
     for model in MODELS:
-        like = MODELS[model].get("like", model)
-        assert _worst_error(jobs.result("one process", model, 1.0), jobs.result("one process", like, 0.0)) > 0.01, model
+        without = MODELS[model].get("without", MODELS[model].get("like", model))
+        with_losses, plain = jobs.result("one process", model, 1.0), jobs.result("one process", without, 0.0)
+        assert _worst_error(with_losses, plain) > 0.01, model
 
 
 @pytest.mark.parametrize("kind", ["mass", "pathway"])
@@ -200,7 +227,8 @@ def test_pairs_across_stages_are_dropped_on_request(jobs, megatron):
         capture = Capture(model)
         megatron_models.run_model(model, batch)
         capture.remove()
-        pairs = pure_losses(capture, torch.ones(batch["tokens"].numel(), dtype=torch.bool), "mass")[1]
+        is_token = torch.ones(batch["tokens"].numel(), dtype=torch.bool)
+        pairs = pure_losses(capture, is_token, "mass")["coupling_loss"]
         losses += [float(pairs[0]), float(pairs[2])]
     assert found["losses"]["coupling_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     exact = jobs.result("PP2", "plain", 1.0)

@@ -52,6 +52,11 @@ ARMS = (
 BY_NAME = {arm.name: arm for arm in ARMS}
 
 
+def selected(names) -> list:
+    """The arms of these names and the baseline, in the order of ``ARMS``."""
+    return [arm for arm in ARMS if arm.name == BASELINE or arm.name in names]
+
+
 def coefficients(arm: Arm, scales: dict) -> dict:
     """Flag -> coefficient of an arm, given the scale of each arm by name; 1 where none is given."""
     found = {flag: value * scales.get(arm.name, 1) for flag, value in arm.coefficients}

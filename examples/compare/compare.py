@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 
+import arms
 import comparison_report
 import results
 import runs
@@ -35,6 +36,8 @@ def parse_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget-minutes", type=float, default=60, help="what to plan for (default: %(default)g)")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each arm (default: %(default)s)")
+    names = [arm.name for arm in arms.ARMS if arm.name != arms.BASELINE]
+    parser.add_argument("--arms", nargs="+", choices=names, default=names, help="beside the baseline (default: all)")
     parser.add_argument("--no-sweep", action="store_true", help="take the papers' coefficients as they are")
     parser.add_argument("--iterations", type=int, help="training steps of a run (default: what the budget allows)")
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a CPU core, or one a GPU)")
@@ -84,7 +87,9 @@ def calibrate(machine, scale, prefix, output, workers) -> tuple:
 def make_plan(options, machine, scale, workers, prefix) -> dict:
     """What the comparison consists of; kept, so that a restart goes on with the same."""
     seeds = list(range(FIRST_SEED, FIRST_SEED + options.seeds))
-    number_of_runs = len(runs.final(seeds, {})) + (0 if options.no_sweep else len(runs.sweep(SWEEP_SEED)))
+    compared = arms.selected(options.arms)
+    number_of_runs = len(runs.final(seeds, {}, compared))
+    number_of_runs += 0 if options.no_sweep else len(runs.sweep(SWEEP_SEED, compared))
     iterations = options.iterations
     if iterations is None:
         timing = calibrate(machine, scale, prefix, options.output, workers)
@@ -93,6 +98,7 @@ def make_plan(options, machine, scale, workers, prefix) -> dict:
     packages = ("torch", "megatron-core", "megatron_moe_spec")
     return {
         "iterations": min(iterations, scale.max_iterations),
+        "arms": [arm.name for arm in compared],
         "seeds": seeds,
         "sweep_seed": None if options.no_sweep else SWEEP_SEED,
         "tokens_per_step": scale.tokens_per_step,
@@ -113,6 +119,7 @@ def plan_of(options, machine, scale, workers, prefix) -> dict:
     if path.exists():
         plan = json.loads(path.read_text())
         asked = {"seeds": list(range(FIRST_SEED, FIRST_SEED + options.seeds)), "machine": asdict(machine)}
+        asked["arms"] = [arm.name for arm in arms.selected(options.arms)]
         asked["sweep_seed"] = None if options.no_sweep else SWEEP_SEED
         if options.iterations is not None:
             asked["iterations"] = options.iterations
@@ -144,14 +151,15 @@ def main():
     plan = plan_of(options, machine, scale, workers, prefix)
     runner = runs.Runner(machine, scale, plan["iterations"], prefix, workers)
     began = time.monotonic()
-    scales, seeds = {}, plan["seeds"]
+    scales, seeds, compared = {}, plan["seeds"], arms.selected(plan["arms"])
     if plan["sweep_seed"] is not None:
         print("Choosing coefficients", flush=True)
-        runner.run_all(runs.sweep(plan["sweep_seed"]), options.output, {}, later=len(runs.final(seeds, {})))
-        scales = runs.chosen_scales(options.output, plan["sweep_seed"])
+        later = len(runs.final(seeds, {}, compared))
+        runner.run_all(runs.sweep(plan["sweep_seed"], compared), options.output, {}, later)
+        scales = runs.chosen_scales(options.output, plan["sweep_seed"], compared)
         print("Chosen: " + ", ".join(f"{name} x{scale:g}" for name, scale in scales.items()))
     print("Comparing", flush=True)
-    runner.run_all(runs.final(seeds, scales), options.output, scales)
+    runner.run_all(runs.final(seeds, scales, compared), options.output, scales)
     print(f"Finished, {(time.monotonic() - began) / 60:.0f} min since this start")
     comparison_report.write(options.output)
 

@@ -34,10 +34,10 @@ CURVES = (
 
 def load(output, plan):
     """{arm: {seed: result}} of the finished final runs, and the scales they ran at."""
-    sweep_seed = plan["sweep_seed"]
-    scales = {} if sweep_seed is None else runs.chosen_scales(output, sweep_seed)
-    found = {arm.name: {} for arm in arms.ARMS}
-    for run in runs.final(plan["seeds"], scales):
+    sweep_seed, compared = plan["sweep_seed"], arms.selected(plan["arms"])
+    scales = {} if sweep_seed is None else runs.chosen_scales(output, sweep_seed, compared)
+    found = {arm.name: {} for arm in compared}
+    for run in runs.final(plan["seeds"], scales, compared):
         result = runs.result_of(output, run)
         if result is not None:
             found[run.arm][run.seed] = result
@@ -56,10 +56,10 @@ def scaled(name, value):
 def losses_table(found, scales):
     """Markdown rows: each arm's validation loss and its paired difference from the baseline."""
     baseline = values_of(found[arms.BASELINE], LOSS)
-    corrected = 1 - 0.05 / (len(arms.ARMS) - 1)
+    corrected = 1 - 0.05 / max(1, len(found) - 1)
     rows = [("", "coefficients", "validation loss", "difference, 95 % interval", "better seeds", "")]
     rows.append(("---", "---", "---:", "---:", "---:", "---"))
-    for arm in arms.ARMS:
+    for arm in arms.selected(found):
         values = values_of(found[arm.name], LOSS)
         weights = arms.coefficients(arm, scales)
         cells = [arm.title, ", ".join(f"{value:g}" for value in weights.values()), f"{mean(values):.4f}"]
@@ -89,11 +89,11 @@ def verdict(found_difference, corrected):
 
 def measures_table(found):
     """Markdown rows: means over seeds; a star where the paired difference's interval excludes 0."""
-    rows = [("", *(arm.name for arm in arms.ARMS)), ("---", *("---:" for _ in arms.ARMS))]
+    rows = [("", *found), ("---", *("---:" for _ in found))]
     for title, name, digits in MEASURES:
         baseline = values_of(found[arms.BASELINE], name)
         cells = []
-        for arm in arms.ARMS:
+        for arm in arms.selected(found):
             values = values_of(found[arm.name], name)
             if not values:
                 cells.append("")
@@ -114,7 +114,7 @@ def sweep_table(output, plan, scales):
     baseline = runs.result_of(output, runs.Run(arms.BASELINE, 1, plan["sweep_seed"]))["values"][LOSS]
     rows = [("", "coefficients", "validation loss", "minus the baseline's", ""), ("---", "---", "---:", "---:", "---")]
     rows.append((arms.BY_NAME[arms.BASELINE].title, "", f"{baseline:.4f}", "", ""))
-    for arm in arms.ARMS:
+    for arm in arms.selected(plan["arms"]):
         for scale in arm.scales:
             loss = runs.result_of(output, runs.Run(arm.name, scale, plan["sweep_seed"]))["values"][LOSS]
             weights = ", ".join(f"{value:g}" for value in arms.coefficients(arm, {arm.name: scale}).values())
@@ -135,7 +135,7 @@ def draw_differences(found, path):
     """Each arm's paired differences in validation loss: one dot a seed, and the interval of their mean."""
     pyplot = _pyplot()
     baseline = values_of(found[arms.BASELINE], LOSS)
-    others = [arm for arm in arms.ARMS if arm.name != arms.BASELINE]
+    others = [arm for arm in arms.selected(found) if arm.name != arms.BASELINE]
     figure, axis = pyplot.subplots(figsize=(8, 0.55 * len(others) + 1.2), constrained_layout=True)
     for height, arm in enumerate(reversed(others)):
         found_difference = difference(values_of(found[arm.name], LOSS), baseline)
@@ -158,7 +158,7 @@ def draw_curves(found, path):
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
     for axis, (title, name) in zip(axes.flat, CURVES):
         reference = dict(mean_curve(found[arms.BASELINE], name)) if name == LOSS else {}
-        for number, arm in enumerate(arms.ARMS):
+        for number, arm in enumerate(arms.selected(found)):
             points = [(x, y - reference.get(x, 0.0)) for x, y in mean_curve(found[arm.name], name)]
             style = dict(color="black", linestyle="--") if arm.name == arms.BASELINE else dict(color=f"C{number}")
             axis.plot([x for x, _ in points], [y for _, y in points], label=arm.name, linewidth=1.3, **style)
@@ -191,7 +191,7 @@ def text(plan, found, scales, sweep_rows):
     machine, seeds = plan["machine"], plan["seeds"]
     tokens = plan["iterations"] * plan["tokens_per_step"] / 1e6
     baseline = values_of(found[arms.BASELINE], LOSS)
-    others = [difference(values_of(found[arm.name], LOSS), baseline) for arm in arms.ARMS[1:]]
+    others = [difference(values_of(found[name], LOSS), baseline) for name in found if name != arms.BASELINE]
     seconds = sum(result["seconds"] for by_seed in found.values() for result in by_seed.values())
     spread = f"{max(baseline.values()) - min(baseline.values()):.4f}"
     half_width = statistics.median(found_difference.half_width for found_difference in others)
@@ -219,7 +219,7 @@ seed by seed.
 
 {markdown(losses_table(found, scales))}
 Validation loss in nats per byte at the last iteration, mean over seeds; differences are arm minus baseline, with
-Student's t intervals. "After correction": with the interval widened for {len(arms.ARMS) - 1} comparisons (Bonferroni).
+Student's t intervals. "After correction": with the interval widened for {len(others)} comparison(s) (Bonferroni).
 
 ![paired differences in validation loss](differences.png)
 

@@ -32,21 +32,21 @@ class Run:
         return f"{self.arm}-x{self.scale:g}-seed{self.seed}"
 
 
-def sweep(seed: int) -> list:
+def sweep(seed: int, compared: list) -> list:
     """Every scale of every arm that has a choice, and the baseline to compare with."""
-    choices = [Run(arm.name, scale, seed) for arm in arms.ARMS for scale in arm.scales]
+    choices = [Run(arm.name, scale, seed) for arm in compared for scale in arm.scales]
     return [Run(arms.BASELINE, 1, seed), *choices]
 
 
-def final(seeds: list, scales: dict) -> list:
+def final(seeds: list, scales: dict, compared: list) -> list:
     """Every arm at its chosen scale, seed by seed, so that what is finished early can be compared."""
-    return [Run(arm.name, scales.get(arm.name, 1), seed) for seed in seeds for arm in arms.ARMS]
+    return [Run(arm.name, scales.get(arm.name, 1), seed) for seed in seeds for arm in compared]
 
 
-def chosen_scales(output: Path, seed: int) -> dict:
+def chosen_scales(output: Path, seed: int, compared: list) -> dict:
     """The scale with the lowest validation loss in the sweep, by arm."""
     found = {}
-    for arm in arms.ARMS:
+    for arm in compared:
         losses = {scale: result_of(output, Run(arm.name, scale, seed)) for scale in arm.scales}
         if losses:
             found[arm.name] = min(losses, key=lambda scale: losses[scale]["values"][results.VALIDATION_LOSS])

@@ -23,6 +23,6 @@ def test_files_and_targets_exist():
         assert (ROOT / path).is_file(), path
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make (\w+)", README, re.M)
-    assert targets == ["quickstart", "test"]
+    assert targets == ["quickstart", "compare", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M)

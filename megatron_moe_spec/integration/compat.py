@@ -146,15 +146,16 @@ def training_modules():
     """megatron.training.arguments and megatron.training.training.
 
     Raises:
-        ImportError: Megatron's training program is not there, as with the megatron-core wheel 0.16.
+        ImportError: Megatron's training program is not there, as with the megatron-core wheel 0.16, or lacks a package
+            that it needs, as 0.17 and 0.18 do without PyYAML.
     """
     try:
         from megatron.training import arguments, training
     except ImportError as error:
-        raise ImportError(
-            "megatron.training cannot be imported: run a script inside a Megatron-LM checkout, or install "
-            f"megatron-core >= 0.17 ({error})"
-        ) from error
+        remedy = "run a script inside a Megatron-LM checkout, or install megatron-core >= 0.17"
+        if error.name and error.name.split(".")[0] != "megatron":
+            remedy = f"it needs a package that is not installed: {error.name}"
+        raise ImportError(f"megatron.training cannot be imported ({error}): {remedy}") from error
     return arguments, training
 
 

@@ -102,7 +102,8 @@ def use_shipped_helpers():
         megatron.core.datasets.utils.compile_helpers = lambda: None
 
 
-if __name__ == "__main__":
+def main():
+    """Parse the flags and train."""
     use_shipped_helpers()
     args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     pretrain(
@@ -112,3 +113,7 @@ if __name__ == "__main__":
         forward_step,
     )
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

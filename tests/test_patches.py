@@ -1,4 +1,4 @@
-"""Each patch fits the Megatron-LM that it names, and a patched Megatron trains as the launcher does."""
+"""Each patch fits the Megatron-LM that it names, and a patched Megatron trains as an edited script does."""
 
 import os
 import re
@@ -89,32 +89,39 @@ def _logged(output: str) -> list[str]:
 
 
 @needs_training_loop
-def test_patched_megatron_trains_as_the_launcher_does(installed):
+def test_patched_megatron_trains_as_a_script_with_the_one_line_does(installed):
     folder, patch = installed
-    flags = [*MODEL, *LOSSES, "--train-iters", 3]
-    pretrain = ROOT / "examples" / "pretrain_gpt.py"
-    launched = _logged(torchrun(1, "-m", "megatron_moe_spec.launch", "--cpu", pretrain, *flags))
-    assert len(launched) == 15
-    assert _apply(folder, patch).returncode == 0
-    # Before the installed package, since a script's folder comes first; the launcher takes no part.
+    # In the copy's folder, which comes before the installed package; the launcher takes no part.
     runner = folder / "run.py"
     runner.write_text(
-        "import runpy\n"
+        "import runpy, sys\n"
         "from megatron_moe_spec.integration.cpu import enable\n"
         "enable()\n"
-        f"runpy.run_path({str(pretrain)!r}, run_name='__main__')\n"
+        f"sys.path.append({str(ROOT / 'examples')!r})\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
     )
-    assert _logged(torchrun(1, runner, *flags)) == launched
+    flags = [*MODEL, *LOSSES, "--train-iters", 3]
+    with_the_line = _logged(torchrun(1, runner, ROOT / "examples" / "pretrain_gpt_spec.py", *flags))
+    assert len(with_the_line) == 15
+    assert _apply(folder, patch).returncode == 0
+    assert _logged(torchrun(1, runner, ROOT / "examples" / "pretrain_gpt.py", *flags)) == with_the_line
 
 
-def test_launcher_adds_nothing_to_a_patched_megatron(monkeypatch):
+def test_install_adds_nothing_to_what_has_the_losses(monkeypatch):
     from megatron_moe_spec.integration import training
 
-    arguments, patched = SimpleNamespace(), SimpleNamespace(moe_spec=training.TrainingLosses(SpecConfig))
+    def modules(**extra):
+        return (
+            SimpleNamespace(add_megatron_arguments=len),
+            SimpleNamespace(setup_model_and_optimizer=len, training_log=len, **extra),
+        )
+
     monkeypatch.setattr(training, "require_megatron", lambda: None)
-    monkeypatch.setattr(training, "training_modules", lambda: (arguments, patched))
-    training.install(None, None)
-    assert not vars(arguments) and list(vars(patched)) == ["moe_spec"]
-    del patched.moe_spec
-    with pytest.raises(AttributeError, match="add_megatron_arguments"):
+    for extra, wrapped in ({}, True), ({"moe_spec": training.TrainingLosses(SpecConfig)}, False):
+        pair = modules(**extra)
+        monkeypatch.setattr(training, "training_modules", lambda: pair)
         training.install(None, None)
+        after_one = [dict(vars(module)) for module in pair]
+        assert (after_one != [dict(vars(module)) for module in modules(**extra)]) == wrapped
+        training.install(None, None)
+        assert [dict(vars(module)) for module in pair] == after_one

@@ -21,7 +21,7 @@ METRICS_FILE = "moe_spec_metrics.jsonl"
 def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
     """Makes the next ``megatron.training.pretrain`` of this process take the flags and train with the losses.
 
-    Does nothing to a Megatron that was changed by one of ``patches/``: it has both already.
+    Does nothing to a Megatron that has both already: by an earlier call, or changed by one of ``patches/``.
 
     Args:
         add_arguments: parser -> parser with the flags.
@@ -58,6 +58,7 @@ def _wrap(arguments, training, add_arguments: Callable, losses: "TrainingLosses"
         loss_dict = losses.finish_step(loss_dict, iteration)
         return log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
 
+    training.moe_spec = losses
     arguments.add_megatron_arguments = add_megatron_arguments
     training.setup_model_and_optimizer = setup_model_and_optimizer
     training.training_log = training_log

@@ -72,6 +72,7 @@ def main() -> None:
     from grouped_linear import use_torch_grouped_linear
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.training.arguments import core_transformer_config_from_args
 
     use_torch_grouped_linear()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -80,6 +81,12 @@ def main() -> None:
     found = {}
     for name, (processes, flags) in json.load(sys.stdin).items():
         laid_out = parse(flags, processes)
+        try:
+            core_transformer_config_from_args(laid_out)
+        except ValueError as error:
+            # The last thing that it asks for, and all that may be missing here.
+            if "install TE" not in str(error):
+                raise
         found[name] = {
             "data_parallel": laid_out.data_parallel_size,
             "coefficients": [laid_out.moe_specialization_loss_coeff, laid_out.moe_coupling_loss_coeff],

@@ -115,7 +115,7 @@ def test_missing_training_program_is_named(diagnose, monkeypatch):
     assert status == 0 and rows["megatron.training"].startswith("not found")
 
 
-def test_missing_megatron_is_named(monkeypatch, capsys):
+def test_missing_megatron_is_named(megatron, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "megatron", None)
     monkeypatch.setitem(sys.modules, "megatron.core", None)
     assert doctor.main([]) == 1

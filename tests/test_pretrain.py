@@ -48,7 +48,7 @@ def scalars(folder) -> dict[str, dict[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(megatron, tmp_path_factory):  # megatron: reading a checkpoint imports it, after the CPU backend alone
     """Four iterations without flags, with coefficients 0, and with the losses; checkpoints after two and four."""
     folder = tmp_path_factory.mktemp("runs")
 

@@ -94,6 +94,24 @@ def test_moe_layers_of_pipeline_stages(diagnose, flags, numbers):
 
 @needs_training_loop
 @pytest.mark.parametrize(
+    "pattern, ranks, number",
+    [("*E*E", 1, "2 of 4"), ("*E|*E*E", 2, "3 of 6"), ("*E*E*E*E", 2, "4 of 8"), ("*E*-", 1, "1 of 4")],
+)
+def test_moe_layers_of_a_hybrid_model(diagnose, pattern, ranks, number):
+    flags = MODEL[2:] if MODEL[0] == "--num-layers" else MODEL
+    status, report, rows = diagnose(
+        *flags, "--hybrid-layer-pattern", pattern, "--pipeline-model-parallel-size", ranks, *LOSSES[:2]
+    )
+    if "unrecognized arguments: --hybrid-layer-pattern" in report:
+        pytest.skip("this Megatron describes hybrid models by other flags")
+    assert status == 0, report
+    assert rows["MoE layers"].startswith(f"{number}, ")
+    if pattern == "*E|*E*E":
+        assert rows["MoE layers"].endswith("by pipeline stage [1, 2]")
+
+
+@needs_training_loop
+@pytest.mark.parametrize(
     "flags, message",
     [
         (["--no-such-flag"], "--no-such-flag"),

@@ -79,17 +79,41 @@ def _print_section(title: str, rows) -> None:
 
 
 def _installed() -> Iterator[tuple[str, str]]:
+    if not _found("torch"):
+        yield "torch", "not installed (needed)"
+        return
+    yield "GPU", _gpu()
+    _do_without_gpu()
     yield "python", platform.python_version()
+    for package, why_not in (("torch", "needed"), ("triton", "megatron-core needs it on Linux")):
+        yield package, _version(package) or f"not installed ({why_not})"
+    yield "megatron-core", _megatron()
+    yield "megatron.training", "found" if _found("megatron.training") else "not found (needed by the launcher alone)"
     for package, why_not in (
-        ("torch", "needed"),
-        ("triton", "megatron-core needs it on Linux"),
-        ("megatron-core", "a Megatron-LM checkout serves as well"),
         ("transformer-engine", "not needed; Megatron's own layers are used"),
         ("apex", "not needed"),
     ):
         yield package, _version(package) or f"not installed ({why_not})"
-    yield "megatron.training", "found" if _found("megatron.training") else "not found (needed by the launcher alone)"
-    yield "GPU", _gpu()
+
+
+def _do_without_gpu() -> None:
+    """Lets Megatron be imported and asked without a GPU; before its first import."""
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_moe_spec.integration.cpu import enable
+
+        enable()
+
+
+def _megatron() -> str:
+    from megatron_moe_spec.integration.compat import megatron_version
+
+    try:
+        with _silence():
+            return megatron_version().partition("+")[0]
+    except ImportError as error:
+        return f"cannot be imported ({error})"
 
 
 def _version(package: str) -> Optional[str]:
@@ -102,7 +126,7 @@ def _version(package: str) -> Optional[str]:
 def _found(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
+    except (ModuleNotFoundError, ValueError):  # its package is missing; it is blocked in sys.modules
         return False
 
 
@@ -117,15 +141,9 @@ def _gpu() -> str:
 
 def _missing(wants_training: bool) -> Optional[str]:
     """What has to be installed first."""
-    import torch
-
-    if not torch.cuda.is_available():
-        from megatron_moe_spec.integration.cpu import enable
-
-        enable()
-    from megatron_moe_spec.integration.compat import require_megatron, training_modules
-
     try:
+        from megatron_moe_spec.integration.compat import require_megatron, training_modules
+
         require_megatron()
         if wants_training:
             with _silence():

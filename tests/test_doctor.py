@@ -140,6 +140,14 @@ def test_missing_megatron_is_named(megatron, monkeypatch, capsys):
     assert "pip install 'megatron-core" in capsys.readouterr().out
 
 
+def test_missing_torch_is_named():
+    """Without the site packages."""
+    code = "import sys; from megatron_moe_spec import doctor; sys.exit(doctor.main([]))"
+    bare = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert bare.returncode == 1, bare.stderr
+    assert "torch                not installed (needed)" in bare.stdout and "No module named 'torch'" in bare.stdout
+
+
 def test_exit_status_of_the_command():
     command = [sys.executable, "-W", "ignore", "-m", "megatron_moe_spec.doctor"]
     helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT)

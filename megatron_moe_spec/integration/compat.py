@@ -16,13 +16,20 @@ def require_megatron() -> None:
     """Raises ImportError where megatron-core is missing or too old, naming the remedy."""
     oldest = ".".join(map(str, OLDEST_SUPPORTED))
     try:
-        from megatron.core import __version__ as version
+        version = megatron_version()
     except ImportError as error:
         raise ImportError(
             f"megatron-core is needed to attach the losses: pip install 'megatron-core>={oldest}'"
         ) from error
     if _release(version) < OLDEST_SUPPORTED:
         raise ImportError(f"megatron-core {version} is too old: {oldest} or newer is needed")
+
+
+def megatron_version() -> str:
+    """Version of the Megatron-Core that is imported: an installed one, or that of a checkout around the script."""
+    from megatron.core import __version__ as version
+
+    return version
 
 
 def _release(version: str) -> tuple[int, int]:

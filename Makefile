@@ -2,13 +2,15 @@
 # for Python 3.14.
 PRIMARY = .venv 3.12 3.13 megatron report test
 OLDEST = .venv-oldest 3.11 3.10 megatron report test -- torch==2.13.0 megatron-core==0.16.1
+# 0.16.1 runs in the second environment; 0.19.2 is what the first one has.
+VERSIONS ?= 0.16.1 0.17.1 0.18.2 0.19.2
 
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
 COMPARE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare test test-primary test-oldest clean
+.PHONY: help quickstart compare test test-primary test-oldest test-versions clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -19,6 +21,7 @@ help:
 	@echo "make test          all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
+	@echo "make test-versions the tests that need Megatron, on each release: $(VERSIONS)"
 	@echo "make clean         remove the environments and everything that was built"
 	@echo "Each target makes the environment that it needs: .venv (Python 3.12 or 3.13) or .venv-oldest."
 
@@ -58,6 +61,11 @@ test-oldest:
 	echo "OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)"; \
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
+test-versions:
+	@.ci/venv $(PRIMARY)
+	@.ci/venv $(OLDEST)
+	@.venv/bin/python .ci/versions.py .venv .venv-oldest $(VERSIONS) -- $(PYTEST_ARGS)
+
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

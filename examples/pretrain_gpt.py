@@ -1,6 +1,6 @@
 """Pretrain a GPT model with Megatron's own training loop.
 
-A plain Megatron script for megatron-core >= 0.19, whose wheel contains ``megatron.training`` but no pretraining script.
+A plain Megatron script for megatron-core >= 0.17, whose wheel contains ``megatron.training`` but no pretraining script.
 It takes Megatron's own flags and nothing else:
 
     torchrun --nproc-per-node 8 examples/pretrain_gpt.py --num-layers 12 ... --data-path my_text_document
@@ -9,6 +9,7 @@ It takes Megatron's own flags and nothing else:
 
 import importlib.util
 from functools import partial
+from inspect import signature
 
 import torch
 
@@ -19,9 +20,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.enums import ModelType
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank
-from megatron.training import get_args, get_timers, pretrain, print_rank_0
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training import argument_utils, arguments, get_args, get_timers, pretrain, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
 BATCH_KEYS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
@@ -33,9 +32,8 @@ def get_batch(data_iterator, vp_stage):
         return dict.fromkeys(BATCH_KEYS)
     sample = next(data_iterator)
     batch = {key: sample[key].cuda(non_blocking=True) if key in sample else None for key in BATCH_KEYS}
-    return get_batch_on_this_cp_rank(
-        batch, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-    )
+    hybrid = {"is_hybrid_cp": False} if "is_hybrid_cp" in signature(get_batch_on_this_cp_rank).parameters else {}
+    return get_batch_on_this_cp_rank(batch, cp_group=parallel_state.get_context_parallel_group(), **hybrid)
 
 
 def loss_func(loss_mask, losses):
@@ -102,13 +100,48 @@ def use_shipped_helpers():
         megatron.core.datasets.utils.compile_helpers = lambda: None
 
 
-if __name__ == "__main__":
-    use_shipped_helpers()
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    pretrain(
-        pretrain_cfg_container_from_args(args, gpt_config_from_args(args)),
-        train_valid_test_datasets_provider,
-        ModelType.encoder_or_decoder,
-        forward_step,
+def model_provider(pre_process=True, post_process=True, vp_stage=None, config=None, pg_collection=None):
+    """Build the model, or one pipeline stage of it; from 0.19 Megatron does so itself."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    args = get_args()
+    config = config or arguments.core_transformer_config_from_args(args)
+    layers = get_gpt_decoder_block_spec(
+        config, args.transformer_impl == "transformer_engine", args.normalization, args.qk_l2_norm, vp_stage=vp_stage
     )
+    return GPTModel(
+        config,
+        layers,
+        vocab_size=args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+    )
+
+
+def main():
+    """Parse the flags and train."""
+    use_shipped_helpers()
+    parts = (train_valid_test_datasets_provider, model_provider, ModelType.encoder_or_decoder, forward_step)
+    defaults = {"tokenizer_type": "GPT2BPETokenizer"}
+    if not hasattr(arguments, "parse_and_validate_args"):  # 0.17
+        pretrain(*parts, args_defaults=defaults)
+    else:
+        args = arguments.parse_and_validate_args(args_defaults=defaults)
+        if not hasattr(argument_utils, "gpt_config_from_args"):  # 0.18
+            pretrain(argument_utils.pretrain_cfg_container_from_args(args), *parts)
+        else:
+            settings = argument_utils.pretrain_cfg_container_from_args(args, argument_utils.gpt_config_from_args(args))
+            pretrain(settings, parts[0], *parts[2:])
     torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -19,6 +19,20 @@ is edited.
 """
 
 
+def install() -> None:
+    """Gives the next ``megatron.training.pretrain`` of this process the flags and the losses.
+
+    For a script of one's own, anywhere before Megatron parses its arguments. It does nothing to a Megatron that was
+    changed by one of ``patches/``.
+
+    Raises:
+        ImportError: megatron-core or megatron.training is missing, or too old.
+    """
+    from megatron_moe_spec.integration import training
+
+    training.install(add_moe_spec_args, spec_config_from_args)
+
+
 def main(argv: list[str]) -> int:
     """Runs ``[--cpu] SCRIPT flags``; returns the exit status of a usage error, or 0."""
     on_cpu = argv[:1] == ["--cpu"]
@@ -38,9 +52,7 @@ def main(argv: list[str]) -> int:
         from megatron_moe_spec.integration.cpu import enable
 
         enable()
-    from megatron_moe_spec.integration.training import install
-
-    install(add_moe_spec_args, spec_config_from_args)
+    install()
     runpy.run_path(str(script), run_name="__main__")
     return 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import megatron_moe_spec
 
 ROOT = Path(megatron_moe_spec.__file__).parent
-ORDER = ["config", "losses", "metrics", "kernels", "parallel", "integration", "arguments", "launch"]
+ORDER = ["config", "losses", "metrics", "kernels", "parallel", "integration", "arguments", "launch", "doctor"]
 MEGATRON_FREE = [part for part in ORDER if part != "integration"]
 
 

@@ -48,7 +48,7 @@ def scalars(folder) -> dict[str, dict[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(megatron, tmp_path_factory):  # megatron: reading a checkpoint imports it, after the CPU backend alone
     """Four iterations without flags, with coefficients 0, and with the losses; checkpoints after two and four."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -95,25 +95,25 @@ def test_state_dict_keys_do_not_change(runs):
 
 def test_losses_are_in_the_console_and_in_tensorboard(runs):
     folder, outputs = runs
-    scalars = scalars(folder / "losses")
+    logged = scalars(folder / "losses")
     for name in ("specialization_loss", "coupling_loss"):
-        assert list(scalars[name]) == [1, 2, 3, 4]
+        assert list(logged[name]) == [1, 2, 3, 4]
         (first,) = re.findall(rf"iteration +1/.* {name}: (\S+)", outputs["losses"])
-        assert float(first) == pytest.approx(scalars[name][1], rel=1e-5)
+        assert float(first) == pytest.approx(logged[name][1], rel=1e-5)
         assert len(re.findall(rf"iteration +\d/.* {name}: ", outputs["losses"])) == 4
         assert f" {name}: " not in outputs["plain"] and name not in scalars(folder / "plain")
-    assert list(scalars["moe_spec/routing_entropy/layer_1"]) == [2, 4]
-    assert list(scalars["moe_spec/conditional_entropy/layers_0_1"]) == [2, 4]
+    assert list(logged["moe_spec/routing_entropy/layer_1"]) == [2, 4]
+    assert list(logged["moe_spec/conditional_entropy/layers_0_1"]) == [2, 4]
 
 
 def test_metrics_file(runs):
     folder, _ = runs
     lines = [json.loads(line) for line in (folder / "losses" / "moe_spec_metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [2, 4]
-    scalars = scalars(folder / "losses")
+    logged = scalars(folder / "losses")
     for line in lines:
         for name in ("specialization_loss", "coupling_loss"):
-            assert line[name] == pytest.approx(scalars[name][line["iteration"]], rel=1e-6)
+            assert line[name] == pytest.approx(logged[name][line["iteration"]], rel=1e-6)
         assert [layer["layer"] for layer in line["layers"]] == [0, 1]
         assert all(0 < layer["mean_abs_cos"] <= layer["max_abs_cos"] <= 1 for layer in line["layers"])
         assert all(layer["load_imbalance"] >= 1 for layer in line["layers"])

@@ -26,3 +26,15 @@ def test_files_and_targets_exist():
     assert targets == ["quickstart", "compare", "test"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M)
+
+
+def test_other_documents_name_what_exists():
+    for document in (ROOT / "docs" / "guide.md", ROOT / "docs" / "frameworks.md", *ROOT.glob("*/README.md")):
+        text = document.read_text()
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            assert (document.parent / link).is_file(), f"{document}: {link}"
+        for path in re.findall(r"\b((?:examples|tests|configs)/[\w./-]+\.(?:py|sh|yaml))", text):
+            assert (ROOT / path).is_file(), f"{document}: {path}"
+        flags = {field.metadata["flag"] for field in fields(SpecConfig)}
+        for flag in re.findall(r"--moe-(?:spec|coupling|specialization)[\w-]*", text):
+            assert flag in flags, f"{document}: {flag}"

@@ -26,6 +26,11 @@ def check_supported(model, moe_layers: list, stages: Stages, config: SpecConfig)
         raise ValueError("the MoE specialization losses cannot be attached: " + "; ".join(problems))
 
 
+def unsupported_settings(model, stages: Stages, config: SpecConfig) -> list[str]:
+    """What ``check_supported`` will say, as far as it can be told before a model is built; see there."""
+    return list(_problems(model, [], stages, config))
+
+
 def _problems(model, moe_layers: list, stages: Stages, config: SpecConfig) -> Iterator[str]:
     if not any(stages.num_layers):
         yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
@@ -85,7 +90,7 @@ def _message_problems(model) -> Iterator[str]:
 def _activation_problems(moe_layers: list, model) -> Iterator[str]:
     if getattr(model, "use_transformer_engine_op_fuser", False):
         yield "the fused experts never materialise their activations (remove --use-transformer-engine-op-fuser)"
-    elif not all(expert_down_projections(layer) for layer in moe_layers):
+    elif getattr(model, "moe_use_legacy_grouped_gemm", False) or not all(map(expert_down_projections, moe_layers)):
         yield (
             "the legacy GroupedMLP never materialises its activations "
             "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"

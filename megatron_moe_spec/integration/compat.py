@@ -1,6 +1,9 @@
 """Everything that is known of Megatron's symbols and of how they differ between releases."""
 
 import functools
+import math
+import os
+import sys
 from typing import Callable, Iterator, Union
 
 import torch
@@ -13,13 +16,20 @@ def require_megatron() -> None:
     """Raises ImportError where megatron-core is missing or too old, naming the remedy."""
     oldest = ".".join(map(str, OLDEST_SUPPORTED))
     try:
-        from megatron.core import __version__ as version
+        version = megatron_version()
     except ImportError as error:
         raise ImportError(
             f"megatron-core is needed to attach the losses: pip install 'megatron-core>={oldest}'"
         ) from error
     if _release(version) < OLDEST_SUPPORTED:
         raise ImportError(f"megatron-core {version} is too old: {oldest} or newer is needed")
+
+
+def megatron_version() -> str:
+    """Version of the Megatron-Core that is imported: an installed one, or that of a checkout around the script."""
+    from megatron.core import __version__ as version
+
+    return version
 
 
 def _release(version: str) -> tuple[int, int]:
@@ -184,16 +194,76 @@ def training_modules():
     """megatron.training.arguments and megatron.training.training.
 
     Raises:
-        ImportError: Megatron's training program is not there, as with the megatron-core wheel 0.16.
+        ImportError: Megatron's training program is not there, as with the megatron-core wheel 0.16, or lacks a package
+            that it needs, as 0.17 and 0.18 do without PyYAML.
     """
     try:
         from megatron.training import arguments, training
     except ImportError as error:
-        raise ImportError(
-            "megatron.training cannot be imported: run a script inside a Megatron-LM checkout, or install "
-            f"megatron-core >= 0.17 ({error})"
-        ) from error
+        remedy = "run a script inside a Megatron-LM checkout, or install megatron-core >= 0.17"
+        if error.name and error.name.split(".")[0] != "megatron":
+            remedy = f"it needs a package that is not installed: {error.name}"
+        raise ImportError(f"megatron.training cannot be imported ({error}): {remedy}") from error
     return arguments, training
+
+
+def settings_of_flags(flags: list[str], add_arguments: Callable):
+    """Megatron's validated arguments and its TransformerConfig for a command line; no process group is needed.
+
+    Where torchrun has not set WORLD_SIZE, the job is as small as the layout allows.
+
+    Raises:
+        ImportError: see ``training_modules``.
+        SystemExit: the parser does not know a flag or its value; it has written why to standard error.
+        AssertionError, ValueError and others: Megatron does not accept the combination.
+    """
+    arguments, _ = training_modules()
+    argv, sys.argv = sys.argv, [sys.argv[0], *flags]
+    try:
+        args = arguments.parse_args(add_arguments)
+    finally:
+        sys.argv = argv
+    if "WORLD_SIZE" not in os.environ:
+        dense = args.tensor_model_parallel_size * args.context_parallel_size
+        experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+        args.world_size = math.lcm(dense, experts) * args.pipeline_model_parallel_size
+    arguments.validate_args(args)
+    return args, arguments.core_transformer_config_from_args(args)
+
+
+def moe_layers_of_stages(args, config) -> list[int]:
+    """Number of MoE layers in each (virtual) pipeline stage, MTP layers left out, as Megatron will divide them.
+
+    Args:
+        args, config: from ``settings_of_flags``.
+    """
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    if not config.num_moe_experts:
+        return [0]
+    pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
+    if pattern and "|" in pattern:
+        return [stage.count("E") for stage in pattern.split("/")[0].split("|")]
+    frequency = config.moe_layer_freq
+    if pattern:
+        has_experts = [layer == "E" for layer in pattern.split("/")[0]]
+    elif isinstance(frequency, int):
+        has_experts = [layer % frequency == 0 for layer in range(config.num_layers)]
+    else:
+        has_experts = list(map(bool, frequency))
+    ranks, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    layout = config.pipeline_model_parallel_layout
+    numbers, end = [], 0
+    for chunk in range(chunks or 1):
+        for rank in range(ranks):
+            if layout is not None:
+                layers = layout.layout[rank][chunk].count(LayerType.decoder)
+            else:
+                layers = get_num_layers_to_build(config, chunk if chunks else None, rank)
+            numbers.append(sum(has_experts[end : end + layers]))
+            end += layers
+    return numbers
 
 
 def training_writers():

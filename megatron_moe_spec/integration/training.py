@@ -21,6 +21,8 @@ METRICS_FILE = "moe_spec_metrics.jsonl"
 def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
     """Makes the next ``megatron.training.pretrain`` of this process take the flags and train with the losses.
 
+    Does nothing to a Megatron that has both already: by an earlier call, or changed by one of ``patches/``.
+
     Args:
         add_arguments: parser -> parser with the flags.
         config_from_arguments: parsed arguments -> SpecConfig.
@@ -30,44 +32,60 @@ def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
     """
     require_megatron()
     arguments, training = training_modules()
-    _Training(config_from_arguments).wrap(arguments, training, add_arguments)
+    if not any(isinstance(value, TrainingLosses) for value in vars(training).values()):
+        _wrap(arguments, training, add_arguments, TrainingLosses(config_from_arguments))
 
 
-class _Training:
-    """The losses of one training program."""
+def _wrap(arguments, training, add_arguments: Callable, losses: "TrainingLosses") -> None:
+    define, build, log = (
+        arguments.add_megatron_arguments,
+        training.setup_model_and_optimizer,
+        training.training_log,
+    )
+
+    @functools.wraps(define)
+    def add_megatron_arguments(parser):
+        return add_arguments(define(parser))
+
+    @functools.wraps(build)
+    def setup_model_and_optimizer(*args, **kwargs):
+        model, *rest = build(*args, **kwargs)
+        losses.attach(model, training.get_args())
+        return (model, *rest)
+
+    @functools.wraps(log)
+    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+        loss_dict = losses.finish_step(loss_dict, iteration)
+        return log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+
+    training.moe_spec = losses
+    arguments.add_megatron_arguments = add_megatron_arguments
+    training.setup_model_and_optimizer = setup_model_and_optimizer
+    training.training_log = training_log
+
+
+class TrainingLosses:
+    """The losses of one training program: what the launcher's wrappers and the patched Megatron call.
+
+    Args:
+        config_from_arguments: parsed arguments -> SpecConfig.
+    """
 
     def __init__(self, config_from_arguments: Callable):
         self._config_from_arguments = config_from_arguments
         self._handle: Optional[SpecHandle] = None
         self._metrics_file: Optional[Path] = None
 
-    def wrap(self, arguments, training, add_arguments: Callable) -> None:
-        define, build, log = (
-            arguments.add_megatron_arguments,
-            training.setup_model_and_optimizer,
-            training.training_log,
-        )
+    def attach(self, model, args) -> None:
+        """Attaches what the flags ask for, once the model is built and its checkpoint loaded.
 
-        @functools.wraps(define)
-        def add_megatron_arguments(parser):
-            return add_arguments(define(parser))
+        Args:
+            model: list of model chunks, from Megatron's ``setup_model_and_optimizer``.
+            args: Megatron's arguments.
 
-        @functools.wraps(build)
-        def setup_model_and_optimizer(*args, **kwargs):
-            model, *rest = build(*args, **kwargs)
-            self._attach(model, training.get_args())
-            return (model, *rest)
-
-        @functools.wraps(log)
-        def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
-            loss_dict = {**loss_dict, **self._finish_step(iteration)}
-            return log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-
-        arguments.add_megatron_arguments = add_megatron_arguments
-        training.setup_model_and_optimizer = setup_model_and_optimizer
-        training.training_log = training_log
-
-    def _attach(self, model, args) -> None:
+        Raises:
+            ValueError, RuntimeError: see ``megatron_moe_spec.attach``.
+        """
         config = self._config_from_arguments(args)
         if not config.enabled:
             return
@@ -79,14 +97,20 @@ class _Training:
         if dist.get_rank() == 0:
             print(f"MoE specialization: {_describe(config, self._metrics_file)}", flush=True)
 
-    def _finish_step(self, iteration: int) -> dict:
+    def finish_step(self, loss_dict: dict, iteration: int) -> dict:
+        """What to log of a training step: ``loss_dict`` with the losses' values added. A collective.
+
+        Args:
+            loss_dict: first argument of Megatron's ``training_log``.
+            iteration: number of the step that has just ended.
+        """
         if self._handle is None:
-            return {}
+            return loss_dict
         losses, diagnostics = self._handle.finish_step(iteration)
         if diagnostics is not None:
             self._write(iteration, losses, diagnostics)
         trained = self._handle.config.trained_losses
-        return {name: loss for name, loss in losses.items() if name in trained}
+        return {**loss_dict, **{name: loss for name, loss in losses.items() if name in trained}}
 
     def _write(self, iteration: int, losses: dict, diagnostics: dict) -> None:
         tensorboard, wandb = training_writers()

@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -90,10 +89,10 @@ def resources(kernel) -> dict:
     return dict(registers=registers, spilled_bytes=stack + local, shared_bytes=kernel.metadata.shared)
 
 
-def narrow_offsets(kernel) -> int:
-    """Number of accesses to the rows of z whose offset from the start is not computed in 64 bits."""
-    sizes = Counter(re.findall(r"tt\.addptr .*: tensor<\d+x1x!tt\.ptr<\w+>.*>, tensor<\d+x1x(i\d+)", kernel.asm["ttir"]))
-    return sum(number for size, number in sizes.items() if size != "i64")
+def offset_products(kernel) -> dict:
+    """How many products (row number times row size, token times experts) are taken in 64 and in 32 bits."""
+    types = re.findall(r"arith\.muli .*: (?:tensor<\d+x)?(i\d+)", kernel.asm["ttir"])
+    return {"products_64_bit": types.count("i64"), "products_32_bit": types.count("i32")}
 
 
 def _row_operations(dtype: str, k: int, F: int) -> list:
@@ -124,7 +123,7 @@ def report(rows=ROWS, logits=LOGITS) -> list[dict]:
                 for operation in operations(*case):
                     for name, kernel in compiled(architecture, operation):
                         entry = dict(kernel=name, case=list(case), architecture=f"sm_{architecture}")
-                        entries.append({**entry, **resources(kernel), "narrow_offsets": narrow_offsets(kernel)})
+                        entries.append({**entry, **resources(kernel), **offset_products(kernel)})
     return entries
 
 

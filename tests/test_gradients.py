@@ -70,6 +70,21 @@ MODES = {
     "sinkhorn": (dict(moe_router_load_balancing_type="sinkhorn"), {}),
 }
 
+# What differs for the kernels: rows in one part or many, recomputed, with gaps, of other tokens; every score function.
+TRITON_MODES = [
+    "sequential_alltoall",
+    "grouped",
+    "grouped_allgather",
+    "grouped_moe_act_recompute",
+    "grouped_full_recompute",
+    "capacity_with_padding_grouped",
+    "padding_mask",
+    "per_token_loss",
+    "sigmoid_expert_bias",
+    "sqrtsoftplus",
+    "top_3_of_12",
+]
+
 
 def _fields(settings: dict) -> dict:
     """Skips a mode that this release of Megatron does not have."""
@@ -81,7 +96,9 @@ def _fields(settings: dict) -> dict:
     return settings
 
 
-def _compare(settings: dict, data: dict, kind: str, coefficients=(1.0, 1.0), build="build_model", **step):
+def _compare(
+    settings: dict, data: dict, kind: str, coefficients=(1.0, 1.0), build="build_model", kernels="torch", **step
+):
     import megatron_models
     from reference import reference_step
 
@@ -99,6 +116,7 @@ def _compare(settings: dict, data: dict, kind: str, coefficients=(1.0, 1.0), bui
             specialization_loss_coeff=coefficients[0],
             coupling_loss_coeff=coefficients[1],
             coupling_type=kind,
+            kernels=kernels,
         ),
     )
     found = megatron_models.train_step(model, batches, **step)
@@ -118,6 +136,14 @@ def _compare(settings: dict, data: dict, kind: str, coefficients=(1.0, 1.0), bui
 def test_gradients_equal_autograd(megatron, mode, kind):
     settings, data = MODES[mode]
     _compare(_fields(settings), data, kind)
+
+
+@pytest.mark.parametrize("mode", TRITON_MODES)
+def test_gradients_of_the_kernels(megatron, mode):
+    """Under Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    settings, data = MODES[mode]
+    _compare(_fields(settings), data, "mass", kernels="triton")
 
 
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (0.0, 1.0)])

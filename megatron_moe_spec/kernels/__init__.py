@@ -3,8 +3,10 @@
 Importing this package does not import triton. ``specialization`` and ``coupling`` do.
 """
 
+import importlib
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 
@@ -49,3 +51,8 @@ def choose(kernels: str, device: torch.device) -> bool:
     if reason and kernels == "triton":
         raise ValueError(f"the Triton kernels cannot run: {reason} (set --moe-spec-kernels to auto or torch)")
     return not reason
+
+
+def load(name: str) -> ModuleType:
+    """The kernels of ``specialization`` or ``coupling``; imports triton."""
+    return importlib.import_module(f"megatron_moe_spec.kernels.{name}")

@@ -173,7 +173,7 @@ def add_mass_gradient(
             logits_TE.contiguous(),
             live_TE.contiguous(),
             mass_gradient_T.float().contiguous(),
-            weight.float(),
+            weight.to(logits_TE.device, torch.float32),
             incoming_TE.contiguous(),
             out_TE,
             num_tokens,

@@ -191,9 +191,9 @@ def row_cosines(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tensor
 
     Args:
         z_PF: [P, F] bf16, fp16 or fp32; rows may be apart (any row stride), their elements not.
-        rows_TK: int64, contiguous, the number of each token's rows in z; anything in range where there is none. A row
+        rows_TK: int64, the number of each token's rows in z; anything in range where there is none. A row
             belongs to at most one token.
-        valid_TK: bool, contiguous, which of them are there.
+        valid_TK: bool, which of them are there.
 
     Returns:
         Cosines [T, K, K], 0 on the diagonal and where there is no row; inverse lengths [T, K], 0 for zero rows; the
@@ -288,11 +288,11 @@ def add_cosine_gradient(
     slots, tile, num_tiles = _tiling(num_tokens, k)
     _gradient_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
         z_PF,
-        rows_TK,
-        valid_TK,
+        rows_TK.contiguous(),
+        valid_TK.contiguous(),
         cosines_TKK.contiguous(),
         inverse_lengths_TK.contiguous(),
-        weight.float(),
+        weight.to(z_PF.device, torch.float32),
         covered,
         incoming_PF,
         out_PF,
@@ -321,8 +321,8 @@ def _launch(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor, partial: bool) -> t
     if num_tiles:
         _cosines_kernel[(num_tiles,)](
             z_PF,
-            rows_TK,
-            valid_TK,
+            rows_TK.contiguous(),
+            valid_TK.contiguous(),
             products_TKK,
             lengths_TK,
             sums,
@@ -357,9 +357,7 @@ def _with_dense_rows(x_PF: Tensor) -> Tensor:
 def _check(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> None:
     if z_PF.dim() != 2 or z_PF.dtype not in _OPERANDS:
         raise ValueError(f"z_PF must be bf16, fp16 or fp32 [P, F]; got {z_PF.dtype} {list(z_PF.shape)}")
-    if rows_TK.dim() != 2 or rows_TK.dtype != torch.int64 or not rows_TK.is_contiguous():
-        raise ValueError(f"rows_TK must be contiguous int64 [T, K]; got {rows_TK.dtype} {list(rows_TK.shape)}")
-    if valid_TK.shape != rows_TK.shape or valid_TK.dtype != torch.bool or not valid_TK.is_contiguous():
-        raise ValueError(
-            f"valid_TK must be contiguous bool {list(rows_TK.shape)}; got {valid_TK.dtype} {list(valid_TK.shape)}"
-        )
+    if rows_TK.dim() != 2 or rows_TK.dtype != torch.int64:
+        raise ValueError(f"rows_TK must be int64 [T, K]; got {rows_TK.dtype} {list(rows_TK.shape)}")
+    if valid_TK.shape != rows_TK.shape or valid_TK.dtype != torch.bool:
+        raise ValueError(f"valid_TK must be bool {list(rows_TK.shape)}; got {valid_TK.dtype} {list(valid_TK.shape)}")

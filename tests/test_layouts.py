@@ -46,6 +46,8 @@ if HAS_MEGATRON and version("megatron-core").startswith("0.16."):
     # And a part of the others will do.
     for name in ("TP2+SP, ETP1", "CP2", "EP4", "TP2+SP, ETP1, CP2, EP4", "PP2+EP2", "PP2+VPP2, TP2+SP, ETP1, EP2"):
         del LAYOUTS[name]
+# Where rows stay, come home, and are divided by columns too. Triton's interpreter is slow.
+KERNEL_LAYOUTS = ("one process", "EP2", "TP2+SP, ETP2, EP2")
 # name -> what the model and its data are like; compared with one process, of the model "like" where one is named
 MODELS = {
     "plain": {},
@@ -69,6 +71,8 @@ MODELS = {
     "per-token loss, padding, micro-batches of one sequence": dict(
         model=PER_TOKEN, padding=True, one_sequence=True, like="per-token loss, padding"
     ),
+    "Triton kernels": dict(kernels="triton", like="plain", layouts=KERNEL_LAYOUTS),
+    "Triton kernels, token stride": dict(kernels="triton", stride=3, like="plain", layouts=KERNEL_LAYOUTS[:2]),
 }
 
 
@@ -79,6 +83,7 @@ def _case(properties: dict, coefficient: float) -> dict:
         coupling_type=properties.get("coupling_type", "mass"),
         coupling_across_stages=properties.get("across_stages", "exact"),
         specialization_token_stride=properties.get("stride", 1),
+        kernels=properties.get("kernels", "torch"),
         metrics_interval=1,
     )
     return dict(
@@ -94,6 +99,7 @@ def _cases(layout: str) -> list[tuple[str, float]]:
     """(model, coefficient of the losses) to run; with 0, what remains is Megatron's own error."""
     # The grouped linears of these tests know no expert tensor parallelism.
     models = [name for name in MODELS if LAYOUTS[layout][1].get(ETP, 1) == 1 or "grouped" not in name]
+    models = [name for name in models if layout in MODELS[name].get("layouts", LAYOUTS)]
     return [(name, c) for name in models for c in (0.0, 1.0) if c > 0 or "like" not in MODELS[name]]
 
 

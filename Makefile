@@ -5,9 +5,10 @@ OLDEST = .venv-oldest 3.11 3.10 megatron report test -- torch==2.13.0 megatron-c
 
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
+GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-primary test-oldest clean
+.PHONY: help quickstart test test-primary test-oldest gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -15,6 +16,8 @@ help:
 	@echo "make test          all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
+	@echo "make gpu           check and measure the kernels on a GPU (two times ten minutes at most); without one, try"
+	@echo "                   them on tiny shapes. GPU_ARGS=\"--parts layer,train\" goes to benchmarks/run.py"
 	@echo "make clean         remove the environments and everything that was built"
 	@echo "Each target makes the environment that it needs: .venv (Python 3.12 or 3.13) or .venv-oldest."
 
@@ -49,6 +52,10 @@ test-oldest:
 	[ $$status -eq 0 ] || exit $$status; \
 	echo "OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)"; \
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+gpu:
+	@.ci/venv $(PRIMARY)
+	.venv/bin/python benchmarks/run.py $(GPU_ARGS)
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache

@@ -96,9 +96,9 @@ def offset_products(kernel) -> dict:
 
 
 def _row_operations(dtype: str, k: int, F: int) -> list:
-    z = torch.zeros(2 * k, F, dtype=getattr(torch, dtype))
-    rows, valid = torch.arange(2 * k).view(2, k), torch.ones(2, k, dtype=torch.bool)
-    cosines, lengths = torch.zeros(2, k, k), torch.zeros(2, k)
+    z = torch.zeros(16 * k, F, dtype=getattr(torch, dtype))
+    rows, valid = torch.arange(16 * k).view(16, k), torch.ones(16, k, dtype=torch.bool)
+    cosines, lengths = torch.zeros(16, k, k), torch.zeros(16, k)
     return [
         lambda: specialization.row_cosines(z, rows, valid),
         lambda: specialization.add_cosine_gradient(z, rows, valid, cosines, lengths, 1.0, z),

@@ -66,7 +66,7 @@ def _scores(x, E: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
     return scores, slope, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _mass_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
     live_ptr,  # bool [T, E]
@@ -82,7 +82,7 @@ def _mass_kernel(
     tl.store(mass_ptr + token, tl.sum(tl.where(live, scores, 0.0), axis=1) / total, mask=token < num_tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _mass_gradient_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
     live_ptr,  # bool [T, E]

@@ -70,7 +70,7 @@ def _powers(row_ptrs, live, F, BLOCK_F: tl.constexpr):
     return (tl.minimum(tl.maximum(exponent, 1), 253) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _cosines_kernel(
     z_ptr,  # bf16 | fp16 | fp32 [P, F]
     rows_ptr,  # int64 [T, K]
@@ -121,7 +121,8 @@ def _inverse_root(squares):
     return tl.where(is_zero, 0.0, 1.0 / tl.sqrt_rn(tl.where(is_zero, 1.0, squares)))
 
 
-@triton.jit
+# Counts differ from step to step: compiled once for all of them.
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_rows"])
 def _gradient_kernel(
     z_ptr,  # bf16 | fp16 | fp32 [P, F]
     rows_ptr,  # int64 [T, K]

@@ -8,9 +8,10 @@ VERSIONS ?= 0.16.1 0.17.1 0.18.2 0.19.2
 PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
 COMPARE_ARGS ?=
+GPU_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare test test-primary test-oldest test-versions clean
+.PHONY: help quickstart compare test test-primary test-oldest test-versions gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -22,6 +23,8 @@ help:
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
 	@echo "make test-versions the tests that need Megatron, on each release: $(VERSIONS)"
+	@echo "make gpu           check and measure the kernels on a GPU (two times ten minutes at most); without one, try"
+	@echo "                   them on tiny shapes. GPU_ARGS=\"--parts layer,train\" goes to benchmarks/run.py"
 	@echo "make clean         remove the environments and everything that was built"
 	@echo "Each target makes the environment that it needs: .venv (Python 3.12 or 3.13) or .venv-oldest."
 
@@ -65,6 +68,10 @@ test-versions:
 	@.ci/venv $(PRIMARY)
 	@.ci/venv $(OLDEST)
 	@.venv/bin/python .ci/versions.py .venv .venv-oldest $(VERSIONS) -- $(PYTEST_ARGS)
+
+gpu:
+	@.ci/venv $(PRIMARY)
+	.venv/bin/python benchmarks/run.py $(GPU_ARGS)
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache

@@ -37,6 +37,13 @@ MUTATIONS = [
         f"{LAYOUT}[TP2+SP, ETP2-plain]",
     ),
     (
+        "products of the kernels not summed over expert-tensor-parallel ranks",
+        "integration/specialization.py",
+        "products_TKK = summed(kernels.in_units(products_TKK, units_TK, common_TK), self._group)",
+        "products_TKK = kernels.in_units(products_TKK, units_TK, common_TK)",
+        f"{LAYOUT}[TP2+SP, ETP2, EP2-Triton kernels]",
+    ),
+    (
         "pair across a stage boundary left out in the later stage",
         "integration/pipeline.py",
         "micro_batch.before = self._form.to_routing(arrival.message)",
@@ -60,10 +67,10 @@ MUTATIONS = [
     (
         "loss scale read in forward (specialization)",
         "integration/layer.py",
-        "return add_gradient(z, partial(self._specialization_gradient, rows, part, mean, self._num_tokens))",
+        "return add_gradient(z, partial(self._add_specialization_gradient, rows, part, mean, self._num_tokens))",
         "factor = gradient_factor(self._config, self._num_tokens)\n"
         "        weight = settings.specialization_loss_coeff * mean * factor\n"
-        "        return add_gradient(z, partial(rows.gradient, part, weight))",
+        "        return add_gradient(z, partial(rows.add_gradient, part, weight))",
         "tests/test_gradients.py::test_gradient_scaler_is_read_in_backward",
     ),
     (

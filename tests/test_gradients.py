@@ -72,6 +72,21 @@ MODES = {
     "sinkhorn": (dict(moe_router_load_balancing_type="sinkhorn"), {}),
 }
 
+# What differs for the kernels: rows in one part or many, recomputed, with gaps, of other tokens; every score function.
+TRITON_MODES = [
+    "sequential_alltoall",
+    "grouped",
+    "grouped_allgather",
+    "grouped_moe_act_recompute",
+    "grouped_full_recompute",
+    "capacity_with_padding_grouped",
+    "padding_mask",
+    "per_token_loss",
+    "sigmoid_expert_bias",
+    "sqrtsoftplus",
+    "top_3_of_12",
+]
+
 
 def _fields(settings: dict) -> dict:
     """Skips a mode that this release of Megatron does not have."""
@@ -90,7 +105,16 @@ BOTH = {"specialization_loss": 1.0, "coupling_loss": 1.0}
 PEERS = {"orthogonality_loss": 1.0, "score_variance_loss": 1.0, "erc_loss": 1.0}
 
 
-def _compare(settings: dict, data: dict, kind: str = "mass", coefficients=BOTH, build="build_model", alpha=1.0, **step):
+def _compare(
+    settings: dict,
+    data: dict,
+    kind: str = "mass",
+    coefficients=BOTH,
+    build="build_model",
+    alpha=1.0,
+    kernels="torch",
+    **step,
+):
     import megatron_models
     from reference import reference_step
 
@@ -103,7 +127,7 @@ def _compare(settings: dict, data: dict, kind: str = "mass", coefficients=BOTH, 
     )
     model = getattr(megatron_models, build)(**settings)
     weights = {f"{name}_coeff": coefficient for name, coefficient in coefficients.items()}
-    handle = attach(model, SpecConfig(coupling_type=kind, erc_alpha=alpha, **weights))
+    handle = attach(model, SpecConfig(coupling_type=kind, erc_alpha=alpha, kernels=kernels, **weights))
     found = megatron_models.train_step(model, batches, **step)
     values = handle.metrics()
     assert values.keys() == {name for name, coefficient in coefficients.items() if coefficient}
@@ -139,6 +163,14 @@ def test_each_loss_alone(megatron, name):
 def test_all_losses_together(megatron, settings):
     coefficients = dict(zip([*BOTH, *PEERS], (1.0, 0.5, 0.1, 2.0, 0.3)))
     _compare(settings, dict(padding=True), coefficients=coefficients, alpha=0.7)
+
+
+@pytest.mark.parametrize("mode", TRITON_MODES)
+def test_gradients_of_the_kernels(megatron, mode):
+    """Under Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    settings, data = MODES[mode]
+    _compare(_fields(settings), data, "mass", kernels="triton")
 
 
 def test_gradient_scaler_is_read_in_backward(megatron):

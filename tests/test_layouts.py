@@ -48,29 +48,36 @@ if HAS_MEGATRON and version("megatron-core").startswith("0.16."):
         del LAYOUTS[name]
 BOTH = ("specialization_loss", "coupling_loss")
 PEERS = ("orthogonality_loss", "score_variance_loss", "erc_loss")
+# Where rows stay, come home, and are divided by columns too. Triton's interpreter is slow.
+KERNEL_LAYOUTS = ("one process", "EP2", "TP2+SP, ETP2, EP2")
+PIPELINES = ("one process", *(name for name in LAYOUTS if "PP" in name))
+ONE_OF_EACH = ("one process", "DP2", "EP2", "TP2+SP, ETP2", "CP2", "PP2+VPP2", "TP2+SP, ETP2, EP2")
 # name -> what the model and its data are like; compared with one process, of the model "like" where one is named.
 # "without": another model that, trained without losses, shows Megatron's own error of this one as well.
+# "layouts": where to run it, if not everywhere.
 MODELS = {
     "plain": {},
     "allgather dispatcher": dict(model=dict(moe_token_dispatcher_type="allgather")),
     "full recompute": dict(model=FULL_RECOMPUTE),
-    "full recompute, block": dict(model=BLOCK_RECOMPUTE),
+    "full recompute, block": dict(model=BLOCK_RECOMPUTE, layouts=ONE_OF_EACH),
     "grouped experts, moe_act recompute": dict(model=MOE_ACT),
-    "moe recompute": dict(model=dict(recompute_granularity="selective", recompute_modules=["moe"])),
+    "moe recompute": dict(model=dict(recompute_granularity="selective", recompute_modules=["moe"]), layouts=ONE_OF_EACH),
     "per-token loss": dict(model=PER_TOKEN),
-    "per-token loss, full recompute": dict(model={**PER_TOKEN, **FULL_RECOMPUTE}, like="per-token loss"),
+    "per-token loss, full recompute": dict(
+        model={**PER_TOKEN, **FULL_RECOMPUTE}, like="per-token loss", layouts=ONE_OF_EACH
+    ),
     "per-token loss, padding": dict(model=PER_TOKEN, padding=True),
     "pathway": dict(coupling_type="pathway"),
     "top-3 of 12, sigmoid with bias, shared expert": dict(model=ODD),
-    "dense layers at the stage boundary": dict(model=dict(moe_layer_freq=[1, 0, 0, 1])),
-    "no MoE layer in the first stage": dict(model=dict(moe_layer_freq=[0, 0, 1, 1])),
+    "dense layers at the stage boundary": dict(model=dict(moe_layer_freq=[1, 0, 0, 1]), layouts=PIPELINES),
+    "no MoE layer in the first stage": dict(model=dict(moe_layer_freq=[0, 0, 1, 1]), layouts=PIPELINES),
     "token stride": dict(stride=3, like="plain"),
     "token stride, allgather dispatcher": dict(
         model=dict(moe_token_dispatcher_type="allgather"), stride=2, like="allgather dispatcher"
     ),
-    "micro-batches of one sequence": dict(one_sequence=True, like="plain"),
+    "micro-batches of one sequence": dict(one_sequence=True, like="plain", layouts=ONE_OF_EACH),
     "per-token loss, padding, micro-batches of one sequence": dict(
-        model=PER_TOKEN, padding=True, one_sequence=True, like="per-token loss, padding"
+        model=PER_TOKEN, padding=True, one_sequence=True, like="per-token loss, padding", layouts=ONE_OF_EACH
     ),
     "peers": dict(losses=PEERS, without="plain"),
     "peers, grouped experts, moe_act recompute": dict(
@@ -88,6 +95,8 @@ MODELS = {
     "score variance and ERC, per-token loss, padding": dict(
         losses=PEERS[1:], model=PER_TOKEN, padding=True, without="per-token loss, padding"
     ),
+    "Triton kernels": dict(kernels="triton", like="plain", layouts=KERNEL_LAYOUTS),
+    "Triton kernels, token stride": dict(kernels="triton", stride=3, like="plain", layouts=KERNEL_LAYOUTS[:2]),
 }
 
 
@@ -97,6 +106,7 @@ def _case(properties: dict, coefficient: float) -> dict:
         coupling_type=properties.get("coupling_type", "mass"),
         coupling_across_stages=properties.get("across_stages", "exact"),
         specialization_token_stride=properties.get("stride", 1),
+        kernels=properties.get("kernels", "torch"),
         metrics_interval=1,
     )
     return dict(
@@ -110,7 +120,7 @@ def _case(properties: dict, coefficient: float) -> dict:
 
 def _cases(layout: str) -> list[tuple[str, float]]:
     """(model, coefficient of the losses) to run; with 0, what remains is Megatron's own error."""
-    models = [name for name in MODELS if _fits(layout, name)]
+    models = [name for name in MODELS if _fits(layout, name) and layout in MODELS[name].get("layouts", LAYOUTS)]
     return [(name, c) for name in models for c in (0.0, 1.0) if c > 0 or not {"like", "without"} & MODELS[name].keys()]
 
 

@@ -78,7 +78,7 @@ def test_parser_refuses_an_unknown_coupling_type(capsys):
         (dict(moe_router_topk=1, moe_router_pre_softmax=True), SPECIALIZATION, "--moe-router-topk"),
         (dict(num_layers=1), COUPLING, "--moe-coupling-loss-coeff"),
         (dict(moe_layer_freq=[0, 0, 1]), COUPLING, "--moe-coupling-loss-coeff"),
-        ({}, SpecConfig(coupling_loss_coeff=1.0, kernels="triton"), "--moe-spec-kernels"),
+        (dict(moe_router_dtype="fp64"), SpecConfig(coupling_loss_coeff=1.0, kernels="triton"), "--moe-router-dtype"),
         (dict(moe_router_topk=1, moe_router_pre_softmax=True), ORTHOGONALITY, "--moe-router-topk"),
         (dict(gated_linear_unit=False), ERC, "--swiglu"),
         (dict(num_moe_experts=1, moe_router_topk=1, moe_router_pre_softmax=True), ERC, "--num-experts"),
@@ -115,6 +115,16 @@ def test_unsupported_setting_is_refused(megatron, field, value, flag):
     setattr(model.config, field, value)
     with pytest.raises(ValueError, match=flag):
         attach(model, SPECIALIZATION)
+
+
+def test_kernels_that_cannot_run_are_refused(megatron, monkeypatch):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="NVIDIA GPU.*--moe-spec-kernels"):
+        attach(megatron_models.build_model(), SpecConfig(specialization_loss_coeff=1.0, kernels="triton"))
 
 
 @pytest.mark.parametrize(

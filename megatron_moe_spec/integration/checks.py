@@ -10,6 +10,7 @@ from megatron_moe_spec.integration.compat import (
     graphed_modules,
 )
 from megatron_moe_spec.integration.pipeline import Stages
+from megatron_moe_spec.kernels import choose
 
 
 def check_supported(model, moe_layers: list, stages: Stages, config: SpecConfig) -> None:
@@ -36,8 +37,8 @@ def _problems(model, moe_layers: list, stages: Stages, config: SpecConfig) -> It
         yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
         return
     wants_activations = config.specialization_loss_coeff > 0 or config.metrics_interval > 0
-    if config.kernels == "triton":
-        yield "--moe-spec-kernels triton is not available in this version (use auto or torch)"
+    if moe_layers:
+        yield from _kernel_problems(moe_layers[0], model, config)
     if wants_activations and model.moe_router_topk < 2:
         yield (
             "specialization compares the experts of a token and needs at least two "
@@ -62,6 +63,19 @@ def _problems(model, moe_layers: list, stages: Stages, config: SpecConfig) -> It
         yield from _orthogonality_problems(moe_layers, model)
     if config.erc_loss_coeff > 0:
         yield from _erc_problems(moe_layers, model)
+
+
+def _kernel_problems(moe_layer, model, config: SpecConfig) -> Iterator[str]:
+    try:
+        fused = choose(config.kernels, moe_layer.router.weight.device)
+    except ValueError as error:
+        yield str(error)
+        return
+    if fused and config.kernels == "triton" and config.coupling_loss_coeff > 0 and model.moe_router_dtype == "fp64":
+        yield (
+            "the Triton kernels compute the coupling loss in fp32 "
+            "(set --moe-router-dtype fp32, or --moe-spec-kernels to auto or torch)"
+        )
 
 
 def _coupling_problems(stages: Stages, config: SpecConfig) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from megatron_moe_spec.kernels import load
 from megatron_moe_spec.losses.coupling import joint_scores, routed_mass, strongest_successors
 from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
 from megatron_moe_spec.parallel.collectives import summed
@@ -65,7 +66,13 @@ def token_scores(logits: Tensor, score_function: str, padding_mask: Optional[Ten
     return scores_TE if padding_mask is None else scores_TE * ~padding_mask.reshape(-1, 1)
 
 
-def coupling_message(kind: str, scores_TE: Tensor, live_TE: Tensor) -> Tensor:
+def coupling_message(
+    kind: str, logits: Tensor, score_function: str, padding_mask: Optional[Tensor], live_TE: Tensor, fused: bool
+) -> Tensor:
+    """What the neighbours of a layer need of it, see ``LayerRouting``; ``fused``: by the Triton kernels."""
+    if fused and kind == "mass":
+        return load("coupling").routed_mass(logits.reshape(-1, logits.shape[-1]), live_TE, score_function)
+    scores_TE = token_scores(logits, score_function, padding_mask)
     return routed_mass(scores_TE, live_TE) if kind == "mass" else scores_TE
 
 
@@ -98,15 +105,29 @@ def pull_of_following(kind: str, this: LayerRouting, following: LayerRouting) ->
     return following.message @ this.successors_EE.T.to(following.message.dtype)
 
 
-def logits_gradient(kind: str, this: LayerRouting, pulls: list[Tensor], logits: Tensor, score_function: str) -> Tensor:
-    """Gradient of the (at most two) pair losses of a layer with respect to its logits, in their shape.
+def add_logits_gradient(
+    kind: str,
+    this: LayerRouting,
+    pulls: list[Tensor],
+    logits: Tensor,
+    score_function: str,
+    factor: Union[Tensor, float],
+    incoming: Tensor,
+    fused: bool,
+) -> Tensor:
+    """incoming + factor * gradient of the (at most two) pair losses of a layer with respect to its logits.
 
     Args:
         pulls: of the neighbours, see ``pull_of_previous``.
+        incoming: the logits' gradient so far, in their shape.
+        fused: by the Triton kernels.
     """
-    pull = sum(pulls)
+    pull, weight = sum(pulls), -factor / this.num_tokens
+    logits_TE = logits.reshape(-1, logits.shape[-1])
+    if fused and kind == "mass":
+        incoming_TE = incoming.reshape(logits_TE.shape)
+        add = load("coupling").add_mass_gradient
+        return add(logits_TE, this.live_TE, score_function, pull, weight, incoming_TE).view(logits.shape)
     scores_gradient_TE = this.live_TE * pull.unsqueeze(-1) if kind == "mass" else pull
-    gradient_TE = normalized_scores_gradient(
-        logits.reshape(-1, logits.shape[-1]), score_function, -scores_gradient_TE / this.num_tokens
-    )
-    return gradient_TE.view(logits.shape)
+    gradient_TE = normalized_scores_gradient(logits_TE, score_function, scores_gradient_TE * weight)
+    return incoming + gradient_TE.view(logits.shape).to(incoming.dtype)

@@ -16,7 +16,7 @@ from megatron_moe_spec.integration.orthogonality import OutputTap
 from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.scaling import gradient_factor
 from megatron_moe_spec.integration.specialization import ExpertRows
-from megatron_moe_spec.losses.specialization import squared_cosine_sum
+from megatron_moe_spec.kernels import choose
 
 
 class LayerTap:
@@ -37,6 +37,9 @@ class LayerTap:
         self._router = moe_layer.router
         self._dispatcher = moe_layer.token_dispatcher
         self._token_group = token_group(moe_layer)
+        self._fused = choose(recorder.config.kernels, self._router.weight.device)
+        # The kernels compute in fp32.
+        self._fused_coupling = self._fused and self._config.moe_router_dtype != "fp64"
         self._routing = self._router.routing
         self._had_own_routing = "routing" in vars(self._router)
         self._router.routing = partial(_route, self)
@@ -75,9 +78,9 @@ class LayerTap:
             return route(logits)
         values = logits.detach()
         if self._recorder.config.coupling_loss_coeff and torch.is_grad_enabled():
-            logits = add_gradient(logits, partial(self._coupling_gradient, micro_batch, values))
+            logits = add_gradient(logits, partial(self._add_coupling_gradient, micro_batch, values))
         if self._recorder.config.score_variance_loss_coeff and torch.is_grad_enabled():
-            logits = add_gradient(logits, partial(self._variance_gradient, micro_batch, values, padding_mask))
+            logits = add_gradient(logits, partial(self._add_variance_gradient, micro_batch, values, padding_mask))
         probs, routing_map = route(logits)
         known = next(filter(None, micro_batch.routing), None)
         routing = coupling.read_routing(probs.detach(), routing_map, padding_mask, known, self._token_group)
@@ -96,17 +99,20 @@ class LayerTap:
         if micro_batch.routing[self._index] is not None:
             raise RuntimeError(f"MoE layer {self._number} ran twice in one forward of the attached model")
         micro_batch.routing[self._index] = routing
+        function = self._config.moe_router_score_function
         wants_variance = self._recorder.config.score_variance_loss_coeff > 0
-        if not (self._recorder.wants_coupling or wants_variance):
-            return
-        scores = coupling.token_scores(logits, self._config.moe_router_score_function, padding_mask)
+        if wants_variance or self._recorder.measuring:
+            scores = coupling.token_scores(logits, function, padding_mask)
         if wants_variance:
             self._observe_variance(routing, scores, padding_mask)
+        if self._recorder.measuring:
+            self._recorder.record_routing(self._number, scores, routing.live_TE, routing.num_local_tokens)
         if not self._recorder.wants_coupling:
             return
         kind = self._recorder.config.coupling_type
-        routing.message = coupling.coupling_message(kind, scores, routing.live_TE)
-        self._recorder.record_routing(self._number, scores, routing.live_TE, routing.num_local_tokens)
+        routing.message = coupling.coupling_message(
+            kind, logits, function, padding_mask, routing.live_TE, self._fused_coupling
+        )
         previous = micro_batch.previous(self._index)
         if previous is not None:
             loss = coupling.pair_loss(
@@ -119,15 +125,18 @@ class LayerTap:
         loss = score_variance.loss_part(scores, routing.mean_scores_E, routing.num_tokens, padding_mask)
         self._recorder.record_loss("score_variance_loss", loss)
 
-    def _variance_gradient(self, micro_batch: MicroBatch, logits: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+    def _add_variance_gradient(
+        self, micro_batch: MicroBatch, logits: Tensor, padding_mask: Optional[Tensor], incoming: Tensor
+    ) -> Tensor:
         routing = micro_batch.routing[self._index]
         gradient = score_variance.logits_gradient(
             logits, self._config.moe_router_score_function, routing.mean_scores_E, routing.num_tokens, padding_mask
         )
         coefficient = self._recorder.config.score_variance_loss_coeff
-        return gradient * (coefficient * gradient_factor(self._config, routing.num_tokens))
+        factor = coefficient * gradient_factor(self._config, routing.num_tokens)
+        return incoming + (gradient * factor).to(incoming.dtype)
 
-    def _coupling_gradient(self, micro_batch: MicroBatch, logits: Tensor) -> Tensor:
+    def _add_coupling_gradient(self, micro_batch: MicroBatch, logits: Tensor, incoming: Tensor) -> Tensor:
         settings = self._recorder.config
         kind, routing = settings.coupling_type, micro_batch.routing[self._index]
         pulls = []
@@ -138,9 +147,12 @@ class LayerTap:
         elif micro_batch.pull_after is not None:
             pulls.append(micro_batch.pull_after)
         if not pulls:  # the only MoE layer of a stage, and pairs across stages are dropped
-            return torch.zeros_like(logits)
-        gradient = coupling.logits_gradient(kind, routing, pulls, logits, self._config.moe_router_score_function)
-        return gradient * (settings.coupling_loss_coeff * gradient_factor(self._config, routing.num_tokens))
+            return incoming
+        factor = settings.coupling_loss_coeff * gradient_factor(self._config, routing.num_tokens)
+        function = self._config.moe_router_score_function
+        return coupling.add_logits_gradient(
+            kind, routing, pulls, logits, function, factor, incoming, self._fused_coupling
+        )
 
     def _expected_rows(self, micro_batch: MicroBatch, routing, routing_map: Tensor) -> ExpertRows:
         stride = self._recorder.config.specialization_token_stride
@@ -154,6 +166,7 @@ class LayerTap:
             self._num_parts,
             column_group(self._dispatcher),
             come_home=exchanges_rows(self._dispatcher),
+            fused=self._fused,
         )
 
     def tap_activation(self, part: int, z: Tensor) -> Tensor:
@@ -168,16 +181,16 @@ class LayerTap:
         with torch.no_grad():
             if rows.add(z):
                 exchange = row_exchange(self._dispatcher, rows.dispatched_TE, rows.num_rows)
-                cosines, valid = rows.compare(exchange)
-                self._recorder.record_cosines(self._number, cosines, valid, squared_cosine_sum(cosines) * mean)
+                cosines, valid, total = rows.compare(exchange)
+                self._recorder.record_cosines(self._number, cosines, valid, total * mean)
                 self._rows = None
         if not settings.specialization_loss_coeff:
             return z
-        return add_gradient(z, partial(self._specialization_gradient, rows, part, mean, self._num_tokens))
+        return add_gradient(z, partial(self._add_specialization_gradient, rows, part, mean, self._num_tokens))
 
-    def _specialization_gradient(self, rows: ExpertRows, part: int, mean, num_tokens) -> Tensor:
+    def _add_specialization_gradient(self, rows: ExpertRows, part: int, mean, num_tokens, incoming: Tensor) -> Tensor:
         coefficient = self._recorder.config.specialization_loss_coeff
-        return rows.gradient(part, coefficient * mean * gradient_factor(self._config, num_tokens))
+        return rows.add_gradient(part, coefficient * mean * gradient_factor(self._config, num_tokens), incoming)
 
 
 def _route(tap: LayerTap, logits: Tensor, *args, **kwargs):

@@ -38,7 +38,7 @@ class OutputRows(ExpertRows):
         column_group,
         come_home: bool,
     ):
-        super().__init__(dispatched_TE, live_TE, top_k, slice(0, None, 1), 1, column_group, come_home)
+        super().__init__(dispatched_TE, live_TE, top_k, slice(0, None, 1), 1, column_group, come_home, fused=False)
         experts_TK, valid_TK = token_experts(live_TE, top_k)
         probs_TK = probs_TE.gather(1, experts_TK).to(accumulation_dtype(probs_TE))
         self._probs_TK = probs_TK.masked_fill(~valid_TK, 1.0)
@@ -94,7 +94,10 @@ class OutputTap:
         self._probs_gradients = []
 
     def tap_probs(self, probs_P: Tensor) -> Tensor:
-        return probs_P if self._rows is None else add_gradient(probs_P, self._probs_gradients.pop)
+        if self._rows is None:
+            return probs_P
+        gradients = self._probs_gradients
+        return add_gradient(probs_P, lambda incoming: incoming + gradients.pop().to(incoming.dtype))
 
     def tap_outputs(self, probs_P: Tensor, y_PH: Tensor) -> Tensor:
         rows, self._rows = self._rows, None
@@ -108,17 +111,19 @@ class OutputTap:
             self._recorder.record_loss("orthogonality_loss", rows.loss_sum() * mean)
         values = y_PH.detach(), probs_P.detach()
         weight = partial(self._weight, mean, num_tokens)
-        return add_gradient(y_PH, partial(_output_gradient, rows, *values, weight, self._probs_gradients))
+        return add_gradient(y_PH, partial(_add_output_gradient, rows, *values, weight, self._probs_gradients))
 
     def _weight(self, mean, num_tokens):
         return self._recorder.config.orthogonality_loss_coeff * mean * gradient_factor(self._config, num_tokens)
 
 
-def _output_gradient(rows: OutputRows, y_PH: Tensor, probs_P: Tensor, weight: Callable, probs_gradients: list) -> Tensor:
-    gradient_PH = rows.gradient(0, weight()).to(y_PH.dtype)
+def _add_output_gradient(
+    rows: OutputRows, y_PH: Tensor, probs_P: Tensor, weight: Callable, probs_gradients: list, incoming: Tensor
+) -> Tensor:
+    gradient_PH = rows.add_gradient(0, weight(), torch.zeros_like(incoming))
     reaches_P = (gradient_PH.to(accumulation_dtype(y_PH)) * y_PH).sum(dim=-1)
     probs_gradients.append(-(reaches_P / probs_P).masked_fill(probs_P == 0, 0.0))
-    return gradient_PH
+    return incoming + gradient_PH
 
 
 def _tap_probs(tap: OutputTap, module: nn.Module, args):

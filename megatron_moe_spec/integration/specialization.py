@@ -9,7 +9,13 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.specialization import pair_cosines, squared_cosine_gradient, unit_vectors
+from megatron_moe_spec.kernels import load
+from megatron_moe_spec.losses.specialization import (
+    pair_cosines,
+    squared_cosine_gradient,
+    squared_cosine_sum,
+    unit_vectors,
+)
 from megatron_moe_spec.parallel.collectives import gathered, largest, summed
 from megatron_moe_spec.parallel.rows import RowExchange
 
@@ -62,6 +68,7 @@ class ExpertRows:
         num_parts: how many times rows are handed in.
         column_group: ranks that the columns of z are divided over.
         come_home: whether rows are exchanged with other ranks before they are compared.
+        fused: whether the Triton kernels compute; else eager PyTorch.
     """
 
     def __init__(
@@ -73,7 +80,9 @@ class ExpertRows:
         num_parts: int,
         column_group,
         come_home: bool,
+        fused: bool,
     ):
+        self._fused = fused
         self._group = column_group
         self._tokens = tokens
         ranks = column_group.size()
@@ -101,36 +110,62 @@ class ExpertRows:
     def num_rows(self) -> int:
         return sum(len(z) for z in self._parts)
 
-    def compare(self, exchange: Optional[RowExchange]) -> tuple[Tensor, Tensor]:
+    def compare(self, exchange: Optional[RowExchange]) -> tuple[Tensor, Tensor, Tensor]:
         """Computes the cosines, once all rows are there. ``exchange`` brings rows home; None: they are.
 
         Returns:
-            Cosines [T, K, K] between the vectors of each of this rank's tokens, and which there are, bool [T, K].
+            Cosines [T, K, K] between the vectors of each of this rank's tokens, which there are, bool [T, K], and the
+            sum of the squared cosines.
         """
         if exchange is not None and self._tokens.step > 1:
             exchange = exchange.part(self._used_rows())
         self._exchange = exchange
-        units_TKF, self._inverse_lengths_TK = unit_vectors(
-            self._vectors(self._rows()),
-            self._valid_TK,
-            maximum=partial(largest, group=self._group),
-            total=partial(summed, group=self._group),
-        )
-        self._cosines_TKK = summed(pair_cosines(units_TKF), self._group)
-        return self._cosines_TKK[self._own], self._valid_TK[self._own]
+        total = None
+        if self._fused:
+            self._cosines_TKK, self._inverse_lengths_TK, total = self._fused_cosines(self._rows())
+        else:
+            units_TKF, self._inverse_lengths_TK = unit_vectors(
+                self._vectors(self._rows()),
+                self._valid_TK,
+                maximum=partial(largest, group=self._group),
+                total=partial(summed, group=self._group),
+            )
+            self._cosines_TKK = summed(pair_cosines(units_TKF), self._group)
+        own_TKK = self._cosines_TKK[self._own]
+        return own_TKK, self._valid_TK[self._own], squared_cosine_sum(own_TKK) if total is None else total
 
-    def gradient(self, part: int, weight) -> Tensor:
-        """Gradient of weight * ``squared_cosine_sum`` for the rows of one part; each part asks once."""
+    def _fused_cosines(self, z_PF: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        kernels = load("specialization")
+        if self._group.size() == 1:
+            return kernels.row_cosines(z_PF, self._rows_TK, self._valid_TK)
+        products_TKK, units_TK = kernels.row_products(z_PF, self._rows_TK, self._valid_TK)
+        common_TK = largest(units_TK, self._group)
+        products_TKK = summed(kernels.in_units(products_TKK, units_TK, common_TK), self._group)
+        return (*kernels.cosines_from_products(products_TKK, common_TK), None)
+
+    def add_gradient(self, part: int, weight, incoming: Tensor) -> Tensor:
+        """incoming + gradient of weight * ``squared_cosine_sum`` for the rows of one part; each part asks once."""
+        if self._fused and self._exchange is None and len(self._parts) == 1:
+            (z_PF,), self._parts = self._parts, []
+            return self._fused_gradient(z_PF, weight, incoming)
         if not self._gradients:
             self._gradients = list(self._all_gradients(weight).split([len(z) for z in self._parts]))
         gradient, self._gradients[part] = self._gradients[part], None
         self._num_parts -= 1
         if not self._num_parts:
             self._parts = []
-        return gradient
+        return incoming + gradient.to(incoming.dtype)
+
+    def _fused_gradient(self, z_PF: Tensor, weight, incoming: Optional[Tensor] = None) -> Tensor:
+        return load("specialization").add_cosine_gradient(
+            z_PF, self._rows_TK, self._valid_TK, self._cosines_TKK, self._inverse_lengths_TK, weight, incoming
+        )
 
     def _all_gradients(self, weight) -> Tensor:
         z_PF = self._rows()
+        if self._fused:
+            gradient_PF = self._fused_gradient(z_PF, weight)
+            return gradient_PF if self._exchange is None else self._exchange.to_experts(gradient_PF)
         inverse_TK = self._inverse_lengths_TK
         units_TKF = self._vectors(z_PF).to(inverse_TK.dtype) * inverse_TK.unsqueeze(-1)
         gradient_TKF = self._loss_gradient(units_TKF) * weight

@@ -1,0 +1,173 @@
+"""The kernels against eager PyTorch and torch.compile, on the shapes of real MoE layers: time, bandwidth, memory.
+
+    python benchmarks/kernels.py [--tokens 8192] [--seconds 400] [--output FOLDER] [--smoke]
+
+Each operation is first checked against float64; one that fails is not timed, and the exit status is 1. The bytes of
+an operation are the least it can move: each of its inputs once and each of its outputs once.
+"""
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable
+
+if "--smoke" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import torch  # noqa: E402
+from common import MODELS, RESULTS, SMOKE, copy_gigabytes_per_second, device, milliseconds, peak_bytes, write  # noqa: E402
+
+from megatron_moe_spec.kernels import coupling, specialization  # noqa: E402
+from megatron_moe_spec.losses.coupling import routed_mass  # noqa: E402
+from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient  # noqa: E402
+from megatron_moe_spec.losses.specialization import (  # noqa: E402
+    pair_cosines,
+    squared_cosine_gradient,
+    squared_cosine_sum,
+    unit_vectors,
+)
+
+WEIGHT = 0.25
+
+
+@dataclass
+class Operation:
+    """One operation: by the kernel, by eager PyTorch, and on which tensors."""
+
+    name: str
+    kernel: Callable
+    eager: Callable
+    inputs: tuple
+    outputs: tuple
+
+    @property
+    def least_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (*self.inputs, *self.outputs) if isinstance(x, torch.Tensor))
+
+
+def eager_cosines(z, rows, valid):
+    units, inverse = unit_vectors(z[rows], valid)
+    cosines = pair_cosines(units)
+    return cosines, inverse, squared_cosine_sum(cosines)
+
+
+def eager_cosine_gradient(z, rows, valid, cosines, inverse, weight, incoming):
+    units = z[rows].to(inverse.dtype) * inverse.unsqueeze(-1)
+    gradient = squared_cosine_gradient(units, inverse, cosines) * weight
+    total = gradient.new_zeros(z.shape).index_add_(0, rows.flatten(), gradient.flatten(0, 1))
+    return incoming + total.to(incoming.dtype)
+
+
+def eager_mass(logits, live, score_function):
+    return routed_mass(normalized_scores(logits, score_function), live)
+
+
+def eager_mass_gradient(logits, live, score_function, mass_gradient, weight, incoming):
+    gradient = normalized_scores_gradient(logits, score_function, live * mass_gradient.unsqueeze(-1) * weight)
+    return incoming + gradient.to(incoming.dtype)
+
+
+def operations(shape, num_tokens: int, dtype=torch.bfloat16) -> list[Operation]:
+    """The four operations on random tensors: every token has its experts, rows lie by (expert, token)."""
+    torch.manual_seed(0)
+    options = dict(device=device())
+    logits = torch.randn(num_tokens, shape.experts, **options)
+    live = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(shape.top_k).indices, True)
+    row = (live.T.reshape(-1).cumsum(0) - 1).view(shape.experts, num_tokens).T
+    rows = row[live].view(num_tokens, shape.top_k)
+    valid = torch.ones_like(rows, dtype=torch.bool)
+    z, incoming = (torch.randn(num_tokens * shape.top_k, shape.ffn, dtype=dtype, **options) for _ in range(2))
+    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
+    mass, mass_incoming = coupling.routed_mass(logits, live, shape.score_function), torch.randn_like(logits)
+    of_logits = (logits, live, shape.score_function)
+    return [
+        Operation("cosines", specialization.row_cosines, eager_cosines, (z, rows, valid), (cosines, inverse, total)),
+        Operation(
+            "cosines gradient",
+            specialization.add_cosine_gradient,
+            eager_cosine_gradient,
+            (z, rows, valid, cosines, inverse, WEIGHT, incoming),
+            (z,),
+        ),
+        Operation("mass", coupling.routed_mass, eager_mass, of_logits, (mass,)),
+        Operation(
+            "mass gradient",
+            coupling.add_mass_gradient,
+            eager_mass_gradient,
+            (*of_logits, mass, WEIGHT, mass_incoming),
+            (logits,),
+        ),
+    ]
+
+
+def errors(operation: Operation) -> tuple[float, float, float]:
+    """Largest errors of kernel and eager against eager in float64, and the magnitude they are to be compared with."""
+    in_double = [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in operation.inputs
+    ]
+    results = [f(*x) for f, x in ((operation.kernel, operation.inputs), (operation.eager, operation.inputs))]
+    results.append(operation.eager(*in_double))
+    kernel, eager, exact = (r[0] if isinstance(r, tuple) else r for r in results)
+    worst = [float((x.double() - exact).abs().max()) for x in (kernel, eager)]
+    # A cosine is a sum of products that cancel, of vectors of length 1.
+    return (*worst, 1.0 if operation.name == "cosines" else float(exact.abs().max()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=400, help="leave out torch.compile after so long (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on CPU in Triton's interpreter, no compile")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    num_tokens, check_tokens, repeats = (20, 20, 1) if arguments.smoke else (arguments.tokens, 512, 20)
+    bandwidth = copy_gigabytes_per_second(2**20 if arguments.smoke else 2**30)
+    print(f"copy: {bandwidth:.0f} GB/s", flush=True)
+    rows, failed = [], 0
+    for model, shape in (SMOKE if arguments.smoke else MODELS).items():
+        checked = {}
+        for operation in operations(shape, check_tokens):
+            kernel, eager, scale = errors(operation)
+            checked[operation.name] = (kernel, eager, kernel <= eager + 2e-5 * scale)
+        for operation in operations(shape, num_tokens):
+            kernel_error, eager_error, is_right = checked[operation.name]
+            if not is_right:
+                print(f"WRONG {model} {operation.name}: error {kernel_error:.2e}, eager {eager_error:.2e}", flush=True)
+                failed += 1
+                continue
+            versions = {"triton": operation.kernel, "eager": operation.eager}
+            if not arguments.smoke and time.monotonic() < deadline:
+                torch._dynamo.reset()
+                versions["compile"] = torch.compile(operation.eager, dynamic=False)
+            elif not arguments.smoke:
+                print(f"SKIPPED torch.compile of {model} {operation.name}: out of time", flush=True)
+            for name, function in versions.items():
+                run = lambda: function(*operation.inputs)  # noqa: B023, E731
+                took = milliseconds(run, repeats)
+                rate = operation.least_bytes / took / 1e6
+                rows.append(
+                    {
+                        "model": model,
+                        "tokens": num_tokens,
+                        "operation": operation.name,
+                        "implementation": name,
+                        "ms": round(took, 4),
+                        "least_MB": round(operation.least_bytes / 1e6, 2),
+                        "GB_per_s": round(rate, 1),
+                        "percent_of_copy": round(100 * rate / bandwidth, 1),
+                        "peak_MB": round(peak_bytes(run) / 1e6, 2),
+                        "max_error": kernel_error if name == "triton" else eager_error,
+                    }
+                )
+                print("  ".join(f"{value}" for value in rows[-1].values()), flush=True)
+    if rows:
+        write(arguments.output, "kernels", rows, copy_GB_per_s=round(bandwidth, 1))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

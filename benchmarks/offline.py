@@ -1,0 +1,148 @@
+"""Compiles the kernels, as they are shipped, for GPUs that need not be there, and reads what the compiler says.
+
+    python benchmarks/offline.py [--quick] [--json FILE]
+
+The public operations run on CPU tensors of the shapes below; each launch is compiled instead, for every architecture.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from megatron_moe_spec.kernels import coupling, specialization  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+# dtype, experts per token, row size: rows that 16-byte loads fit, and one that they do not
+ROWS = [
+    ("bfloat16", 2, 14336),
+    ("bfloat16", 4, 1536),
+    ("bfloat16", 6, 1408),
+    ("bfloat16", 8, 768),
+    ("bfloat16", 16, 768),
+    ("bfloat16", 8, 100),
+    ("float16", 8, 768),
+    ("float32", 8, 768),
+]
+# dtype, experts, score function
+LOGITS = [
+    ("float32", 8, "softmax"),
+    ("float32", 128, "softmax"),
+    ("float32", 256, "sigmoid"),
+    ("float32", 512, "sqrtsoftplus"),
+    ("bfloat16", 128, "softmax"),
+]
+
+
+class _NoGPU:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, architecture: int):
+        self._architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self._architecture  # compiled kernels are kept by device
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+def compiled(architecture: int, operation) -> list[tuple]:
+    """(name, compiled kernel) of each launch of ``operation()``, which launches nothing."""
+    kernels, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernels.append((self.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **options)))
+
+    driver.set_active(_NoGPU(architecture))
+    JITFunction.run = compile_only
+    try:
+        operation()
+    finally:
+        JITFunction.run = run
+    return kernels
+
+
+def resources(kernel) -> dict:
+    """Registers per thread, bytes per thread in local memory (spills), bytes of shared memory per program."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr)
+    registers, stack, local = map(int, found.groups())
+    return dict(registers=registers, spilled_bytes=stack + local, shared_bytes=kernel.metadata.shared)
+
+
+def offset_products(kernel) -> dict:
+    """How many products (row number times row size, token times experts) are taken in 64 and in 32 bits."""
+    types = re.findall(r"arith\.muli .*: (?:tensor<\d+x)?(i\d+)", kernel.asm["ttir"])
+    return {"products_64_bit": types.count("i64"), "products_32_bit": types.count("i32")}
+
+
+def _row_operations(dtype: str, k: int, F: int) -> list:
+    z = torch.zeros(16 * k, F, dtype=getattr(torch, dtype))
+    rows, valid = torch.arange(16 * k).view(16, k), torch.ones(16, k, dtype=torch.bool)
+    cosines, lengths = torch.zeros(16, k, k), torch.zeros(16, k)
+    return [
+        lambda: specialization.row_cosines(z, rows, valid),
+        lambda: specialization.add_cosine_gradient(z, rows, valid, cosines, lengths, 1.0, z),
+    ]
+
+
+def _logits_operations(dtype: str, experts: int, function: str) -> list:
+    logits = torch.zeros(16, experts, dtype=getattr(torch, dtype))
+    live = logits > 0
+    return [
+        lambda: coupling.routed_mass(logits, live, function),
+        lambda: coupling.add_mass_gradient(logits, live, function, torch.zeros(16), 1.0, logits),
+    ]
+
+
+def report(rows=ROWS, logits=LOGITS) -> list[dict]:
+    """One entry for each kernel, case and architecture."""
+    entries = []
+    for architecture in ARCHITECTURES:
+        for cases, operations in ((rows, _row_operations), (logits, _logits_operations)):
+            for case in cases:
+                for operation in operations(*case):
+                    for name, kernel in compiled(architecture, operation):
+                        entry = dict(kernel=name, case=list(case), architecture=f"sm_{architecture}")
+                        entries.append({**entry, **resources(kernel), **offset_products(kernel)})
+    return entries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--quick", action="store_true", help="a few of the cases")
+    arguments = parser.parse_args()
+    entries = report(ROWS[::3], LOGITS[1:4:2]) if arguments.quick else report()
+    if arguments.json:
+        arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
+    print(f"triton {triton.__version__}, compiled offline\n{'kernel':22} {'case':28} arch    registers spilled shared")
+    for e in entries:
+        case = " ".join(map(str, e["case"]))
+        print(
+            f"{e['kernel']:22} {case:28} {e['architecture']:7} {e['registers']:9} {e['spilled_bytes']:7} "
+            f"{e['shared_bytes']:6}"
+        )
+
+
+if __name__ == "__main__":
+    main()

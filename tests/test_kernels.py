@@ -1,0 +1,373 @@
+"""The Triton kernels against float64 and against eager PyTorch: forward and backward, and the extremes.
+
+Runs under Triton's interpreter on CPU; with TRITON_INTERPRET=0, on the GPU. What a kernel allocates is filled with NaN
+first. Suffixes: P rows, F row size, T tokens, K experts of a token, E experts.
+"""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from megatron_moe_spec.kernels import choose, coupling, interpreted, specialization  # noqa: E402
+from megatron_moe_spec.losses import specialization_loss  # noqa: E402
+from megatron_moe_spec.losses.coupling import routed_mass  # noqa: E402
+from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient  # noqa: E402
+from megatron_moe_spec.losses.specialization import (  # noqa: E402
+    pair_cosines,
+    squared_cosine_gradient,
+    squared_cosine_sum,
+    unit_vectors,
+)
+
+# Numpy's, of the tests with infinite values.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+DEVICE = "cpu" if interpreted() else "cuda"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# By how much a kernel may be further from float64 than eager is, relative to the largest magnitude.
+HAIR = 1e-5
+
+# (T, K, F, rows of no token): full and ragged tiles of tokens, rows shorter and longer than a block
+SHAPES = [
+    (1, 2, 1, 0),
+    (9, 2, 300, 3),
+    (5, 3, 40, 0),
+    (4, 4, 128, 17),
+    (3, 6, 130, 1),
+    (5, 8, 257, 2),
+    (2, 16, 96, 5),
+    (1, 16, 33, 0),
+    (2, 22, 36, 4),
+]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+
+
+@pytest.fixture
+def random():
+    """A seeded torch.randn, of fp32 numbers on the device."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
+
+
+def tokens_of_rows(num_tokens, k, spare=0, seed=0, valid=0.8):
+    """Each token's row numbers, scattered over all rows, and which of them count."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(num_tokens * k + spare, generator=generator)[: num_tokens * k].view(num_tokens, k)
+    return rows.to(DEVICE), (torch.rand(num_tokens, k, generator=generator) < valid).to(DEVICE)
+
+
+def eager_cosines(z, rows, valid):
+    units, inverse = unit_vectors(z[rows], valid)
+    return pair_cosines(units), inverse
+
+
+def eager_gradient(z, rows, valid, weight, incoming):
+    """Incoming plus gradient, each rounded as the eager hooks round them."""
+    units, inverse = unit_vectors(z[rows], valid)
+    gradient = squared_cosine_gradient(units, inverse, pair_cosines(units)) * weight
+    total = gradient.new_zeros(z.shape).index_add_(0, rows[valid], gradient[valid])
+    return incoming + total.to(incoming.dtype)
+
+
+def assert_no_further(found, eager, exact, at_least=0.0):
+    """``found`` is as near to the float64 values as ``eager`` is, plus a hair of these, or of what they cancel from."""
+    assert found.isfinite().all()
+    scale = max(float(exact.abs().max()), at_least) if exact.numel() else 0.0
+    error = float((found.double() - exact).abs().max()) if exact.numel() else 0.0
+    allowed = float((eager.double() - exact).abs().max()) if exact.numel() else 0.0
+    assert error <= allowed + HAIR * scale, f"error {error:.2e}, eager {allowed:.2e}, scale {scale:.2e}"
+
+
+# Specialization
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens, k, F, spare", SHAPES)
+def test_cosines(random, dtype, num_tokens, k, F, spare):
+    z = random(num_tokens * k + spare, F).to(DTYPES[dtype])
+    rows, valid = tokens_of_rows(num_tokens, k, spare)
+    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
+    eager, exact = eager_cosines(z, rows, valid), eager_cosines(z.double(), rows, valid)
+    assert_no_further(cosines, eager[0], exact[0])
+    assert_no_further(inverse, eager[1], exact[1])
+    assert_no_further(total, squared_cosine_sum(eager[0]), squared_cosine_sum(exact[0]))
+    again = specialization.row_cosines(z, rows, valid)
+    assert all(torch.equal(x, y) for x, y in zip((cosines, inverse, total), again))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens, k, F, spare", SHAPES)
+@pytest.mark.parametrize("weight", [0.3, torch.tensor([-2.0])])
+def test_cosine_gradient(random, dtype, num_tokens, k, F, spare, weight):
+    z, incoming = (random(num_tokens * k + spare, F).to(DTYPES[dtype]) for _ in range(2))
+    weight = weight.to(DEVICE) if isinstance(weight, torch.Tensor) else weight
+    rows, valid = tokens_of_rows(num_tokens, k, spare)
+    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    before = incoming.clone()
+    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, weight, incoming)
+    eager = eager_gradient(z, rows, valid, weight, incoming)
+    exact = eager_gradient(z.double(), rows, valid, weight, incoming.double())
+    assert found.dtype == z.dtype
+    assert_no_further(found, eager, exact)
+    assert torch.equal(incoming, before)
+    untouched = torch.ones(len(z), dtype=torch.bool, device=DEVICE).index_fill_(0, rows[valid], False)
+    assert torch.equal(found[untouched], incoming[untouched])
+    alone = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, weight)
+    eager, exact = (eager_gradient(x, rows, valid, weight, torch.zeros_like(x)) for x in (z, z.double()))
+    assert_no_further(alone, eager, exact, at_least=float(inverse.max()))
+    again = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, weight, incoming)
+    assert torch.equal(found, again)
+
+
+def test_worked_example():
+    z = torch.tensor([[4.0, 3.0], [3.0, 4.0]], device=DEVICE)
+    rows, valid = torch.tensor([[1, 0]], device=DEVICE), torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
+    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
+    close = dict(rtol=1e-6, atol=1e-7, check_device=False)
+    torch.testing.assert_close(cosines, torch.tensor([[[0.0, 0.96], [0.96, 0.0]]]), **close)
+    torch.testing.assert_close(inverse, torch.tensor([[0.2, 0.2]]), **close)
+    torch.testing.assert_close(total, torch.tensor(1.8432), **close)
+    gradient = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.129024, 0.172032], [0.172032, -0.129024]]), **close)
+
+
+def test_kernels_give_the_loss_and_its_autograd_gradient(random):
+    z = random(7 * 4, 50)
+    rows, valid = tokens_of_rows(7, 4)
+    leaf = z.clone().requires_grad_()
+    loss = specialization_loss(leaf[rows], valid)
+    loss.backward()
+    mean = 1.0 / (7 * 4 * 3)
+    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
+    assert float(total * mean) == pytest.approx(float(loss.detach()), rel=1e-5)
+    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, mean)
+    torch.testing.assert_close(found, leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-20, 1e18, 1e30, 1e38])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_tiny_and_huge_rows(random, dtype, scale):
+    """Beside rows of ordinary size, in the same token and in the same tile."""
+    z = random(18, 70).clamp(-3, 3)
+    factors = torch.where(torch.arange(18, device=DEVICE) % 2 == 0, scale, 1.0)[:, None]
+    z = (z * factors).to(DTYPES[dtype])
+    rows, valid = tokens_of_rows(6, 3, valid=1.0)
+    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    exact, exact_inverse = eager_cosines(z.double(), rows, valid)
+    torch.testing.assert_close(cosines.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(inverse.double(), exact_inverse, rtol=1e-5, atol=0)
+    # Of the cosines, times a power of ten, so that the gradient of neither row leaves the range of its dtype.
+    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, min(scale, 1.0))
+    expected = eager_gradient(z.double(), rows, valid, min(scale, 1.0), torch.zeros_like(z).double())
+    for part in (slice(0, None, 2), slice(1, None, 2)):
+        size = float(expected[part].abs().max())
+        if size > 1e-36:
+            assert float((found[part].double() - expected[part]).abs().max()) <= 1e-2 * size
+
+
+def test_zero_rows_have_no_cosine_and_get_no_gradient(random):
+    z = random(12, 24)
+    rows, valid = tokens_of_rows(4, 3, valid=1.0)
+    z[rows[0]] = 0.0
+    z[rows[1, 2]] = 0.0
+    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    eager, eager_inverse = eager_cosines(z, rows, valid)
+    torch.testing.assert_close(cosines, eager, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inverse, eager_inverse)
+    incoming = random(12, 24)
+    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0, incoming)
+    zero = torch.cat([rows[0], rows[1, 2:]])
+    assert torch.equal(found[zero], incoming[zero])
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinite_and_nan_rows_spoil_their_own_token_only(random, dtype, bad):
+    z = random(12, 24).to(DTYPES[dtype])
+    rows, valid = tokens_of_rows(4, 3, valid=1.0)
+    z[rows[2, 1], 5] = bad
+    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    eager, _ = eager_cosines(z, rows, valid)
+    off_diagonal = ~torch.eye(3, dtype=torch.bool, device=DEVICE).expand(4, 3, 3)
+    assert eager[2, 1, 0].isnan()
+    torch.testing.assert_close(
+        cosines[off_diagonal], eager[off_diagonal], rtol=1e-4, atol=1e-5, equal_nan=True
+    )
+    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0)
+    assert found[rows[2]].isnan().all()
+    good = rows[[0, 1, 3]].flatten()
+    eager = eager_gradient(z, rows, valid, 1.0, torch.zeros_like(z))[good]
+    torch.testing.assert_close(found[good], eager, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_tokens, k, num_rows", [(0, 2, 0), (0, 4, 7), (3, 2, 0)])
+def test_no_tokens_and_no_rows(random, num_tokens, k, num_rows):
+    """A rank whose experts got nothing; tokens that none of them got."""
+    z, incoming = random(num_rows, 10), random(num_rows, 10)
+    rows = torch.zeros(num_tokens, k, dtype=torch.int64, device=DEVICE)
+    valid = torch.zeros(num_tokens, k, dtype=torch.bool, device=DEVICE)
+    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
+    assert cosines.shape == (num_tokens, k, k) and not cosines.any() and not inverse.any() and float(total) == 0.0
+    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0, incoming)
+    assert torch.equal(found, incoming)
+
+
+def test_every_layout_of_rows(random):
+    """Rows apart, transposed, and gradients that autograd has expanded."""
+    rows, valid = tokens_of_rows(5, 4)
+    dense = random(20, 33)
+    expected = specialization.row_cosines(dense, rows, valid)
+    apart, transposed = torch.zeros(20, 50, device=DEVICE), torch.zeros(33, 20, device=DEVICE).T
+    for z in (apart[:, 7:40], transposed):
+        z.copy_(dense)
+        torch.testing.assert_close(specialization.row_cosines(z, rows, valid), expected, rtol=1e-5, atol=1e-6)
+        for incoming in (random(20, 1).expand(20, 33), random(1, 33).expand(20, 33), random(33, 20).T):
+            found, dense_found = (
+                specialization.add_cosine_gradient(x, rows, valid, *expected[:2], 1.0, y)
+                for x, y in ((z, incoming), (dense, incoming.contiguous()))
+            )
+            torch.testing.assert_close(found, dense_found, rtol=1e-5, atol=1e-6)
+
+
+def test_offsets_past_two_to_the_31(random):
+    """Three rows that lie 2^30 + 8 elements apart; only the pages that they touch become real memory."""
+    apart = 2**30 + 8
+    memory = torch.zeros(1, dtype=torch.float16).new_empty(2 * apart + 24, device=DEVICE)
+    z = memory.as_strided((3, 24), (apart, 1))
+    dense = random(3, 24).half()
+    z.copy_(dense)
+    rows, valid = torch.tensor([[2, 0]], device=DEVICE), torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
+    found, expected = (specialization.row_cosines(x, rows, valid) for x in (z, dense))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    gradients = (specialization.add_cosine_gradient(x, rows, valid, *found[:2], 1.0, x) for x in (z, dense))
+    torch.testing.assert_close(*gradients, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0, 1.0), (1e-25, 1.0, 1e22), (0.0, 1.0, 0.0), (0.0, 0.0, 0.0)])
+def test_divided_columns(random, scales):
+    """Columns over three ranks, each of another magnitude, one of them all zero."""
+    z = random(20, 90)
+    parts = [part * scale for part, scale in zip(z.split(30, dim=1), scales)]
+    rows, valid = tokens_of_rows(5, 4)
+    z = torch.cat(parts, dim=1)
+    exact, exact_inverse = eager_cosines(z.double(), rows, valid)
+    products, units = zip(*(specialization.row_products(part, rows, valid) for part in parts))
+    common = torch.stack(units).amax(dim=0)
+    total = sum(specialization.in_units(p, u, common) for p, u in zip(products, units))
+    cosines, inverse = specialization.cosines_from_products(total, common)
+    torch.testing.assert_close(cosines.double(), exact, rtol=0, atol=1e-6)
+    torch.testing.assert_close(inverse.double(), exact_inverse, rtol=1e-6, atol=0)
+
+
+def test_arguments_that_do_not_fit(random):
+    z, (rows, valid) = random(8, 5), tokens_of_rows(4, 2)
+    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    for name, arguments in {
+        "z_PF": (z.double(), rows, valid),
+        "rows_TK": (z, rows.int(), valid),
+        "valid_TK": (z, rows, valid[:2]),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            specialization.row_cosines(*arguments)
+    with pytest.raises(ValueError, match="cosines_TKK"):
+        specialization.add_cosine_gradient(z, rows, valid, cosines[:2], inverse, 1.0)
+    with pytest.raises(ValueError, match="incoming_PF"):
+        specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0, z.half())
+
+
+# Coupling
+
+
+def logits_and_map(random, num_tokens, num_experts, dtype, scale=3.0):
+    logits = (random(num_tokens, num_experts) * scale).to(DTYPES[dtype])
+    top = logits.float().topk(min(2, num_experts), dim=1).indices
+    live = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, top, True)
+    live[1::3] = False  # padding, or dropped by every expert
+    return logits, live
+
+
+def eager_mass_gradient(logits, live, score_function, mass_gradient, weight, incoming):
+    gradient = normalized_scores_gradient(logits, score_function, live * mass_gradient.unsqueeze(-1) * weight)
+    return incoming + gradient.to(incoming.dtype)
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens, num_experts", [(1, 2), (300, 8), (35, 60), (17, 64), (9, 256), (5, 512), (0, 8)])
+def test_mass(random, score_function, dtype, num_tokens, num_experts):
+    logits, live = logits_and_map(random, num_tokens, num_experts, dtype)
+    found = coupling.routed_mass(logits, live, score_function)
+    eager, exact = (routed_mass(normalized_scores(x, score_function), live) for x in (logits, logits.double()))
+    assert_no_further(found, eager, exact)
+    assert not found[1::3].any()
+    neighbours, incoming = random(num_tokens), random(num_tokens, num_experts).to(DTYPES[dtype])
+    arguments = (live, score_function, neighbours, -0.5)
+    gradient = coupling.add_mass_gradient(logits, *arguments, incoming)
+    assert_no_further(
+        gradient,
+        eager_mass_gradient(logits, *arguments, incoming),
+        eager_mass_gradient(logits.double(), *arguments, incoming.double()),
+    )
+    assert torch.equal(gradient[1::3], incoming[1::3])
+    weight = torch.tensor([-0.5], device=DEVICE)
+    assert torch.equal(
+        gradient, coupling.add_mass_gradient(logits, live, score_function, neighbours, weight, incoming)
+    )
+    assert torch.equal(found, coupling.routed_mass(logits, live, score_function))
+
+
+@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 30.0, 1e4])
+def test_mass_of_extreme_logits(random, score_function, scale):
+    logits, live = logits_and_map(random, 12, 10, "fp32", scale)
+    exact = routed_mass(normalized_scores(logits.double(), score_function), live)
+    torch.testing.assert_close(
+        coupling.routed_mass(logits, live, score_function).double(), exact, rtol=1e-5, atol=1e-7
+    )
+    arguments = (live, score_function, random(12), 1.0)
+    found = coupling.add_mass_gradient(logits, *arguments, torch.zeros_like(logits))
+    expected = eager_mass_gradient(logits.double(), *arguments, torch.zeros_like(logits).double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_mass_worked_example():
+    logits = torch.tensor([[1.0, 2.0, 5.0]], device=DEVICE).log()
+    live = torch.tensor([[True, False, True]], device=DEVICE)
+    mass = coupling.routed_mass(logits, live, "softmax")
+    torch.testing.assert_close(mass, torch.tensor([0.75]), check_device=False)
+    one, zeros = torch.ones(1, device=DEVICE), torch.zeros_like(logits)
+    gradient = coupling.add_mass_gradient(logits, live, "softmax", one, 1.0, zeros)
+    torch.testing.assert_close(gradient, torch.tensor([[0.03125, -0.1875, 0.15625]]), check_device=False)
+
+
+def test_mass_arguments_that_do_not_fit(random):
+    logits, live = logits_and_map(random, 6, 4, "fp32")
+    for name, arguments in {
+        "logits_TE": (logits.double(), live, "softmax"),
+        "live_TE": (logits, live[:, :3], "softmax"),
+        "score_function": (logits, live, "tanh"),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            coupling.routed_mass(*arguments)
+    with pytest.raises(ValueError, match="mass_gradient_T"):
+        coupling.add_mass_gradient(logits, live, "softmax", random(5), 1.0, logits)
+    with pytest.raises(ValueError, match="incoming_TE"):
+        coupling.add_mass_gradient(logits, live, "softmax", random(6), 1.0, logits.half())
+
+
+# Choice
+
+
+def test_choice(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("triton", cpu) and not choose("auto", cpu) and not choose("torch", cpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not choose("auto", cpu)
+    with pytest.raises(ValueError, match="--moe-spec-kernels"):
+        choose("triton", cpu)

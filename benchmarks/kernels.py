@@ -18,7 +18,16 @@ if "--smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
-from common import MODELS, RESULTS, SMOKE, copy_gigabytes_per_second, device, milliseconds, peak_bytes, write  # noqa: E402
+from common import (  # noqa: E402
+    MODELS,
+    RESULTS,
+    SMOKE,
+    copy_gigabytes_per_second,
+    device,
+    milliseconds,
+    peak_bytes,
+    write,
+)
 
 from megatron_moe_spec.kernels import coupling, specialization  # noqa: E402
 from megatron_moe_spec.losses.coupling import routed_mass  # noqa: E402
@@ -119,7 +128,7 @@ def errors(operation: Operation) -> tuple[float, float, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=400, help="leave out torch.compile after so long (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=400, help="no torch.compile after so long (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on CPU in Triton's interpreter, no compile")
     arguments = parser.parse_args()

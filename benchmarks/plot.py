@@ -27,7 +27,8 @@ def main(folder: Path) -> None:
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(groups))]
         axes.bar(places, [rate.get((*group, name), 0.0) for group in groups], width, label=name)
     axes.axhline(record["copy_GB_per_s"], color="black", linestyle="--", label="copy (roofline)")
-    axes.set_xticks(range(len(groups)), [f"{operation}\n{model}" for operation, model in groups], rotation=60, fontsize=8)
+    labels = [f"{operation}\n{model}" for operation, model in groups]
+    axes.set_xticks(range(len(groups)), labels, rotation=60, fontsize=8)
     axes.set_ylabel("least bytes to move / time (GB/s)")
     axes.set_title(f"{record['device']}, torch {record['torch']}, triton {record['triton']}")
     axes.legend()

@@ -1,4 +1,4 @@
-"""The benchmarks on tiny shapes, in Triton's interpreter: that they run, check before they measure, and say what they skip."""
+"""The benchmarks on tiny shapes, in Triton's interpreter: they run, check before they measure, say what they skip."""
 
 import csv
 import json

@@ -1,5 +1,6 @@
 """The comparison's arithmetic, its plan, its running of several runs at a time, and its report."""
 
+import argparse
 import importlib.util
 import io
 import json
@@ -34,7 +35,14 @@ def modules_on_path(monkeypatch):
 
 @pytest.mark.parametrize(
     "degrees, at_975, at_995",
-    [(1, 12.706, 63.657), (2, 4.303, 9.925), (3, 3.182, 5.841), (4, 2.776, 4.604), (9, 2.262, 3.250), (30, 2.042, 2.750)],
+    [
+        (1, 12.706, 63.657),
+        (2, 4.303, 9.925),
+        (3, 3.182, 5.841),
+        (4, 2.776, 4.604),
+        (9, 2.262, 3.250),
+        (30, 2.042, 2.750),
+    ],
 )
 def test_quantiles_are_those_of_printed_tables(degrees, at_975, at_995):
     from paired import t_quantile
@@ -82,8 +90,6 @@ def test_arms_differ_in_their_losses_only(tmp_path):
         "--moe-specialization-loss-coeff=0.02",
         "--moe-coupling-loss-coeff=0.1",
     ]
-    import argparse
-
     parser = add_moe_spec_args(argparse.ArgumentParser())
     for command in commands.values():
         own = [flag for flag in command[len(baseline) :] if not flag.startswith("--moe-z-loss")]
@@ -243,7 +249,8 @@ def test_report_tells_differences_from_chance(tmp_path, capsys):
     assert capsys.readouterr().out.count("differs") == 2
     # 4.3027 * 0.001 / sqrt(3)
     assert "| + specialization | 0.002 | 2.1000 | -0.1000 ± 0.0025 | 3 of 3 | differs |" in report
-    assert "| + coupling (pathway) | 0.001 | 2.2100 | +0.0100 ± " in report and "1 of 3 | no difference found |" in report
+    assert "| + coupling (pathway) | 0.001 | 2.2100 | +0.0100 ± " in report
+    assert "1 of 3 | no difference found |" in report
     assert "| + expert-router coupling (ERC) | 1 | 2.2250 | +0.0250 ± 0.0124 | 0 of 3 | differs" in report
     assert "| expert overlap, mean abs(cos) | 1.1000 | 1.0500 * | 1.1050 | 1.1125 * |" in report
     assert "| coupling loss | 0.9000 | 0.9000 | (0.9000) | 0.9000 |" in report

@@ -114,7 +114,10 @@ class OutputTap:
         return self._recorder.config.orthogonality_loss_coeff * mean * gradient_factor(self._config, num_tokens)
 
 
-def _output_gradient(rows: OutputRows, y_PH: Tensor, probs_P: Tensor, weight: Callable, probs_gradients: list) -> Tensor:
+def _output_gradient(
+    rows: OutputRows, y_PH: Tensor, probs_P: Tensor, weight: Callable, probs_gradients: list
+) -> Tensor:
+    """Gradient of the rows; leaves that of their probabilities in ``probs_gradients``."""
     gradient_PH = rows.gradient(0, weight()).to(y_PH.dtype)
     reaches_P = (gradient_PH.to(accumulation_dtype(y_PH)) * y_PH).sum(dim=-1)
     probs_gradients.append(-(reaches_P / probs_P).masked_fill(probs_P == 0, 0.0))

@@ -250,7 +250,15 @@ def test_overlapped_forward_and_backward(jobs, layout, layers):
     """Combined 1F1B runs the layers of two micro-batches in turns; what is computed is the same, bit by bit."""
     across = "drop" if "PP" in layout else "exact"
     cases = [
-        _case(dict(bf16=True, across_stages=across, model=dict(num_layers=layers, **overlap)), 1.0)
+        _case(
+            dict(
+                bf16=True,
+                across_stages=across,
+                losses=(*BOTH, *PEERS[:2]),
+                model=dict(num_layers=layers, **overlap),
+            ),
+            1.0,
+        )
         for overlap in ({}, dict(overlap_moe_expert_parallel_comm=True))
     ]
     plain, overlapped = jobs.run(layout, cases)

@@ -1,4 +1,4 @@
-"""The hooks of the orthogonality, score variance and ERC losses leave the model as it is, and touch what they should."""
+"""The hooks of the orthogonality, score variance and ERC losses: they leave the model as it is, and touch no more."""
 
 from types import SimpleNamespace
 
@@ -156,7 +156,7 @@ def test_noise_of_erc_is_drawn_per_layer_and_step(mm, monkeypatch):
 
 
 def test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates(mm, monkeypatch):
-    """--gradient-accumulation-fusion: Megatron's layers write into main_grad, and its DDP drops what comes by autograd."""
+    """--gradient-accumulation-fusion: linear layers write into main_grad, and DDP drops what comes by autograd."""
     from megatron.core.tensor_parallel import layers
 
     def accumulate(inputs, output_gradients, main_gradient):

@@ -88,7 +88,7 @@ def test_orthogonality_equals_its_definition(random, num_tokens, k):
 
 
 def test_orthogonality_of_worked_examples():
-    """Two parallel outputs of lengths 2 and 3 project onto each other whole: (4 + 9) / 2; orthogonal ones not at all."""
+    """Parallel outputs of lengths 2 and 3 project onto each other whole, (4 + 9) / 2; orthogonal ones not at all."""
     assert float(orthogonality_loss(torch.tensor([[[2.0, 0.0], [-3.0, 0.0]]]))) == pytest.approx(6.5)
     assert float(orthogonality_loss(torch.tensor([[[2.0, 0.0], [0.0, 5.0]]]))) == 0.0
 

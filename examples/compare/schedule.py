@@ -52,8 +52,8 @@ GPU = Scale(
 
 
 def measuring_interval(iterations: int) -> int:
-    """Measuring costs time, so it is done twenty times a run."""
-    return max(1, iterations // 20)
+    """Measuring costs time, so it is done twenty times a run at most."""
+    return min(iterations, max(5, iterations // 20))
 
 
 def flags(scale: Scale, iterations: int, seed: int) -> list:

@@ -38,8 +38,8 @@ def expert_router_coupling_loss(
         or (gate_weight.shape[0], gate_weight.shape[2]) != tuple(router_weight.shape)
     ):
         raise ValueError(
-            f"gate_weight must be a floating-point tensor [E, F, H] that fits router_weight {list(router_weight.shape)}; "
-            f"got {gate_weight.dtype} {list(gate_weight.shape)}"
+            "gate_weight must be a floating-point tensor [E, F, H] that fits router_weight "
+            f"{list(router_weight.shape)}; got {gate_weight.dtype} {list(gate_weight.shape)}"
         )
     if not (isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be finite and not negative; got {alpha}")

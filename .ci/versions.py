@@ -2,8 +2,8 @@
 
     python .ci/versions.py BASE OLDEST VERSION... [-- PYTEST'S ARGUMENTS]
 
-BASE and OLDEST are environments of .ci/venv. Release 0.16 runs in OLDEST. Each other one gets a small environment of its
-own beside BASE, which holds that release of megatron-core and borrows all else from BASE.
+BASE and OLDEST are environments of .ci/venv. Release 0.16 runs in OLDEST. Each other one gets a small environment of
+its own beside BASE, which holds that release of megatron-core and borrows all else from BASE.
 """
 
 import os

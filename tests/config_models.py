@@ -1,6 +1,6 @@
 """Parses flags with Megatron's own parser and validator and counts the model's parameters.
 
-Reads {name: [processes, [flag, ...]]} as JSON from standard input, and writes {name: what was found} to standard output.
+Reads {name: [processes, [flag, ...]]} as JSON from standard input, writes {name: what was found} to standard output.
 In a process of its own: Megatron's arguments are global, and so is WORLD_SIZE.
 """
 

@@ -12,7 +12,7 @@ specification = importlib.util.spec_from_file_location("versions", ROOT / ".ci" 
 versions = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(versions)
 
-REPORT = """<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10" time="1.5"/></testsuites>"""
+REPORT = """<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10" time="1.5"/></testsuites>"""
 
 
 def test_counts():

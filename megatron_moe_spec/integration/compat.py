@@ -225,7 +225,8 @@ def settings_of_flags(flags: list[str], add_arguments: Callable):
         sys.argv = argv
     if "WORLD_SIZE" not in os.environ:
         dense = args.tensor_model_parallel_size * args.context_parallel_size
-        experts = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+        columns = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+        experts = args.expert_model_parallel_size * columns
         args.world_size = math.lcm(dense, experts) * args.pipeline_model_parallel_size
     arguments.validate_args(args)
     return args, arguments.core_transformer_config_from_args(args)

@@ -48,9 +48,17 @@ def read_routing(
         known: another layer's routing of the same micro-batch, whose numbers of tokens hold here as well.
         group: the ranks that share the micro-batch, tensor x context parallel. One all-reduce of one number, for
             the first layer, where there is padding.
+
+    Raises:
+        RuntimeError: the mask is not that of this rank's tokens.
     """
     live_TE = routing_map_TE & (probs_TE > 0)
     if padding_mask is not None:
+        if padding_mask.numel() != len(live_TE):
+            raise RuntimeError(
+                f"a router of {len(live_TE)} tokens got a padding mask of {padding_mask.numel()}: in pipeline stages after "
+                "the first, Megatron does not divide the mask among sequence-parallel ranks (pass each rank its part)"
+            )
         live_TE &= ~padding_mask.reshape(-1, 1)
     if known is not None:
         return LayerRouting(live_TE, known.num_local_tokens, known.num_tokens)

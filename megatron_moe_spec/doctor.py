@@ -32,6 +32,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(_USAGE, end="")
         return USABLE
+    device = _device()
     _print_section("installed", _installed())
     missing = _missing(wants_training=bool(argv))
     if missing:
@@ -47,10 +48,10 @@ def main(argv: list[str]) -> int:
         asked = spec_config_from_args(args)
     except ValueError as error:
         return _verdict([str(error)])
-    return _verdict(_examine(args, model, asked))
+    return _verdict(_examine(args, model, asked, device))
 
 
-def _examine(args, model, asked: SpecConfig) -> list[str]:
+def _examine(args, model, asked: SpecConfig, device) -> list[str]:
     """Prints what would be used; returns what would be refused."""
     from megatron_moe_spec.integration.checks import unsupported_settings
     from megatron_moe_spec.integration.compat import moe_layers_of_stages
@@ -59,9 +60,9 @@ def _examine(args, model, asked: SpecConfig) -> list[str]:
     config = asked if asked.enabled else _PAPER
     numbers = moe_layers_of_stages(args, model)
     stages = Stages(numbers, [0], model.num_moe_experts or 0)
-    problems = unsupported_settings(model, stages, config)
+    problems = unsupported_settings(model, stages, config, device)
     if sum(numbers):
-        _print_section("would be used", _used(model, stages, config, asked.enabled))
+        _print_section("would be used", _used(model, stages, config, asked.enabled, device))
     return problems
 
 
@@ -94,6 +95,15 @@ def _installed() -> Iterator[tuple[str, str]]:
         ("apex", "not needed"),
     ):
         yield package, _version(package) or f"not installed ({why_not})"
+
+
+def _device():
+    """Where a model would be; None without torch."""
+    if not _found("torch"):
+        return None
+    import torch
+
+    return torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
 
 
 def _do_without_gpu() -> None:
@@ -177,7 +187,7 @@ def _silence():
         yield printed
 
 
-def _used(model, stages, config: SpecConfig, asked: bool) -> Iterator[tuple[str, str]]:
+def _used(model, stages, config: SpecConfig, asked: bool, device) -> Iterator[tuple[str, str]]:
     losses = [
         f"{name.removesuffix('_loss')} x {getattr(config, f'{name}_coeff'):g}" for name in config.trained_losses
     ] or ["none, measuring alone"]
@@ -191,7 +201,16 @@ def _used(model, stages, config: SpecConfig, asked: bool) -> Iterator[tuple[str,
     if config.specialization_loss_coeff or config.metrics_interval:
         yield "activation tap", _activation_tap(model)
         yield "dispatcher", _dispatcher(model)
-    yield "kernels", "eager PyTorch"
+    yield "kernels", _kernels(config, device)
+
+
+def _kernels(config: SpecConfig, device) -> str:
+    from megatron_moe_spec.kernels import choose, unavailable
+
+    if config.kernels != "torch" and not unavailable(device):
+        return "Triton" if choose(config.kernels, device) else "eager PyTorch"
+    why = "" if config.kernels == "torch" else f" (Triton cannot run: {unavailable(device)})"
+    return f"eager PyTorch{why}"
 
 
 def _activation_tap(model) -> str:

@@ -13,8 +13,9 @@ LOSSES = ["--moe-specialization-loss-coeff", "1e-3", "--moe-coupling-loss-coeff"
 
 
 @pytest.fixture
-def diagnose(megatron, capsys):
+def diagnose(megatron, capsys, monkeypatch):
     """Runs the doctor in this process; gives its exit status, its report, and the rows of the report by name."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
 
     def run(*flags):
         status = doctor.main(list(map(str, flags)))
@@ -33,6 +34,7 @@ def test_usable_model(diagnose):
     assert rows["MoE layers"].startswith("2 of 2, 4 experts, 2 for each token")
     assert rows["activation tap"] == "input of each local expert's linear_fc2 (SequentialMLP)"
     assert rows["dispatcher"] == "alltoall; rows come home from 2 expert-parallel ranks"
+    assert rows["kernels"].startswith("eager PyTorch (Triton cannot run: they need an NVIDIA GPU")
 
 
 @needs_training_loop
@@ -49,7 +51,7 @@ def test_without_the_flags_both_losses_are_assumed(diagnose):
         (["--moe-router-topk", 1, "--moe-router-pre-softmax"], "--moe-router-topk is 1"),
         (["--num-layers", 1], "--moe-coupling-loss-coeff to 0"),
         (["--moe-layer-freq", "[0,1]"], "--moe-coupling-loss-coeff to 0"),
-        (["--moe-spec-kernels", "triton"], "--moe-spec-kernels triton"),
+        (["--moe-spec-kernels", "triton"], "set --moe-spec-kernels to auto or torch"),
         (["--moe-specialization-loss-coeff", -1], "--moe-specialization-loss-coeff"),
         (["--expert-tensor-parallel-size", 2], "--expert-tensor-parallel-size 2 is larger"),
     ],
@@ -64,7 +66,14 @@ def test_refusals(diagnose, flags, remedy):
 def test_every_refusal_is_listed(diagnose):
     status, _, rows = diagnose(*MODEL, *LOSSES, "--num-layers", 1, "--moe-spec-kernels", "triton")
     assert status == 1
-    assert "triton" in rows["1"] and "two MoE layers" in rows["2"]
+    assert "Triton" in rows["1"] and "two MoE layers" in rows["2"]
+
+
+@needs_training_loop
+def test_kernels(diagnose, monkeypatch):
+    assert diagnose(*MODEL, *LOSSES, "--moe-spec-kernels", "torch")[2]["kernels"] == "eager PyTorch"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert diagnose(*MODEL, *LOSSES, "--moe-spec-kernels", "triton")[2]["kernels"] == "Triton"
 
 
 @needs_training_loop

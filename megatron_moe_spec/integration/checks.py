@@ -1,6 +1,8 @@
 """What attach() refuses, each by an error that names the flag to change."""
 
-from typing import Iterator
+from typing import Iterator, Optional
+
+import torch
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat import (
@@ -22,23 +24,26 @@ def check_supported(model, moe_layers: list, stages: Stages, config: SpecConfig)
         stages: those of all pipeline stages.
         config: the losses.
     """
-    problems = list(_problems(model, moe_layers, stages, config))
+    device = moe_layers[0].router.weight.device if moe_layers else None
+    problems = list(_problems(model, moe_layers, stages, config, device))
     if problems:
         raise ValueError("the MoE specialization losses cannot be attached: " + "; ".join(problems))
 
 
-def unsupported_settings(model, stages: Stages, config: SpecConfig) -> list[str]:
-    """What ``check_supported`` will say, as far as it can be told before a model is built; see there."""
-    return list(_problems(model, [], stages, config))
+def unsupported_settings(model, stages: Stages, config: SpecConfig, device: torch.device) -> list[str]:
+    """What ``check_supported`` will say of a model on a device, as far as it can be told before one is built."""
+    return list(_problems(model, [], stages, config, device))
 
 
-def _problems(model, moe_layers: list, stages: Stages, config: SpecConfig) -> Iterator[str]:
+def _problems(
+    model, moe_layers: list, stages: Stages, config: SpecConfig, device: Optional[torch.device]
+) -> Iterator[str]:
     if not any(stages.num_layers):
         yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
         return
     wants_activations = config.specialization_loss_coeff > 0 or config.metrics_interval > 0
-    if moe_layers:
-        yield from _kernel_problems(moe_layers[0], model, config)
+    if device is not None:
+        yield from _kernel_problems(device, model, config)
     if wants_activations and model.moe_router_topk < 2:
         yield (
             "specialization compares the experts of a token and needs at least two "
@@ -65,9 +70,9 @@ def _problems(model, moe_layers: list, stages: Stages, config: SpecConfig) -> It
         yield from _erc_problems(moe_layers, model)
 
 
-def _kernel_problems(moe_layer, model, config: SpecConfig) -> Iterator[str]:
+def _kernel_problems(device: torch.device, model, config: SpecConfig) -> Iterator[str]:
     try:
-        fused = choose(config.kernels, moe_layer.router.weight.device)
+        fused = choose(config.kernels, device)
     except ValueError as error:
         yield str(error)
         return

@@ -23,7 +23,7 @@ def test_files_and_targets_exist():
         assert (ROOT / path).is_file(), path
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make (\w+)", README, re.M)
-    assert targets == ["quickstart", "compare", "test"]
+    assert targets == ["quickstart", "test", "compare"]
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.M)
 

@@ -1,0 +1,14 @@
+"""The faults that ``mutations.py`` puts into the code still fit it."""
+
+import pytest
+from mutations import MUTATIONS
+from processes import ROOT
+
+
+@pytest.mark.parametrize("fault, file, original, faulty, test", MUTATIONS, ids=[mutation[0] for mutation in MUTATIONS])
+def test_fault_fits_the_code(fault, file, original, faulty, test):
+    text = (ROOT / "megatron_moe_spec" / file).read_text()
+    assert text.count(original) == 1
+    compile(text.replace(original, faulty), file, "exec")
+    name = test.split("::")[1].split("[")[0]
+    assert f"def {name}(" in (ROOT / test.split("::")[0]).read_text()

@@ -34,7 +34,8 @@ def launch(*flags, processes=1) -> str:
 def scalars(folder) -> dict[str, dict[int, float]]:
     """Everything in a folder's TensorBoard files but what depends on the clock: name -> iteration -> value.
 
-    The console's line would not do: Megatron's second one averages the first two iterations.
+    The console's line would not do: Megatron's second one averages the first two iterations. Validation after the last
+    iteration is left out: Megatron does not flush it, and the process may end first.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,7 +44,7 @@ def scalars(folder) -> dict[str, dict[int, float]]:
     return {
         name: {event.step: event.value for event in events.Scalars(name)}
         for name in events.Tags()["scalars"]
-        if "time" not in name and "vs" not in name
+        if not any(word in name for word in ("time", "vs", "validation"))
     }
 
 

@@ -88,7 +88,7 @@ def coefficients_of(options):
 
 def parse_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=600, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=450, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--specialization-coeff", type=float, default=2e-2, help="default: %(default)s")
     parser.add_argument("--coupling-coeff", type=float, default=1e-2, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=1234, help="of weights and data order, in both runs")

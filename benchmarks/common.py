@@ -32,6 +32,9 @@ MODELS = {
     "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
     "DeepSeek-V2-Lite": Shape(2048, 1408, 64, 6),
     "DeepSeek-V3": Shape(7168, 2048, 256, 8, "sigmoid"),
+    # The paper's large models as configs/ reconstructs them.
+    "paper, vanilla 7B": Shape(2048, 5504, 8, 2),
+    "paper, DeepSeek-style 7B": Shape(2048, 688, 64, 6),
 }
 SMOKE = {"smoke": Shape(16, 40, 8, 2), "smoke sigmoid": Shape(16, 24, 12, 3, "sigmoid")}
 

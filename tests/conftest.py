@@ -28,6 +28,22 @@ def megatron(tmp_path_factory):
     megatron_models.initialize_one_rank(str(tmp_path_factory.mktemp("store") / "store"))
 
 
+@pytest.fixture
+def mm(megatron):
+    import megatron_models
+
+    return megatron_models
+
+
+@pytest.fixture
+def random():
+    """A seeded torch.randn in float64."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
 def pytest_terminal_summary(terminalreporter):
     """The table of what the layout tests measured."""
     reports = [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]

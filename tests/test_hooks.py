@@ -11,13 +11,6 @@ FULL_RECOMPUTE = dict(
 )
 
 
-@pytest.fixture
-def mm(megatron):
-    import megatron_models
-
-    return megatron_models
-
-
 def _attach(model, config=BOTH):
     from megatron_moe_spec import attach
 

@@ -49,13 +49,6 @@ def pathway_by_loops(scores_TE, next_TE, top_k) -> float:
     return 1.0 - kept
 
 
-@pytest.fixture
-def random():
-    """A seeded torch.randn in float64."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
 def value_and_gradient(loss, x):
     x = x.detach().clone().requires_grad_()
     value = loss(x)

@@ -14,13 +14,6 @@ FULL_RECOMPUTE = dict(
 )
 
 
-@pytest.fixture
-def mm(megatron):
-    import megatron_models
-
-    return megatron_models
-
-
 def _attach(model, config=PEERS):
     from megatron_moe_spec import attach
 

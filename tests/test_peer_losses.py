@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from test_losses import value_and_gradient
 
 from megatron_moe_spec.losses import (
     expert_router_coupling_loss,
@@ -56,20 +57,6 @@ def coupling_by_loops(router_EH, gate_EFH, alpha, noise_EH=None) -> float:
                 own = alpha * norm(i, i)
                 total += max(norm(i, j) - own, 0.0) + max(norm(j, i) - own, 0.0)
     return total / num_experts**2
-
-
-@pytest.fixture
-def random():
-    """A seeded torch.randn in float64."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def value_and_gradient(loss, x):
-    x = x.detach().clone().requires_grad_()
-    value = loss(x)
-    (gradient,) = torch.autograd.grad(value, x)
-    return value.detach(), gradient
 
 
 # Orthogonality

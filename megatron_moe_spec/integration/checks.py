@@ -106,27 +106,36 @@ def _message_problems(model) -> Iterator[str]:
         )
 
 
-def _activation_problems(moe_layers: list, model) -> Iterator[str]:
+def _row_problems(loss: str, moe_layers: list, model) -> Iterator[str]:
+    """What stands in the way of a loss on the experts' rows."""
     if getattr(model, "use_transformer_engine_op_fuser", False):
-        yield "the fused experts never materialise their activations (remove --use-transformer-engine-op-fuser)"
+        yield f"{loss} reads rows that the fused experts do not hand out (remove --use-transformer-engine-op-fuser)"
     elif getattr(model, "moe_use_legacy_grouped_gemm", False) or not all(map(expert_down_projections, moe_layers)):
         yield (
-            "the legacy GroupedMLP never materialises its activations "
+            f"{loss} reads rows that the legacy GroupedMLP does not hand out "
             "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
         )
     if getattr(model, "moe_token_dispatcher_type", "allgather") == "flex":
         yield (
-            "the flex dispatcher does not tell which token a row belongs to, which specialization needs "
+            f"the flex dispatcher does not tell which token a row belongs to, which {loss} needs "
             "(set --moe-token-dispatcher-type alltoall)"
         )
+    yield from _quantization_problems(loss, model)
+
+
+def _quantization_problems(loss: str, model) -> Iterator[str]:
+    if getattr(model, "fp8", None) or getattr(model, "fp4", None):
+        yield f"{loss} does not support quantized experts yet (remove --fp8-format / --fp4-format)"
+
+
+def _activation_problems(moe_layers: list, model) -> Iterator[str]:
+    yield from _row_problems("specialization", moe_layers, model)
     if (model.expert_tensor_parallel_size or 1) > model.tensor_model_parallel_size:
         yield (
             "specialization needs experts to be split over ranks that share their tokens: "
             f"--expert-tensor-parallel-size {model.expert_tensor_parallel_size} is larger than "
             f"--tensor-model-parallel-size {model.tensor_model_parallel_size}"
         )
-    if getattr(model, "fp8", None) or getattr(model, "fp4", None):
-        yield "specialization does not support quantized experts yet (remove --fp8-format / --fp4-format)"
 
 
 def _orthogonality_problems(moe_layers: list, model) -> Iterator[str]:
@@ -141,20 +150,7 @@ def _orthogonality_problems(moe_layers: list, model) -> Iterator[str]:
             "orthogonality needs whole expert outputs, of which expert tensor parallelism leaves a rank one summand "
             f"(--expert-tensor-parallel-size is {model.expert_tensor_parallel_size}; set it to 1)"
         )
-    if getattr(model, "moe_token_dispatcher_type", "allgather") == "flex":
-        yield (
-            "the flex dispatcher does not tell which token a row belongs to, which orthogonality needs "
-            "(set --moe-token-dispatcher-type alltoall)"
-        )
-    if getattr(model, "use_transformer_engine_op_fuser", False):
-        yield "orthogonality does not support fused experts yet (remove --use-transformer-engine-op-fuser)"
-    elif not all(expert_down_projections(layer) for layer in moe_layers):
-        yield (
-            "orthogonality does not support the legacy GroupedMLP "
-            "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
-        )
-    if getattr(model, "fp8", None) or getattr(model, "fp4", None):
-        yield "orthogonality does not support quantized experts yet (remove --fp8-format / --fp4-format)"
+    yield from _row_problems("orthogonality", moe_layers, model)
 
 
 def _erc_problems(moe_layers: list, model) -> Iterator[str]:
@@ -182,5 +178,4 @@ def _erc_problems(moe_layers: list, model) -> Iterator[str]:
             "ERC cannot add to weight gradients that are computed apart from the backward pass "
             "(remove --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad)"
         )
-    if getattr(model, "fp8", None) or getattr(model, "fp4", None):
-        yield "ERC does not support quantized experts yet (remove --fp8-format / --fp4-format)"
+    yield from _quantization_problems("ERC", model)

@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 
 
+def _take_callback(ctx) -> Callable:
+    """A node's callback, for the only time: it holds activations that must not outlive the node's turn."""
+    callback, ctx.callback = ctx.callback, None
+    if callback is None:
+        raise RuntimeError("the auxiliary loss's gradient was already used: backward ran twice on one graph")
+    return callback
+
+
 class _AddGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, accumulate):
-        ctx.accumulate = accumulate
+        ctx.callback = accumulate
         return x
 
     @staticmethod
     def backward(ctx, incoming):
-        # Dropped at once: it holds activations that must not outlive this node's turn.
-        accumulate, ctx.accumulate = ctx.accumulate, None
-        if accumulate is None:
-            raise RuntimeError("the auxiliary loss's gradient was already used: backward ran twice on one graph")
-        return accumulate(incoming), None
+        return _take_callback(ctx)(incoming), None
 
 
 def add_gradient(x: Tensor, accumulate: Callable[[Tensor], Tensor]) -> Tensor:
@@ -34,15 +38,12 @@ def add_gradient(x: Tensor, accumulate: Callable[[Tensor], Tensor]) -> Tensor:
 class _AddWeightGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gradients, *weights):
-        ctx.gradients = gradients
+        ctx.callback = gradients
         return x
 
     @staticmethod
     def backward(ctx, incoming):
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("the auxiliary loss's gradient was already used: backward ran twice on one graph")
-        return incoming, None, *gradients()
+        return incoming, None, *_take_callback(ctx)()
 
 
 def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callable[[], Sequence]) -> Tensor:

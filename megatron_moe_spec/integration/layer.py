@@ -76,22 +76,22 @@ class LayerTap:
         micro_batch, recomputed = self._tracker.enter(self._index, self._router)
         if micro_batch is None or not self._recorder.active:
             return route(logits)
-        values = logits.detach()
-        if self._recorder.config.coupling_loss_coeff and torch.is_grad_enabled():
+        values, settings, has_gradients = logits.detach(), self._recorder.config, torch.is_grad_enabled()
+        if settings.coupling_loss_coeff and has_gradients:
             logits = add_gradient(logits, partial(self._add_coupling_gradient, micro_batch, values))
-        if self._recorder.config.score_variance_loss_coeff and torch.is_grad_enabled():
+        if settings.score_variance_loss_coeff and has_gradients:
             logits = add_gradient(logits, partial(self._add_variance_gradient, micro_batch, values, padding_mask))
         probs, routing_map = route(logits)
         known = next(filter(None, micro_batch.routing), None)
         routing = coupling.read_routing(probs.detach(), routing_map, padding_mask, known, self._token_group)
         if not recomputed:
             self._observe(micro_batch, routing, values, padding_mask)
-        if torch.is_grad_enabled() and self._recorder.wants_specialization:
+        if has_gradients and self._recorder.wants_specialization:
             self._rows = self._expected_rows(micro_batch, routing, routing_map)
             self._num_tokens = routing.num_tokens
-        if torch.is_grad_enabled() and self._outputs is not None:
+        if has_gradients and self._outputs is not None:
             self._outputs.expect(probs.detach(), routing_map, routing)
-        if torch.is_grad_enabled() and self._weights is not None:
+        if has_gradients and self._weights is not None:
             probs = self._weights.attach_to(probs, routing.num_tokens)
         return probs, routing_map
 

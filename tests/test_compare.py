@@ -287,6 +287,22 @@ def test_report_without_a_comparison_says_what_to_do(tmp_path):
 
 
 @needs_training_loop
+def test_runs_are_timed_before_their_length_is_chosen(tmp_path, monkeypatch):
+    """Real runs, one beside the other, as ``make compare`` begins."""
+    import compare
+    import schedule
+    from training import Machine, make_data
+
+    monkeypatch.setattr(compare, "CALIBRATION_ITERATIONS", 6)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    machine, prefix = Machine("megatron.training", "CPU", 1, cpu=True), tmp_path / "data/text"
+    make_data(prefix)
+    start_up, step = compare.calibrate(machine, schedule.CPU, prefix, tmp_path, workers=2)
+    assert 1 < start_up < 300 and 0.01 < step < 30
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+
+
+@needs_training_loop
 def test_a_comparison_cut_short(tmp_path):
     """Real training of one arm beside the baseline, four steps each, and its report."""
     pytest.importorskip("matplotlib")

@@ -24,10 +24,10 @@ import runs
 import schedule
 import training
 
-CALIBRATION_ITERATIONS = 24
+CALIBRATION_ITERATIONS = 40
 MIN_ITERATIONS = 100
 SWEEP_SEED = 1000
-FIRST_SEED = 1
+FIRST_SEED = 1  # Megatron refuses 0
 # An evaluation pass is about a third of a step, and there are six of up to 20 passes.
 EVALUATION_STEPS = 45
 
@@ -73,15 +73,17 @@ def iterations_for(budget_seconds: float, number_of_runs: int, workers: int, sta
 def calibrate(machine, scale, prefix, output, workers) -> tuple:
     """Seconds that a run needs to start, and that a step takes, with all workers busy."""
     folder = output / "calibration"
-    probes = [runs.Run("both", 1, seed) for seed in range(workers)]
+    probes = [runs.Run("both", 1, seed) for seed in range(FIRST_SEED, FIRST_SEED + workers)]
     for probe in probes:  # a calibration that was cut off is made anew
         (folder / "runs" / probe.name / runs.RESULT_FILE).unlink(missing_ok=True)
     print(f"Timing {workers} run(s) of {CALIBRATION_ITERATIONS} steps", flush=True)
     runner = runs.Runner(machine, scale, CALIBRATION_ITERATIONS, prefix, workers)
     runner.run_all(probes, folder, {})
-    found = [runs.result_of(folder, probe) for probe in probes]
-    step = statistics.fmean(result["values"][results.STEP_TIME] for result in found)
-    return max(0.0, max(result["seconds"] for result in found) - CALIBRATION_ITERATIONS * step), step
+    # The first steps are slower: they count as starting.
+    late = [values[len(values) // 2 :] for values in (runs.step_times(folder, probe) for probe in probes)]
+    step = statistics.fmean(results.median(values) for values in late)
+    longest = max(runs.result_of(folder, probe)["seconds"] for probe in probes)
+    return max(0.0, longest - CALIBRATION_ITERATIONS * step), step
 
 
 def make_plan(options, machine, scale, workers, prefix) -> dict:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -59,6 +60,11 @@ def result_of(output: Path, run: Run):
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def step_times(output: Path, run: Run) -> list:
+    """[(iteration, seconds), ...] of a finished run."""
+    return results.read_run(output / "runs" / run.name)[results.STEP_TIME]
+
+
 class Runner:
     """Runs what is not finished yet, several runs at a time, each in a process of its own.
 
@@ -91,7 +97,7 @@ class Runner:
             later: how many more runs will follow, for the time left.
         """
         waiting = [run for run in wanted if result_of(output, run) is None]
-        total, began, finished = len(waiting), time.monotonic(), 0
+        total, seconds = len(waiting), []
         if total < len(wanted):
             self._print(f"{len(wanted) - total} of {len(wanted)} runs are finished already")
         active = []
@@ -104,10 +110,11 @@ class Runner:
                 for job in [job for job in active if not job.running()]:
                     active.remove(job)
                     job.store(self.iterations)
-                    finished += 1
-                    seconds = (time.monotonic() - began) / finished
-                    left = seconds * (len(waiting) + later) + job.seconds * len(active) / self.workers
-                    self._print(f"[{finished}/{total}] {job.summary()}, about {left / 60:.0f} min left")
+                    seconds.append(job.seconds)
+                    mean = statistics.fmean(seconds)
+                    left = mean * (len(waiting) + later) + sum(max(0.0, mean - other.age()) for other in active)
+                    left = f"about {left / self.workers / 60:.0f} min left"
+                    self._print(f"[{len(seconds)}/{total}] {job.summary()}, {left}")
         finally:
             for job in active:
                 job.stop()
@@ -142,9 +149,13 @@ class _Job:
             pass
         return self.process.poll() is None
 
+    def age(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.began
+
     def store(self, iterations: int) -> None:
         """Writes the result, or exits if the run failed."""
-        self.seconds = time.monotonic() - self.began
+        self.seconds = self.age()
         if self.process.returncode:
             sys.exit(training.account_of_failure(self.run.name, self.process.returncode, self.folder))
         self.result = summary(results.read_run(self.folder), iterations, self.peak_bytes, self.seconds)

@@ -1,8 +1,13 @@
 """The message that rides on hidden states between pipeline stages."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from megatron_moe_spec.integration.pipeline import MessageForm, StageCarry
 from megatron_moe_spec.parallel.carry import (
     Append,
     Strip,
@@ -64,3 +69,42 @@ def test_messages_travel_both_ways_and_touch_no_gradient():
     sent.backward(arrived.grad)
     assert torch.equal(received["back"], back)
     assert torch.equal(x.grad, torch.full_like(x, 6.0))
+
+
+class Stage(torch.nn.Module):
+    """What a carry asks of a pipeline stage, and a communicator of its settings."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.pre_process, self.post_process = config, False, False
+
+    def set_input_tensor(self, input_tensor):
+        self.input_tensor = input_tensor
+
+
+class Config:
+    pipeline_dtype = torch.float32
+
+
+def test_shapes_are_changed_for_the_model_alone_until_it_is_detached(monkeypatch):
+    asked = []
+    monkeypatch.setattr(P2PCommunicator, "_communicate", lambda self, *, tensor_shape: asked.append(tensor_shape))
+    communicator, other = (P2PCommunicator.__new__(P2PCommunicator) for _ in range(2))
+    communicator.config, other.config = Config(), Config()
+    carry = StageCarry(Stage(communicator.config), MessageForm("mass", 4, False), True)
+    for one in (communicator, other):
+        one._communicate(tensor_shape=(16, 2, 8))
+    communicator._communicate(tensor_shape=None)
+    carry.detach()
+    communicator._communicate(tensor_shape=(16, 2, 8))
+    assert asked == [(packed_length(16, 8, torch.float32, 1), 2, 8), (16, 2, 8), None, (16, 2, 8)]
+
+
+def test_a_model_that_nobody_detached_is_freed(monkeypatch):
+    monkeypatch.setattr(P2PCommunicator, "_communicate", lambda self, *, tensor_shape: tensor_shape)
+    stage = Stage(Config())
+    StageCarry(stage, MessageForm("mass", 4, False), True)
+    gone = weakref.ref(stage), weakref.ref(stage.config)
+    del stage
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]

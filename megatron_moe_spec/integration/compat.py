@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import sys
+import weakref
 from typing import Callable, Iterator, Union
 
 import torch
@@ -79,7 +80,7 @@ def change_received_shapes(config, change: Callable) -> Callable[[], None]:
 
     Args:
         config: the model's; schedules are told by it.
-        change: shape and dtype -> shape.
+        change: shape and dtype -> shape. It outlives the model where nobody undoes it: it should not hold on to one.
 
     Returns:
         A function that undoes it.
@@ -92,13 +93,15 @@ def change_received_shapes(config, change: Callable) -> Callable[[], None]:
 
         @functools.wraps(original)
         def communicate(self, *, tensor_shape, **others):
-            if tensor_shape and id(self.config) in changes:
-                tensor_shape = changes[id(self.config)](tensor_shape, self.config.pipeline_dtype)
+            of_config, change = changes.get(id(self.config), (None, None))
+            # A config that is gone may have had the same id.
+            if tensor_shape and change and of_config() is self.config:
+                tensor_shape = change(tensor_shape, self.config.pipeline_dtype)
             return original(self, tensor_shape=tensor_shape, **others)
 
         communicate.megatron_moe_spec_changes = changes
         P2PCommunicator._communicate = communicate
-    changes[id(config)] = change
+    changes[id(config)] = (weakref.ref(config), change)
     return lambda: changes.pop(id(config), None)
 
 

@@ -90,6 +90,11 @@ class MessageForm:
     def width(self) -> int:
         return self.scores_width + (-(-self.num_experts // 8) if self.with_live else 0)
 
+    def packed_shape(self, shape, dtype: torch.dtype) -> tuple[int, int, int]:
+        """Of hidden states [sequence, batch, hidden] with a message."""
+        sequence, batch, hidden_size = shape
+        return packed_length(sequence, hidden_size, dtype, self.width), batch, hidden_size
+
     def of_routing(self, routing: LayerRouting) -> Tensor:
         parts = [routing.message.reshape(-1, self.scores_width).float()]
         if self.with_live:
@@ -130,15 +135,11 @@ class StageCarry:
         self._arrival: Optional[_Arrival] = None
         self._set_input_tensor = self._stage.set_input_tensor
         self._stage.set_input_tensor = partial(_set_input_tensor, self)
-        self._restore_shapes = change_received_shapes(self._stage.config, self._with_rows)
+        self._restore_shapes = change_received_shapes(self._stage.config, form.packed_shape)
 
     def detach(self) -> None:
         del self._stage.set_input_tensor
         self._restore_shapes()
-
-    def _with_rows(self, shape, dtype: torch.dtype) -> tuple[int, int, int]:
-        sequence, batch, hidden_size = shape
-        return packed_length(sequence, hidden_size, dtype, self._form.width), batch, hidden_size
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The hidden states of what the previous stage sent; keeps its message for the micro-batch that opens next."""

@@ -67,32 +67,44 @@ def initialize() -> None:
         use_grouped_linear()
 
 
+def model_config(num_layers, hidden_size, ffn_size, num_experts, top_k, **others) -> TransformerConfig:
+    """An MoE in every layer, as it would be in training: grouped gated experts, load balancing, fp32 routing, bf16."""
+    return TransformerConfig(
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        ffn_hidden_size=ffn_size,
+        moe_ffn_hidden_size=ffn_size,
+        num_moe_experts=num_experts,
+        moe_router_topk=top_k,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=1e-2,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=True,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        bias_activation_fusion=not ON_CPU,
+        add_bias_linear=False,
+        gradient_accumulation_fusion=False,
+        bf16=not ON_CPU,
+        params_dtype=DTYPE,
+        **others,
+    )
+
+
 class Layers(torch.nn.Module):
     """MoE layers one after the other, each with a residual connection; hidden states [tokens, 1, hidden]."""
 
     def __init__(self, shape: Shape, number: int):
         super().__init__()
-        config = TransformerConfig(
-            num_layers=number,
-            hidden_size=shape.hidden,
+        config = model_config(
+            number,
+            shape.hidden,
+            shape.ffn,
+            shape.experts,
+            shape.top_k,
             num_attention_heads=1,
-            ffn_hidden_size=shape.ffn,
-            moe_ffn_hidden_size=shape.ffn,
-            num_moe_experts=shape.experts,
-            moe_router_topk=shape.top_k,
             moe_router_score_function=shape.score_function,
-            moe_router_load_balancing_type="aux_loss",
-            moe_aux_loss_coeff=1e-2,
-            moe_router_dtype="fp32",
-            moe_token_dispatcher_type="alltoall",
-            moe_grouped_gemm=True,
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
-            bias_activation_fusion=not ON_CPU,
-            add_bias_linear=False,
-            gradient_accumulation_fusion=False,
-            bf16=not ON_CPU,
-            params_dtype=DTYPE,
         )
         spec = get_moe_module_spec(HAS_TRANSFORMER_ENGINE, num_experts=shape.experts, moe_grouped_gemm=True)
         self.config = config

@@ -30,7 +30,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec 
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
 from megatron_moe_spec import SpecConfig, attach  # noqa: E402
 
@@ -45,30 +44,17 @@ def build(sizes):
     hidden, layers, ffn, experts, top_k, sequence, _ = sizes
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
-    config = TransformerConfig(
-        num_layers=layers,
-        hidden_size=hidden,
+    config = moe.model_config(
+        layers,
+        hidden,
+        ffn,
+        experts,
+        top_k,
         num_attention_heads=max(hidden // 64, 1),
-        ffn_hidden_size=ffn,
-        moe_ffn_hidden_size=ffn,
-        num_moe_experts=experts,
-        moe_router_topk=top_k,
-        moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=1e-2,
-        moe_router_dtype="fp32",
-        moe_token_dispatcher_type="alltoall",
-        moe_grouped_gemm=True,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        bias_activation_fusion=not moe.ON_CPU,
-        add_bias_linear=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         normalization="RMSNorm",
         attention_dropout=0.0,
         hidden_dropout=0.0,
-        bf16=not moe.ON_CPU,
-        params_dtype=moe.DTYPE,
     )
     model = GPTModel(
         config,

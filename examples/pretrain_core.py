@@ -69,6 +69,7 @@ def parse_args():
     model.add_argument("--moe-router-topk", type=int, default=2)
     model.add_argument("--moe-ffn-hidden-size", type=int, default=64)
     model.add_argument("--moe-shared-expert-intermediate-size", type=int, default=64)
+    model.add_argument("--init-method-std", type=float, default=0.1, help="of initial weights (%(default)s)")
     model.add_argument("--moe-aux-loss-coeff", type=float, default=1e-2, help="load balancing (%(default)s)")
 
     training = parser.add_argument_group("training")
@@ -110,6 +111,7 @@ def build_model(args):
         moe_router_topk=args.moe_router_topk,
         moe_ffn_hidden_size=args.moe_ffn_hidden_size,
         moe_shared_expert_intermediate_size=args.moe_shared_expert_intermediate_size,
+        init_method_std=args.init_method_std,
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=args.moe_aux_loss_coeff,
         moe_router_dtype="fp32",

@@ -1,6 +1,7 @@
 """The comparison's arithmetic, its plan, its running of several runs at a time, and its report."""
 
 import argparse
+import csv
 import importlib.util
 import io
 import json
@@ -256,6 +257,9 @@ def test_report_tells_differences_from_chance(tmp_path, capsys):
     assert "| coupling loss | 0.9000 | 0.9000 | (0.9000) | 0.9000 |" in report
     assert "| time of a step, median (ms) | 250.0 |" in report
     assert "0.2 million tokens by more than about 0.0124 nats" in report and "seeds are 0.2000 nats apart" in report
+    lines = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(line["arm"], line["seed"]) for line in lines] == [(arm, f"{seed}") for seed in SEEDS for arm in shifts]
+    assert lines[1]["validation_loss"] == "2" and lines[1]["mean_abs_cos"] == "1" and lines[1]["seconds"] == "60"
     for picture in ("differences.png", "curves.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG") and picture in report
 
@@ -274,6 +278,31 @@ def test_report_uses_the_seeds_that_every_arm_has(tmp_path):
     (tmp_path / "runs/erc-x1-seed1/result.json").unlink()
     with pytest.raises(SystemExit, match="No seed has run in every arm yet.*make compare"):
         comparison_report.write(tmp_path)
+
+
+def test_report_shows_how_coefficients_were_chosen(tmp_path):
+    pytest.importorskip("matplotlib")
+    import comparison_report
+    import runs
+
+    write_comparison(tmp_path, ["baseline", "specialization"], lambda name, seed: 0.0)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "sweep_seed": 1000}))
+    swept = {("baseline", 1): 2.5, ("specialization", 1): 2.4, ("specialization", 10): 2.3, ("specialization", 100): 2.6}
+    of_seeds = {("specialization", 10, seed): 2.0 for seed in SEEDS}
+    for (arm, scale, *seed), loss in {**swept, **of_seeds}.items():
+        path = tmp_path / "runs" / runs.Run(arm, scale, *(seed or [1000])).name
+        path.mkdir()
+        (path / "result.json").write_text(json.dumps({"values": {LOSS: loss}, "series": {}, "seconds": 1}))
+    comparison_report.write(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "| + specialization | 0.02 | 2.0000 | -0.2000" in report
+    assert "| load balancing alone |  | 2.5000 |  |  |" in report
+    assert "| + specialization | 0.002 | 2.4000 | -0.1000 |  |" in report
+    assert "| + specialization | 0.02 | 2.3000 | -0.2000 | chosen |" in report
+    lines = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [line["seed"] for line in lines] == ["1000"] * 4 + ["1", "1", "2", "2", "3", "3"]
+    assert [line["multiple"] for line in lines] == ["1", "1", "10", "100"] + ["1", "10"] * 3
 
 
 def test_report_without_a_comparison_says_what_to_do(tmp_path):

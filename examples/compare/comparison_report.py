@@ -1,6 +1,7 @@
-"""Write the report of a comparison: ``report.md``, ``differences.png`` and ``curves.png``."""
+"""Write the report of a comparison: ``report.md``, ``differences.png``, ``curves.png`` and ``runs.csv``."""
 
 import argparse
+import csv
 import json
 import math
 import statistics
@@ -121,6 +122,22 @@ def sweep_table(output, plan, scales):
             chosen = "chosen" if scales[arm.name] == scale else ""
             rows.append((arm.title, weights, f"{loss:.4f}", f"{loss - baseline:+.4f}", chosen))
     return rows
+
+
+def write_runs(output, plan, found, scales, path):
+    """One line a run, the sweep's first: arm, multiple of the papers' coefficients, seed, and all measured values."""
+    swept = []
+    if plan["sweep_seed"] is not None:
+        swept = runs.sweep(plan["sweep_seed"], arms.selected(plan["arms"]))
+    wanted = [*swept, *runs.final(plan["seeds"], scales, arms.selected(found))]
+    results_of_runs = [runs.result_of(output, run) for run in wanted]
+    names = sorted({name for result in results_of_runs for name in result["values"]})
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["arm", "multiple", "seed", *names, "seconds"])
+        for run, result in zip(wanted, results_of_runs):
+            values = [f"{result['values'][name]:.6g}" if name in result["values"] else "" for name in names]
+            table.writerow([run.arm, f"{run.scale:g}", run.seed, *values, f"{result['seconds']:.0f}"])
 
 
 def mean(values):
@@ -247,6 +264,7 @@ machine ({plan["workers"]} run(s) at a time).
 - Model: {plan["shape"]}.
 - Data: the Python standard library's sources as bytes; {plan["iterations"]} steps of {plan["tokens_per_step"]} tokens.
 - Ran with {machine["loop"]}, {machine["device"]}, one process a run; {seconds / 60:.0f} minutes of runs in the comparison.
+- All values of all runs: [runs.csv](runs.csv).
 - Versions: {", ".join(f"{name} {number}" for name, number in plan["versions"].items())}.
 """
 
@@ -271,6 +289,7 @@ def write(output):
     sweep_rows = [] if plan["sweep_seed"] is None else sweep_table(output, plan, scales)
     draw_differences(found, output / "differences.png")
     draw_curves(found, output / "curves.png")
+    write_runs(output, plan, found, scales, output / "runs.csv")
     (output / "report.md").write_text(text(plan, found, scales, sweep_rows))
     print(f"\n{markdown(losses_table(found, scales))}\nReport: {shown(output / 'report.md')}")
 

@@ -124,9 +124,28 @@ def test_a_comparison_of_other_settings_is_not_gone_on_with(tmp_path):
     plan = compare.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text")
     assert plan["iterations"] == 8 and plan["seeds"] == [1, 2]
     assert compare.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text") == plan
-    for change in (["--seeds", "3"], ["--iterations", "9"], ["--arms", "erc"]):
+    for change in (["--seeds", "1"], ["--iterations", "9"], ["--arms", "erc"]):
         with pytest.raises(SystemExit, match=f"other settings \\({change[0][2:]}\\)"):
             compare.plan_of(compare.parse_options([*arguments, *change]), machine, schedule.CPU, 2, tmp_path / "text")
+
+
+def test_seeds_and_arms_may_be_added_to_a_comparison(tmp_path):
+    import compare
+    import schedule
+    from training import Machine
+
+    def plan(*changes):
+        options = compare.parse_options(["--iterations", "8", "--no-sweep", "--output", str(tmp_path), *changes])
+        machine = Machine("megatron.training", "CPU", 1, cpu=True)
+        return compare.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text")
+
+    first = plan("--seeds", "2", "--arms", "erc")
+    assert plan("--seeds", "3", "--arms", "erc") == {**first, "seeds": [1, 2, 3]}
+    longer = {**first, "seeds": [1, 2, 3], "arms": ["baseline", "both", "erc"]}
+    assert plan("--seeds", "3", "--arms", "both", "erc") == longer
+    assert json.loads((tmp_path / "plan.json").read_text()) == longer
+    with pytest.raises(SystemExit, match="other settings \\(arms\\)"):
+        plan("--seeds", "3", "--arms", "erc")
 
 
 def test_sweep_uses_a_seed_of_its_own():
@@ -288,7 +307,8 @@ def test_report_shows_how_coefficients_were_chosen(tmp_path):
     write_comparison(tmp_path, ["baseline", "specialization"], lambda name, seed: 0.0)
     plan = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "sweep_seed": 1000}))
-    swept = {("baseline", 1): 2.5, ("specialization", 1): 2.4, ("specialization", 10): 2.3, ("specialization", 100): 2.6}
+    swept = {("baseline", 1): 2.5}
+    swept.update({("specialization", scale): loss for scale, loss in ((1, 2.4), (10, 2.3), (100, 2.6))})
     of_seeds = {("specialization", 10, seed): 2.0 for seed in SEEDS}
     for (arm, scale, *seed), loss in {**swept, **of_seeds}.items():
         path = tmp_path / "runs" / runs.Run(arm, scale, *(seed or [1000])).name

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 BASELINE = "baseline"
+CONTROL = "control"
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Arm:
 # effect. ERC's is not small in its paper.
 ARMS = (
     Arm(BASELINE, "load balancing alone"),
+    # What two runs differ by when nothing but rounding does.
+    Arm(CONTROL, "+ specialization without weight (control)", (("--moe-specialization-loss-coeff", 1e-6),)),
     Arm("z-loss", "+ router z-loss", (("--moe-z-loss-coeff", 1e-3),), (1, 10)),
     Arm("specialization", "+ specialization", (("--moe-specialization-loss-coeff", 2e-3),), (1, 10, 100)),
     Arm("coupling-mass", "+ coupling (mass)", (("--moe-coupling-loss-coeff", 1e-3),), (1, 10, 100)),

@@ -112,10 +112,10 @@ def make_plan(options, machine, scale, workers, prefix) -> dict:
 
 
 def plan_of(options, machine, scale, workers, prefix) -> dict:
-    """The plan of an earlier start, or a new one.
+    """The plan of an earlier start, with the arms and seeds that have been added since, or a new one.
 
     Raises:
-        SystemExit: the earlier one is another than what is asked for.
+        SystemExit: the earlier one is another than what is asked for, or has more.
     """
     path = options.output / "plan.json"
     if path.exists():
@@ -125,15 +125,17 @@ def plan_of(options, machine, scale, workers, prefix) -> dict:
         asked["sweep_seed"] = None if options.no_sweep else SWEEP_SEED
         if options.iterations is not None:
             asked["iterations"] = options.iterations
-        different = [name for name, value in asked.items() if plan[name] != value]
+        added = [name for name in ("arms", "seeds") if set(plan[name]) < set(asked[name])]
+        different = [name for name, value in asked.items() if plan[name] != value and name not in added]
         if different:
             sys.exit(
                 f"{training.shown(options.output)} holds a comparison with other settings ({', '.join(different)}): "
                 "remove it, or choose another --output"
             )
         print(f"Going on with the comparison in {training.shown(options.output)}", flush=True)
-        return plan
-    plan = make_plan(options, machine, scale, workers, prefix)
+        plan.update({name: asked[name] for name in added})
+    else:
+        plan = make_plan(options, machine, scale, workers, prefix)
     path.write_text(json.dumps(plan, indent=2) + "\n")
     return plan
 

@@ -219,6 +219,11 @@ def text(plan, found, scales, sweep_rows):
         )
     else:
         resolution = "by much; with one seed\n  there is no telling how much of a difference is chance."
+    control = ""
+    if arms.CONTROL in found:
+        control = """
+- Two runs that differ by rounding alone drift apart. The control arm shows by how much: its weight is too small to
+  have any other effect."""
     sweep = ""
     if sweep_rows:
         sweep = f"""
@@ -253,7 +258,8 @@ machine ({plan["workers"]} run(s) at a time).
 ## What this can show, and what it cannot
 
 - It can show what each loss does to routing and to experts, and whether it changes the validation loss of this model
-  within {tokens:.2g} million tokens {resolution}
+  within {tokens:.2g} million tokens {resolution}{control}
+- All differences are from the same runs of the baseline, so they are not independent of each other.
 - "No difference found" is not "no difference": a smaller one stays unseen.
 - It cannot show what a loss is worth at scale. The model is tiny, the training is short, the text is source code, and
   routing has hardly settled; the papers report gains after billions of tokens. Coefficients that win here need not win there.

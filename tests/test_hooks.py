@@ -6,6 +6,8 @@ import torch
 from megatron_moe_spec import SpecConfig
 
 BOTH = SpecConfig(specialization_loss_coeff=1.0, coupling_loss_coeff=1.0, metrics_interval=1)
+PEERS = SpecConfig(orthogonality_loss_coeff=1.0, score_variance_loss_coeff=1.0, erc_loss_coeff=1.0)
+of_all_losses = pytest.mark.parametrize("config", [BOTH, PEERS], ids=["both", "peers"])
 FULL_RECOMPUTE = dict(
     recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
 )
@@ -17,6 +19,7 @@ def _attach(model, config=BOTH):
     return attach(model, config)
 
 
+@of_all_losses
 @pytest.mark.parametrize(
     "settings",
     [
@@ -24,37 +27,31 @@ def _attach(model, config=BOTH):
         dict(moe_grouped_gemm=True),
         dict(moe_router_dtype=None, bf16=True, params_dtype=torch.bfloat16),
         dict(moe_z_loss_coeff=1e-3, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1e-2),
+        dict(moe_expert_capacity_factor=0.8, moe_pad_expert_input_to_capacity=True),
         FULL_RECOMPUTE,
     ],
 )
-def test_forward_is_bitwise_the_same(mm, settings):
+def test_forward_is_bitwise_the_same_and_gradients_are_finite(mm, settings, config):
     batch = mm.micro_batches(1)[0]
     plain = mm.run_model(mm.build_model(**settings), batch)
     model = mm.build_model(**settings)
-    _attach(model)
-    hooked = mm.run_model(model, batch)
-    assert torch.equal(plain, hooked)
-    assert hooked.requires_grad
+    _attach(model, config)
+    assert torch.equal(plain, mm.run_model(model, batch))
+    assert all(torch.isfinite(gradient).all() for gradient in mm.train_step(model, [batch]).values())
 
 
-def test_random_numbers_of_training_are_the_same(mm):
+@of_all_losses
+def test_random_numbers_and_state_dict_of_training_are_the_same(mm, config):
     batch = mm.micro_batches(1)[0]
-    states = []
-    for config in (SpecConfig(), BOTH):
+    seen = []
+    for one in (SpecConfig(), config):
         torch.manual_seed(3)
         model = mm.build_model()
-        handle = _attach(model, config)
+        handle = _attach(model, one)
         mm.run_model(model, batch).sum().backward()
         handle.metrics()
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
-
-
-def test_state_dict_keys_are_the_same(mm):
-    model = mm.build_model()
-    before = list(model.state_dict())
-    _attach(model)
-    assert list(model.state_dict()) == before
+        seen.append((torch.get_rng_state().tolist(), list(model.state_dict())))
+    assert seen[0] == seen[1]
 
 
 def test_zero_coefficients_hook_nothing(mm):
@@ -65,11 +62,12 @@ def test_zero_coefficients_hook_nothing(mm):
     assert handle.metrics() == {}
 
 
-def test_detach_restores_the_model(mm):
+@of_all_losses
+def test_detach_restores_the_model(mm, config):
     batches = mm.micro_batches(2)
     expected = mm.train_step(mm.build_model(), batches, main_loss_weight=1.0)
     model = mm.build_model()
-    handle = _attach(model)
+    handle = _attach(model, config)
     handle.detach()
     handle.detach()
     found = mm.train_step(model, batches, main_loss_weight=1.0)
@@ -77,7 +75,7 @@ def test_detach_restores_the_model(mm):
     for layer in model.modules():
         assert "routing" not in vars(layer)
         assert not layer._forward_pre_hooks and not layer._forward_hooks
-    _attach(model)
+    _attach(model, config)
 
 
 def test_detach_keeps_another_packages_routing(mm):
@@ -119,13 +117,15 @@ def test_specialization_sends_no_gradient_into_its_router(mm):
     assert float(router.norm()) < 1e-6 * experts
 
 
-def test_evaluation_records_nothing_and_keeps_training_exact(mm):
+@of_all_losses
+@pytest.mark.parametrize("settings", [{}, FULL_RECOMPUTE])
+def test_evaluation_records_nothing_and_keeps_training_exact(mm, settings, config):
     batches = mm.micro_batches(2)
-    expected_model = mm.build_model(**FULL_RECOMPUTE)
-    expected_handle = _attach(expected_model)
+    expected_model = mm.build_model(**settings)
+    expected_handle = _attach(expected_model, config)
     expected = mm.train_step(expected_model, batches)
-    model = mm.build_model(**FULL_RECOMPUTE)
-    handle = _attach(model)
+    model = mm.build_model(**settings)
+    handle = _attach(model, config)
     model.eval()
     with torch.no_grad():
         mm.run_model(model, batches[1])

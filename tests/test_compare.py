@@ -331,6 +331,27 @@ def test_report_without_a_comparison_says_what_to_do(tmp_path):
     with pytest.raises(SystemExit, match="No comparison .*make compare"):
         comparison_report.write(tmp_path)
 
+def test_published_report_agrees_with_its_runs():
+    """The tables in docs/comparison and the README, computed once more from the values of the runs."""
+    from paired import difference
+
+    published = ROOT / "docs/comparison"
+    report, readme = (published / "report.md").read_text(), (ROOT / "README.md").read_text()
+    lines = list(csv.DictReader((published / "runs.csv").open()))
+    final = [line for line in lines if int(line["seed"]) != 1000]
+    losses = {}
+    for line in final:
+        losses.setdefault(line["arm"], {})[int(line["seed"])] = float(line[LOSS])
+    assert len(losses) == 9 and {len(by_seed) for by_seed in losses.values()} == {5}
+    for arm, by_seed in losses.items():
+        mean = sum(by_seed.values()) / len(by_seed)
+        row = f"| {mean:.4f} |"
+        if arm != "baseline":
+            found = difference(by_seed, losses["baseline"])
+            better = sum(value < 0 for value in found.values)
+            row += f" {found.mean:+.4f} ± {found.half_width:.4f} | {better} of 5 |"
+        assert row in report and row in readme, arm
+
 
 # The whole
 

@@ -163,7 +163,7 @@ def draw_differences(found, path):
         axis.plot(found_difference.values, [height] * len(found_difference.values), "o", color="#555555", alpha=0.6)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(others)), [arm.title for arm in reversed(others)])
-    axis.set_xlabel("validation loss minus the baseline's of the same seed (nats); less is better")
+    axis.set_xlabel("validation loss minus the baseline's of the same seed\n(nats; less is better)")
     axis.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
@@ -182,7 +182,7 @@ def draw_curves(found, path):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=8)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -241,7 +241,8 @@ seed by seed.
 
 {markdown(losses_table(found, scales))}
 Validation loss in nats per byte at the last iteration, mean over seeds; differences are arm minus baseline, with
-Student's t intervals. "After correction": with the interval widened for {len(others)} comparison(s) (Bonferroni).
+Student's t intervals. One interval of twenty excludes 0 by chance; "after correction": with intervals widened for
+{len(others)} comparison(s) (Bonferroni).
 
 ![paired differences in validation loss](differences.png)
 

@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from megatron_moe_spec.integration.pipeline import MessageForm, StageCarry
 from megatron_moe_spec.parallel.carry import (
@@ -86,10 +85,19 @@ class Config:
     pipeline_dtype = torch.float32
 
 
-def test_shapes_are_changed_for_the_model_alone_until_it_is_detached(monkeypatch):
+@pytest.fixture
+def communicator_class(megatron, monkeypatch):
+    """Megatron's, which only notes the shapes that it is asked to receive."""
+    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+
     asked = []
+    monkeypatch.setattr(P2PCommunicator, "asked", asked, raising=False)
     monkeypatch.setattr(P2PCommunicator, "_communicate", lambda self, *, tensor_shape: asked.append(tensor_shape))
-    communicator, other = (P2PCommunicator.__new__(P2PCommunicator) for _ in range(2))
+    return P2PCommunicator
+
+
+def test_shapes_are_changed_for_the_model_alone_until_it_is_detached(communicator_class):
+    communicator, other = (communicator_class.__new__(communicator_class) for _ in range(2))
     communicator.config, other.config = Config(), Config()
     carry = StageCarry(Stage(communicator.config), MessageForm("mass", 4, False), True)
     for one in (communicator, other):
@@ -97,11 +105,11 @@ def test_shapes_are_changed_for_the_model_alone_until_it_is_detached(monkeypatch
     communicator._communicate(tensor_shape=None)
     carry.detach()
     communicator._communicate(tensor_shape=(16, 2, 8))
-    assert asked == [(packed_length(16, 8, torch.float32, 1), 2, 8), (16, 2, 8), None, (16, 2, 8)]
+    packed = packed_length(16, 8, torch.float32, 1), 2, 8
+    assert communicator_class.asked == [packed, (16, 2, 8), None, (16, 2, 8)]
 
 
-def test_a_model_that_nobody_detached_is_freed(monkeypatch):
-    monkeypatch.setattr(P2PCommunicator, "_communicate", lambda self, *, tensor_shape: tensor_shape)
+def test_a_model_that_nobody_detached_is_freed(communicator_class):
     stage = Stage(Config())
     StageCarry(stage, MessageForm("mass", 4, False), True)
     gone = weakref.ref(stage), weakref.ref(stage.config)

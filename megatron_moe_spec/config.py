@@ -114,10 +114,14 @@ class SpecConfig:
         return bool(self.trained_losses or self.metrics_interval)
 
     @property
+    def wants_activations(self) -> bool:
+        """Whether the experts' activations are read."""
+        return self.specialization_loss_coeff > 0 or self.metrics_interval > 0
+
+    @property
     def carries_messages(self) -> bool:
         """Whether routing travels between pipeline stages."""
-        measured = self.coupling_loss_coeff > 0 or self.metrics_interval > 0
-        return measured and self.coupling_across_stages == "exact"
+        return self.coupling_loss_coeff > 0 and self.coupling_across_stages == "exact"
 
     @property
     def trained_losses(self) -> tuple[str, ...]:

@@ -1,33 +1,48 @@
 """Entry point: hooks the losses on a model."""
 
-from typing import Sequence, Union
+import logging
+import warnings
+import weakref
+from typing import Optional, Sequence, Union
 
 from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.checks import check_supported
-from megatron_moe_spec.integration.compat import model_config, moe_layers, require_megatron, token_group
+from megatron_moe_spec.integration.compat import (
+    FoundLayers,
+    model_config,
+    model_ranks,
+    moe_layers,
+    require_megatron,
+    token_group,
+)
 from megatron_moe_spec.integration.layer import LayerTap
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
-from megatron_moe_spec.integration.pipeline import Stages, carries_of_chunks
+from megatron_moe_spec.integration.pipeline import Carries, Stages
 from megatron_moe_spec.integration.recorder import Recorder
 
-_MARK = "_megatron_moe_spec_handle"
+logger = logging.getLogger(__name__)
+_attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # MoE layers
 
 
-def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig) -> "SpecHandle":
-    """Adds the auxiliary losses to every MoE layer of a Megatron-Core model, MTP layers left out.
+def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, group=None) -> "SpecHandle":
+    """Adds the auxiliary losses to the MoE layers that a Megatron-Core model's decoder runs.
 
-    The forward pass stays bitwise the same; no parameter, buffer or state-dict key is added. With all coefficients
-    0 and no metrics nothing is hooked.
+    MTP layers, and the layers of other models that lie in this one (a teacher, an average of weights), are left out;
+    ``handle.layers`` and ``handle.left_out`` tell which is which. The forward pass stays bitwise the same; no
+    parameter, buffer or state-dict key is added. With all coefficients 0 and no metrics nothing is hooked.
 
-    With pipeline parallelism it is a collective over the pipeline group: call it on every rank.
+    With pipeline parallelism it is a collective over the pipeline group: call it on every rank, before the first
+    forward.
 
     Args:
         model: the module that is called for each micro-batch, or the list of all model chunks of this rank that
-            Megatron's ``get_model`` returns; before or after the DDP wrap. GPT, hybrid or any other model with
-            MoELayers.
+            Megatron's ``get_model`` returns; before or after the DDP wrap, with or without adapters. GPT, hybrid or any
+            other model with MoELayers.
         config: which losses, how strongly.
+        group: the ranks that hold the model, over which values are reduced to be logged; by default those of the
+            model's own process groups.
 
     Returns:
         A handle that reads the losses' values and detaches the hooks.
@@ -38,58 +53,89 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig) -> 
         RuntimeError: the model has the losses already.
     """
     if not config.enabled:
-        return SpecHandle(config, [], Stages([], [], 0))
+        return SpecHandle(config, [], Stages([], [], 0), [])
     require_megatron()
     chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
-    layers_of_chunks = [[layer for _, layer in moe_layers(chunk)] for chunk in chunks]
-    layers = [layer for chunk in layers_of_chunks for layer in chunk]
-    if any(hasattr(layer, _MARK) for layer in layers):
+    found = [moe_layers(chunk) for chunk in chunks]
+    if any(layer in _attached for one in found for layer in one.taken.values()):
         raise RuntimeError("the losses are attached to this model already: call detach() on the first handle")
     model_settings = model_config(chunks)
-    stages = Stages.of_model(chunks, [len(layers) for layers in layers_of_chunks], model_settings)
-    check_supported(model_settings, layers, stages, config)
-    return SpecHandle(config, list(zip(chunks, layers_of_chunks)), stages)
+    stages = Stages.of_model(chunks, [len(one.taken) for one in found], model_settings, config)
+    check_supported(chunks, model_settings, [layer for one in found for layer in one.taken.values()], stages, config)
+    groups = [group] if group is not None else model_ranks(chunks[0])
+    return SpecHandle(config, list(zip(chunks, found)), stages, groups)
 
 
 class SpecHandle:
-    """The losses on one model, from ``attach``."""
+    """The losses on one model, from ``attach``.
+
+    Attributes:
+        config: what they are.
+        layers: names of the MoE layers that have them, in this rank's chunks one after another.
+        left_out: names of the other MoE layers in these chunks, each with the reason.
+    """
 
     def __init__(
-        self, config: SpecConfig, chunks: list[tuple[nn.Module, list[nn.Module]]], stages: Stages
+        self, config: SpecConfig, chunks: list[tuple[nn.Module, FoundLayers]], stages: Stages, groups: Sequence
     ):
         self.config = config
-        self._layers = [layer for _, layers in chunks for layer in layers]
+        self.layers = [name for _, found in chunks for name in found.taken]
+        self.left_out = {name: reason for _, found in chunks for name, reason in found.left_out.items()}
+        self._layers = [layer for _, found in chunks for layer in found.taken.values()]
         num_shares = token_group(self._layers[0]).size() if self._layers else 1
-        self.recorder = Recorder(config, [stages.num_experts] * sum(stages.num_layers), num_shares)
-        self._carries = carries_of_chunks([chunk for chunk, _ in chunks], stages, config)
+        self.recorder = Recorder(config, [stages.num_experts] * sum(stages.num_layers), num_shares, groups)
+        self._carries = Carries([chunk for chunk, _ in chunks], stages, config)
         self._trackers = [
-            MicroBatchTracker(chunk, len(layers), carry) for (chunk, layers), carry in zip(chunks, self._carries)
+            MicroBatchTracker(chunk, len(found.taken), carry)
+            for (chunk, found), carry in zip(chunks, self._carries.of_chunks)
         ]
         self._taps = [
             LayerTap(index, first + index, layer, tracker, self.recorder)
-            for tracker, (_, layers), first in zip(self._trackers, chunks, stages.first_layers)
-            for index, layer in enumerate(layers)
+            for tracker, (_, found), first in zip(self._trackers, chunks, stages.first_layers)
+            for index, layer in enumerate(found.taken.values())
         ]
-        for layer in self._layers:
-            setattr(layer, _MARK, True)
+        self._warned: set[str] = set()
+        _attached.update(self._layers)
+        logger.info("%s", self.describe())
+        if self.left_out:
+            logger.warning("MoE layers without losses: %s", _reasons(self.left_out))
+        if config.enabled and len(stages.num_layers) > len(stages.own) and not config.carries_messages:
+            logger.warning("pairs of MoE layers in different pipeline stages are left out of coupling and of its measures")
+
+    def describe(self) -> str:
+        """Which MoE layers of this rank's chunks have the losses, and which have not."""
+        text = f"losses on {len(self.layers)} MoE layers" + (f" ({', '.join(self.layers)})" if self.layers else "")
+        return text + (f"; not on {_reasons(self.left_out)}" if self.left_out else "")
 
     def metrics(self) -> dict:
         """Values of the training step that has just ended; starts the next.
 
-        A collective: call it once per optimizer step on every rank. Synchronises with the device.
+        A collective: call it once per optimizer step on every rank that holds the model. Synchronises with the device.
 
         Returns:
-            specialization_loss, coupling_loss: floats, unscaled, means over micro-batches, layers (pairs) and
-            data-parallel ranks; only those that are switched on or measured. In every
-            ``metrics_interval``-th step also diagnostics: a dict of lists, ``layers`` and ``pairs``.
+            specialization_loss, coupling_loss and so on: floats, unscaled, means over micro-batches (those without
+            tokens left out), layers (pairs) and data-parallel ranks; only those that are switched on or measured, and
+            that were computed. In every ``metrics_interval``-th step also diagnostics: a dict of lists, ``layers`` and
+            ``pairs``.
         """
-        losses, diagnostics = self.finish_step(self.recorder.iteration + 1)
-        values = {name: float(loss) for name, loss in losses.items()}
+        losses, diagnostics = self._finish_step(self.recorder.iteration + 1)
+        values = {name: float(mean) for name, (mean, number) in losses.items() if number > 0}
         return values if diagnostics is None else {**values, "diagnostics": diagnostics}
 
-    def finish_step(self, iteration: int) -> tuple[dict, Union[dict, None]]:
-        """Like ``metrics``, with losses left on the device and the number of the finished step given."""
+    def finish_step(self, iteration: int) -> tuple[dict, Optional[dict]]:
+        """Like ``metrics``, with losses left on the device and the number of the finished step given.
+
+        A loss of micro-batches without tokens alone is NaN.
+        """
+        losses, diagnostics = self._finish_step(iteration)
+        return {name: mean for name, (mean, _) in losses.items()}, diagnostics
+
+    def _finish_step(self, iteration: int) -> tuple[dict, Optional[dict]]:
+        self._carries.check()
         losses, diagnostics = self.recorder.losses(), self.recorder.diagnostics()
+        if self._layers:
+            self._warn_of_missing({name for name in self.config.trained_losses if name not in self.recorder.recorded})
+            losses = {name: loss for name, loss in losses.items() if name in self.recorder.recorded}
         self.start_after(iteration)
         return losses, diagnostics
 
@@ -101,13 +147,20 @@ class SpecHandle:
 
     def detach(self) -> None:
         """Removes every hook; the model is as it was. A second call does nothing."""
-        for tap in self._taps:
-            tap.detach()
-        for tracker in self._trackers:
-            tracker.detach()
-        for carry in self._carries:
-            if carry is not None:
-                carry.detach()
-        for layer in self._layers:
-            delattr(layer, _MARK)
-        self._taps, self._trackers, self._carries, self._layers = [], [], [], []
+        for part in (*self._taps, *self._trackers, self._carries):
+            part.detach()
+        _attached.difference_update(self._layers)
+        self._taps, self._trackers, self._layers = [], [], []
+
+    def _warn_of_missing(self, missing: set[str]) -> None:
+        if missing - self._warned:
+            warnings.warn(
+                f"a training step ended without {', '.join(sorted(missing))}: no forward of the attached model ran its "
+                "MoE layers in training mode and with gradients. Nothing is logged for such steps.",
+                stacklevel=3,
+            )
+            self._warned |= missing
+
+
+def _reasons(left_out: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({reason})" for name, reason in left_out.items())

@@ -6,33 +6,50 @@ import torch
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat import (
+    column_group,
     delays_weight_gradients,
     expert_down_projections,
     expert_first_weights,
     graphed_modules,
+    has_adapted_weights,
+    process_groups,
+    router_of,
+    shards_weights,
 )
+from megatron_moe_spec.integration.expert_router_coupling import ADAPTED_WEIGHTS
 from megatron_moe_spec.integration.pipeline import Stages
 from megatron_moe_spec.kernels import choose
 
 
-def check_supported(model, moe_layers: list, stages: Stages, config: SpecConfig) -> None:
+def check_supported(chunks: list, model, moe_layers: list, stages: Stages, config: SpecConfig) -> None:
     """Raises ValueError that lists everything about the model that is not supported, with its remedy.
 
     Args:
+        chunks: the model chunks of this rank.
         model: the model's TransformerConfig.
-        moe_layers: every MoE layer of this rank's model chunks, MTP layers left out.
+        moe_layers: every MoE layer of these chunks that is to have the losses.
         stages: those of all pipeline stages.
         config: the losses.
     """
-    device = moe_layers[0].router.weight.device if moe_layers else None
-    problems = list(_problems(model, moe_layers, stages, config, device))
+    device = router_of(moe_layers[0]).weight.device if moe_layers else None
+    # A layer may have settings of its own.
+    settings = list({id(one): one for one in (model, *(layer.config for layer in moe_layers)) if one is not None}.values())
+    problems = [problem for one in settings for problem in _problems(one, moe_layers, stages, config, device)]
+    problems += _parallel_problems(chunks, moe_layers, config)
+    if config.erc_loss_coeff > 0 and any(map(shards_weights, chunks)):
+        problems.append("ERC reads whole weights, of which FSDP leaves a rank shards (set --moe-erc-loss-coeff to 0)")
+    if moe_layers and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
+        problems.append("the whole model is frozen: attach to the one that is trained")
     if problems:
-        raise ValueError("the MoE specialization losses cannot be attached: " + "; ".join(problems))
+        raise ValueError("the MoE specialization losses cannot be attached: " + "; ".join(dict.fromkeys(problems)))
 
 
 def unsupported_settings(model, stages: Stages, config: SpecConfig, device: torch.device) -> list[str]:
     """What ``check_supported`` will say of a model on a device, as far as it can be told before one is built."""
-    return list(_problems(model, [], stages, config, device))
+    parallel = _expert_tensor_problems(
+        model.expert_tensor_parallel_size or 1, model.tensor_model_parallel_size, config
+    )
+    return [*_problems(model, [], stages, config, device), *parallel]
 
 
 def _problems(
@@ -41,7 +58,7 @@ def _problems(
     if not any(stages.num_layers):
         yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
         return
-    wants_activations = config.specialization_loss_coeff > 0 or config.metrics_interval > 0
+    wants_activations = config.wants_activations
     if device is not None:
         yield from _kernel_problems(device, model, config)
     if wants_activations and model.moe_router_topk < 2:
@@ -63,7 +80,7 @@ def _problems(
             "(remove --cuda-graph-impl, or capture attention alone: --cuda-graph-scope attn)"
         )
     if wants_activations:
-        yield from _activation_problems(moe_layers, model)
+        yield from _row_problems("specialization", moe_layers, model)
     if config.orthogonality_loss_coeff > 0:
         yield from _orthogonality_problems(moe_layers, model)
     if config.erc_loss_coeff > 0:
@@ -128,13 +145,27 @@ def _quantization_problems(loss: str, model) -> Iterator[str]:
         yield f"{loss} does not support quantized experts yet (remove --fp8-format / --fp4-format)"
 
 
-def _activation_problems(moe_layers: list, model) -> Iterator[str]:
-    yield from _row_problems("specialization", moe_layers, model)
-    if (model.expert_tensor_parallel_size or 1) > model.tensor_model_parallel_size:
+def _parallel_problems(chunks: list, moe_layers: list, config: SpecConfig) -> list[str]:
+    """Once there are layers their process groups count, whatever the settings say."""
+    size = process_groups(chunks[0]).tp.size()
+    return [
+        problem
+        for layer in moe_layers
+        for problem in _expert_tensor_problems(column_group(layer.token_dispatcher).size(), size, config)
+    ]
+
+
+def _expert_tensor_problems(expert_tensor_size: int, tensor_size: int, config: SpecConfig) -> Iterator[str]:
+    if config.wants_activations and expert_tensor_size > tensor_size:
         yield (
             "specialization needs experts to be split over ranks that share their tokens: "
-            f"--expert-tensor-parallel-size {model.expert_tensor_parallel_size} is larger than "
-            f"--tensor-model-parallel-size {model.tensor_model_parallel_size}"
+            f"--expert-tensor-parallel-size {expert_tensor_size} is larger than "
+            f"--tensor-model-parallel-size {tensor_size}"
+        )
+    if config.orthogonality_loss_coeff > 0 and expert_tensor_size > 1:
+        yield (
+            "orthogonality needs whole expert outputs, of which expert tensor parallelism leaves a rank one summand "
+            f"(--expert-tensor-parallel-size is {expert_tensor_size}; set it to 1)"
         )
 
 
@@ -144,11 +175,6 @@ def _orthogonality_problems(moe_layers: list, model) -> Iterator[str]:
             "orthogonality compares the experts of a token and needs at least two "
             f"(--moe-router-topk is {model.moe_router_topk}; set it to 2 or more, "
             "or --moe-orthogonality-loss-coeff to 0)"
-        )
-    if (model.expert_tensor_parallel_size or 1) > 1:
-        yield (
-            "orthogonality needs whole expert outputs, of which expert tensor parallelism leaves a rank one summand "
-            f"(--expert-tensor-parallel-size is {model.expert_tensor_parallel_size}; set it to 1)"
         )
     yield from _row_problems("orthogonality", moe_layers, model)
 
@@ -163,10 +189,12 @@ def _erc_problems(moe_layers: list, model) -> Iterator[str]:
         )
     if getattr(model, "moe_latent_size", None):
         yield "ERC feeds router rows to the experts, which read another width here (remove --moe-latent-size)"
+    if any(map(has_adapted_weights, moe_layers)):
+        yield ADAPTED_WEIGHTS
     if not all(expert_first_weights(layer) for layer in moe_layers):
         yield (
             "ERC needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
-            "--moe-use-legacy-grouped-gemm; attach before adapters are put around the experts)"
+            "--moe-use-legacy-grouped-gemm)"
         )
     if getattr(model, "overlap_moe_expert_parallel_comm", False):
         yield (

@@ -1,11 +1,12 @@
 """Everything that is known of Megatron's symbols and of how they differ between releases."""
 
+import contextlib
 import functools
 import math
 import os
 import sys
-import weakref
-from typing import Callable, Iterator, Union
+from dataclasses import dataclass
+from typing import Callable, Union
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +39,77 @@ def _release(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def moe_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of every MoE layer, in the order in which the model runs them; MTP layers left out."""
+@dataclass(frozen=True)
+class FoundLayers:
+    """MoE layers below a model chunk, by name, in the order in which the model runs them.
+
+    Attributes:
+        taken: those that the chunk's own decoder runs.
+        left_out: the others, and why.
+    """
+
+    taken: dict[str, nn.Module]
+    left_out: dict[str, str]
+
+
+def moe_layers(chunk: nn.Module) -> FoundLayers:
+    """The MoE layers that a chunk trains, and those that only lie in it: of MTP, of a teacher, of an average, ...
+
+    A Megatron model has a ``decoder``. Where the chunk is no such model itself, it is the one model in it that is not
+    frozen. A chunk without any such model is taken for a decoder as it is.
+
+    Raises:
+        ValueError: it cannot be told which of several models in the chunk is trained, or none is.
+    """
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    for name, module in model.named_modules():
-        if isinstance(module, MoELayer) and "mtp" not in name.split("."):
-            yield name, module
+    stage = stage_module(chunk)
+    names = {name: layer for name, layer in chunk.named_modules() if isinstance(layer, MoELayer)}
+    model = _trained_model(stage, set(names.values()))
+    own = set(model._modules.get("decoder", model).modules())
+    taken, left_out = {}, {}
+    for name, layer in names.items():
+        if "mtp" in name.split("."):
+            left_out[name] = "it belongs to multi-token prediction"
+        elif layer not in own:
+            left_out[name] = "it is not in the decoder of the trained model"
+        else:
+            taken[name] = layer
+    return FoundLayers(taken, left_out)
+
+
+def _trained_model(stage: nn.Module, layers: set[nn.Module]) -> nn.Module:
+    if "decoder" in stage._modules:
+        return stage
+    models, inside = {}, set()
+    for name, module in stage.named_modules():
+        if module not in inside and "decoder" in module._modules and layers & set(module.modules()):
+            models[name] = module
+            inside |= set(module.modules())
+    if not models:
+        return stage
+    trained = {name: model for name, model in models.items() if any(p.requires_grad for p in model.parameters())}
+    if len(trained) != 1:
+        found = "no model that is trained" if not trained else f"several models: {', '.join(trained)}"
+        raise ValueError(
+            f"a module given to attach() holds {found} (of {', '.join(models)}): give it the trained one itself, or "
+            "freeze the others by requires_grad_(False)"
+        )
+    return next(iter(trained.values()))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What adapters (LoRA) were put around."""
+    while (inner := next(filter(None, (getattr(module, name, None) for name in _WRAPPED)), None)) is not None:
+        module = inner
+    return module
+
+
+_WRAPPED = ("to_wrap", "base_layer")  # Megatron-Bridge and NeMo; PEFT and ms-swift
+
+
+def router_of(moe_layer: nn.Module) -> nn.Module:
+    return unwrapped(moe_layer.router)
 
 
 def model_config(chunks: list[nn.Module]):
@@ -52,7 +117,7 @@ def model_config(chunks: list[nn.Module]):
     stage = stage_module(chunks[0])
     if hasattr(stage, "config"):
         return stage.config
-    return next((layer.config for chunk in chunks for _, layer in moe_layers(chunk)), None)
+    return next((layer.config for chunk in chunks for layer in moe_layers(chunk).taken.values()), None)
 
 
 def stage_module(chunk: nn.Module) -> nn.Module:
@@ -64,50 +129,146 @@ def stage_module(chunk: nn.Module) -> nn.Module:
 
 def pipeline_group(chunk: nn.Module):
     """The ranks of the pipeline stages."""
-    group = getattr(stage_module(chunk), "pp_group", None)
-    if group is None:
-        from megatron.core.parallel_state import get_pipeline_model_parallel_group
-
-        group = get_pipeline_model_parallel_group()
-    return group
+    return process_groups(chunk).pp
 
 
-def change_received_shapes(config, change: Callable) -> Callable[[], None]:
-    """Has the stages of a model receive tensors of another shape from each other.
+def follow_checkpoints(first_pass: Callable, recomputation: Callable) -> None:
+    """Tells what runs in a reentrant checkpoint: Megatron's, Transformer Engine's and torch's own.
 
-    ``P2PCommunicator._communicate`` is where every schedule's tensors pass; schedules with variable sequence lengths
-    send shapes along and ask for none.
+    Each is an autograd Function; its forward is the first pass, its backward recomputes it. A second call does nothing
+    but to look for checkpoints that were imported since. There is no way back, and no need for one: without
+    trackers, nothing happens.
 
     Args:
-        config: the model's; schedules are told by it.
-        change: shape and dtype -> shape. It outlives the model where nobody undoes it: it should not hold on to one.
+        first_pass: () -> context manager around the first pass, which gives a value for the recomputation.
+        recomputation: that value -> context manager around the backward.
+    """
+    for module_name, name in _CHECKPOINTS:
+        function = getattr(sys.modules.get(module_name), name, None)
+        if function is not None and not hasattr(function, "megatron_moe_spec"):
+            _follow(function, first_pass, recomputation)
+            function.megatron_moe_spec = True
+
+
+_CHECKPOINTS = (
+    ("megatron.core.tensor_parallel.random", "CheckpointFunction"),
+    ("torch.utils.checkpoint", "CheckpointFunction"),
+    ("transformer_engine.pytorch.distributed", "_CheckpointFunction"),
+)
+
+
+def _follow(function: type, first_pass: Callable, recomputation: Callable) -> None:
+    forward, backward = function.forward, function.backward
+
+    @functools.wraps(forward)
+    def followed_forward(ctx, *args, **kwargs):
+        with first_pass() as ctx.megatron_moe_spec:
+            return forward(ctx, *args, **kwargs)
+
+    @functools.wraps(backward)
+    def followed_backward(ctx, *gradients):
+        with recomputation(getattr(ctx, "megatron_moe_spec", [])):
+            return backward(ctx, *gradients)
+
+    function.forward, function.backward = staticmethod(followed_forward), staticmethod(followed_backward)
+
+
+def around_schedules(enter: Callable) -> Callable[[], None]:
+    """Has a context manager around every run of Megatron's schedules, whichever model they run.
+
+    They are looked up in their module by ``get_forward_backward_func`` at each call.
+
+    Args:
+        enter: the schedule's name and keyword arguments -> context manager, which gives them as they are to be.
 
     Returns:
         A function that undoes it.
     """
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+    from megatron.core.pipeline_parallel import schedules
 
-    changes = vars(P2PCommunicator._communicate).get("megatron_moe_spec_changes")
-    if changes is None:
-        original, changes = P2PCommunicator._communicate, {}
+    for name in _SCHEDULES:
+        schedule = getattr(schedules, name)
+        if not hasattr(schedule, "megatron_moe_spec_around"):
+            setattr(schedules, name, _surrounded(schedule))
+    _around_schedules.append(enter)
+    return lambda: _around_schedules.remove(enter)
 
-        @functools.wraps(original)
-        def communicate(self, *, tensor_shape, **others):
-            of_config, change = changes.get(id(self.config), (None, None))
-            # A config that is gone may have had the same id.
-            if tensor_shape and change and of_config() is self.config:
-                tensor_shape = change(tensor_shape, self.config.pipeline_dtype)
-            return original(self, tensor_shape=tensor_shape, **others)
 
-        communicate.megatron_moe_spec_changes = changes
-        P2PCommunicator._communicate = communicate
-    changes[id(config)] = (weakref.ref(config), change)
-    return lambda: changes.pop(id(config), None)
+_SCHEDULES = (
+    "forward_backward_no_pipelining",
+    "forward_backward_pipelining_with_interleaving",
+    "forward_backward_pipelining_without_interleaving",
+)
+_around_schedules: list[Callable] = []
+
+
+def _surrounded(schedule: Callable) -> Callable:
+    @functools.wraps(schedule)
+    def run(**arguments):
+        with contextlib.ExitStack() as stack:
+            for enter in list(_around_schedules):
+                arguments = stack.enter_context(enter(schedule.__name__, arguments))
+            return schedule(**arguments)
+
+    run.megatron_moe_spec_around = True
+    return run
+
+
+def with_received_shapes(name: str, arguments: dict, config, num_ranks: int, change: Callable) -> dict:
+    """A schedule's keyword arguments, by which stages receive tensors of another shape from each other.
+
+    Nothing changes where shapes travel with the tensors (``variable_seq_lengths``).
+
+    Args:
+        name, arguments: of the schedule, see ``around_schedules``.
+        config: the model's TransformerConfig.
+        num_ranks: that a sequence is divided over.
+        change: shape [sequence, batch, hidden] of this rank, dtype -> shape.
+    """
+    if config.variable_seq_lengths:
+        return arguments
+    if name != "forward_backward_pipelining_with_interleaving":
+        adjust = arguments.get("adjust_tensor_shapes_fn")
+
+        def adjust_tensor_shapes(receive, send):
+            if adjust is not None:
+                receive, send = adjust(receive, send)
+            return tuple([change(shape, config.pipeline_dtype) for shape in shapes] for shapes in (receive, send))
+
+        return {**arguments, "adjust_tensor_shapes_fn": adjust_tensor_shapes}
+    # This schedule takes no such function. All that it does with the length is to compute the shape.
+    shape = arguments["seq_length"] // num_ranks, arguments["micro_batch_size"], config.hidden_size
+    return {**arguments, "seq_length": change(shape, config.pipeline_dtype)[0] * num_ranks}
+
+
+def process_groups(chunk: nn.Module):
+    """A model's own ProcessGroupCollection, or that of the job."""
+    groups = getattr(stage_module(chunk), "pg_collection", None)
+    if groups is None:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "tp_dp_cp"])
+    return groups
+
+
+def model_ranks(chunk: nn.Module) -> list:
+    """Groups by which a sum over one, then over the next, is a sum over all ranks that hold the model."""
+    groups = process_groups(chunk)
+    found = [getattr(groups, name, None) for name in ("tp_dp_cp", "pp")]
+    if found[0] is None:
+        found[:1] = [getattr(groups, name, None) for name in ("tp", "dp_cp")]
+    return [group for group in found if group is not None]
+
+
+def sequence_ranks(chunk: nn.Module) -> int:
+    """Number of ranks that a sequence is divided over between layers."""
+    groups = process_groups(chunk)
+    return groups.cp.size() * (groups.tp.size() if stage_module(chunk).config.sequence_parallel else 1)
 
 
 def token_group(moe_layer: nn.Module):
     """The ranks among which a micro-batch's tokens are divided: tensor (sequence) x context parallel."""
-    return moe_layer.router.tp_cp_group
+    return router_of(moe_layer).tp_cp_group
 
 
 def column_group(dispatcher):
@@ -120,7 +281,7 @@ def expert_down_projections(moe_layer: nn.Module) -> list[nn.Module]:
 
     Empty for the legacy GroupedMLP, which has no such module.
     """
-    experts = moe_layer.experts
+    experts = unwrapped(moe_layer.experts)
     if hasattr(experts, "local_experts"):
         return [expert.linear_fc2 for expert in experts.local_experts]
     return [experts.linear_fc2] if hasattr(experts, "linear_fc2") else []
@@ -133,13 +294,31 @@ def expert_group(dispatcher):
 
 def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:
     """``linear_fc1``'s weight [2 F, H] of every local expert; empty where there is no such weight for each."""
-    experts = moe_layer.experts
+    experts = unwrapped(moe_layer.experts)
     if hasattr(experts, "local_experts"):
-        weights = [getattr(expert.linear_fc1, "weight", None) for expert in experts.local_experts]
+        weights = [getattr(unwrapped(expert.linear_fc1), "weight", None) for expert in experts.local_experts]
     else:
-        linear = getattr(experts, "linear_fc1", None)
+        linear = unwrapped(experts.linear_fc1) if hasattr(experts, "linear_fc1") else None
         weights = [getattr(linear, f"weight{i}", None) for i in range(moe_layer.num_local_experts)]
     return [] if any(weight is None for weight in weights) else weights
+
+
+def has_adapted_weights(moe_layer: nn.Module) -> bool:
+    """Whether adapters were put around the router, or around what reads the experts' first weights."""
+    experts = unwrapped(moe_layer.experts)
+    owners = getattr(experts, "local_experts", [experts])
+    modules = [moe_layer.router, *(getattr(owner, "linear_fc1", None) for owner in owners)]
+    return any(module is not None and unwrapped(module) is not module for module in modules)
+
+
+def shards_weights(chunk: nn.Module) -> bool:
+    """Whether each rank holds a shard of each weight (FSDP), and whole weights come and go."""
+    names = ("FullyShardedDataParallel", "TorchFullyShardedDataParallel", "FSDPModule")
+    wrappers = [chunk]
+    while isinstance(getattr(wrappers[-1], "module", None), nn.Module):
+        wrappers.append(wrappers[-1].module)
+    named = any(base.__name__ in names for module in wrappers for base in type(module).__mro__)
+    return named or any(hasattr(weight, "device_mesh") for weight in chunk.parameters())
 
 
 def gate_rows(moe_layer: nn.Module, weight: Tensor) -> Tensor:
@@ -148,7 +327,7 @@ def gate_rows(moe_layer: nn.Module, weight: Tensor) -> Tensor:
     They are its first half, or every other block of rows where TEGroupedMLP interleaves gate and linear units.
     """
     size = getattr(moe_layer.config, "moe_mlp_glu_interleave_size", None)
-    if size is None or hasattr(moe_layer.experts, "local_experts"):
+    if size is None or hasattr(unwrapped(moe_layer.experts), "local_experts"):
         size = len(weight) // 2
     return weight.view(-1, 2, size, weight.shape[-1])[:, 0]
 

@@ -24,7 +24,7 @@ class LayerRouting:
         live_TE: bool, the experts each token was dispatched to; none for padding tokens, and none that only
             fills an expert up to its capacity.
         num_local_tokens: this rank's tokens that are not padding.
-        num_tokens: those of the micro-batch, over all ranks that share it.
+        num_tokens: those of the micro-batch, over all ranks that share it; 0 in one of padding alone.
         message: what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway).
         successors_EE: bool, the strongest pathways to the next layer (pathway), known once that has run.
         mean_scores_E: the experts' mean scores over the micro-batch's tokens, where the score variance loss needs them.
@@ -36,6 +36,16 @@ class LayerRouting:
     message: Optional[Tensor] = None
     successors_EE: Optional[Tensor] = None
     mean_scores_E: Optional[Tensor] = None
+
+    @property
+    def divisor(self) -> Union[Tensor, int]:
+        """What makes a sum over the micro-batch's tokens their mean, and nothing of nothing."""
+        return self.num_tokens.clamp_min(1) if isinstance(self.num_tokens, Tensor) else max(self.num_tokens, 1)
+
+    @property
+    def counts(self) -> Union[Tensor, bool]:
+        """Whether the micro-batch has tokens. One without adds nothing, to no loss and to no mean over micro-batches."""
+        return self.num_tokens > 0
 
 
 def read_routing(
@@ -65,7 +75,7 @@ def read_routing(
     if padding_mask is None:
         return LayerRouting(live_TE, len(live_TE), len(live_TE) * group.size())
     num_local_tokens = (~padding_mask).sum()
-    return LayerRouting(live_TE, num_local_tokens, summed(num_local_tokens, group).clamp_min(1))
+    return LayerRouting(live_TE, num_local_tokens, summed(num_local_tokens, group))
 
 
 def token_scores(logits: Tensor, score_function: str, padding_mask: Optional[Tensor]) -> Tensor:
@@ -90,8 +100,8 @@ def pair_loss(kind: str, this: LayerRouting, following: LayerRouting, top_k: int
     Notes the pathways that the loss rewards in ``this``: one all-reduce of E x E numbers (pathway).
     """
     if kind == "mass":
-        return 1.0 / group.size() - (this.message * following.message).sum() / following.num_tokens
-    joint_EE = joint_scores(this.message, following.message, following.num_tokens)
+        return 1.0 / group.size() - (this.message * following.message).sum() / following.divisor
+    joint_EE = joint_scores(this.message, following.message, following.divisor)
     this.successors_EE = strongest_successors(summed(joint_EE, group), top_k)
     return 1.0 / group.size() - (joint_EE * this.successors_EE).sum()
 
@@ -130,7 +140,7 @@ def add_logits_gradient(
         incoming: the logits' gradient so far, in their shape.
         fused: by the Triton kernels.
     """
-    pull, weight = sum(pulls), -factor / this.num_tokens
+    pull, weight = sum(pulls), -factor / this.divisor
     logits_TE = logits.reshape(-1, logits.shape[-1])
     if fused and kind == "mass":
         incoming_TE = incoming.reshape(logits_TE.shape)

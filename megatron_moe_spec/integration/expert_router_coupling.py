@@ -15,13 +15,24 @@ from megatron_moe_spec.integration.compat import (
     expert_first_weights,
     expert_group,
     gate_rows,
+    has_adapted_weights,
+    router_of,
     token_group,
 )
+from megatron_moe_spec.integration.coupling import LayerRouting
+from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_weight_gradients
+from megatron_moe_spec.integration.microbatch import MicroBatch
 from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.scaling import weight_gradient_factor
 from megatron_moe_spec.losses.expert_router_coupling import excess, proxy_norms, proxy_tokens, router_noise
 from megatron_moe_spec.parallel.collectives import gathered, summed
+
+
+ADAPTED_WEIGHTS = (
+    "ERC is a loss of the router's and the experts' own weights, which adapters around the router or linear_fc1 leave as "
+    "they are (set --moe-erc-loss-coeff to 0, or adapt other modules)"
+)
 
 
 class WeightTap:
@@ -40,13 +51,37 @@ class WeightTap:
     def __init__(self, number: int, moe_layer: nn.Module, recorder: Recorder):
         self._number = number
         self._layer = moe_layer
+        self._router = router_of(moe_layer)
         self._dispatcher = moe_layer.token_dispatcher
         self._num_shares = token_group(moe_layer).size()
         self._recorder = recorder
+        self._expected = None
+        self._hook = moe_layer.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))
 
-    def attach_to(self, x: Tensor, num_tokens) -> Tensor:
-        """Returns x; its backward adds the loss's gradient for one micro-batch to the weights."""
-        router, experts = self._layer.router.weight, expert_first_weights(self._layer)
+    def detach(self) -> None:
+        self._hook.remove()
+
+    def forget(self) -> None:
+        """Leaves the next run of the experts alone."""
+        self._expected = None
+
+    def expect(self, micro_batch: MicroBatch, routing: LayerRouting) -> None:
+        """Takes what the router decided for the next run of the experts."""
+        self._expected = micro_batch, routing
+
+    def attach_to(self, y: Tensor) -> Tensor:
+        """Returns the experts' outputs y; their backward adds the loss's gradient for one micro-batch to the weights.
+
+        When the experts have run, their weights are those of this step: where parameters are gathered while the model
+        runs (``--overlap-param-gather``), each module waits for its own just before it runs.
+        """
+        expected, self._expected = self._expected, None
+        if expected is None:
+            return y
+        if has_adapted_weights(self._layer):
+            raise RuntimeError(ADAPTED_WEIGHTS)
+        micro_batch, routing = expected
+        router, experts = self._router.weight, expert_first_weights(self._layer)
         with torch.no_grad():
             noise_EH = router_noise(router, seed=(self._recorder.iteration << 16) + self._number)
             norms_EE = self._norms(proxy_tokens(router, noise_EH), experts)
@@ -54,11 +89,11 @@ class WeightTap:
             norms_EE.requires_grad_()
             loss = excess(norms_EE, self._recorder.config.erc_alpha)
             (gradient_EE,) = torch.autograd.grad(loss, norms_EE)
-        self._recorder.record_loss("erc_loss", loss / self._num_shares)
+        self._recorder.record_loss("erc_loss", loss / self._num_shares, routing.counts)
         slope_EE = (gradient_EE / norms_EE.detach()).masked_fill(norms_EE.detach() == 0, 0.0)
-        weight = partial(self._weight, self._tokens_of_expert_group(num_tokens))
+        weight = partial(self._weight, self._group_count(micro_batch, routing))
         return add_weight_gradients(
-            x, [router, *experts], partial(self._gradients, noise_EH, self._of_local_experts(slope_EE), weight)
+            y, [router, *experts], partial(self._gradients, noise_EH, self._of_local_experts(slope_EE), weight)
         )
 
     def _norms(self, proxies_EH: Tensor, experts: list[Tensor]) -> Tensor:
@@ -69,15 +104,19 @@ class WeightTap:
     def _of_local_experts(self, x_EE: Tensor) -> Tensor:
         return x_EE.unflatten(1, (self._dispatcher.ep_group.size(), -1))[:, self._dispatcher.ep_group.rank()]
 
-    def _tokens_of_expert_group(self, num_tokens):
-        """Tokens of the micro-batches that the expert group's ranks work on, each rank's counted for itself."""
-        group = expert_group(self._dispatcher)
-        # A number on the device may differ between ranks: padding is counted. One all-reduce of one number.
-        return summed(num_tokens, group) if isinstance(num_tokens, Tensor) else num_tokens * group.size()
+    def _group_count(self, micro_batch: MicroBatch, routing: LayerRouting) -> Tensor:
+        """What the micro-batches of the expert group's ranks count for together: tokens, or one where there are any.
 
-    def _weight(self, group_tokens):
-        ranks = expert_group(self._dispatcher).size()
-        factor = weight_gradient_factor(self._layer.config, group_tokens, ranks, self._num_shares)
+        Ranks may hold different numbers of tokens. One all-reduce of one number, for the first layer that asks.
+        """
+        if micro_batch.expert_group_count is None:
+            own = routing.num_tokens if self._layer.config.calculate_per_token_loss else routing.counts
+            own = torch.as_tensor(own, dtype=torch.float32, device=self._router.weight.device)
+            micro_batch.expert_group_count = summed(own, expert_group(self._dispatcher))
+        return micro_batch.expert_group_count
+
+    def _weight(self, group_count: Tensor):
+        factor = weight_gradient_factor(self._layer.config, group_count, self._num_shares)
         return self._recorder.config.erc_loss_coeff * factor
 
     def _gradients(self, noise_EH: Tensor, slope_EL: Tensor, weight: Callable) -> list:
@@ -85,7 +124,7 @@ class WeightTap:
 
         With a = R_i * d_i: dM_ij/dW_j = (W_j a) a^T / M_ij and dM_ij/da = W_j^T (W_j a) / M_ij.
         """
-        router, experts = self._layer.router.weight, expert_first_weights(self._layer)
+        router, experts = self._router.weight, expert_first_weights(self._layer)
         slope_EL = slope_EL * weight()
         proxies_EH = proxy_tokens(router.detach(), noise_EH)
         proxies_gradient_EH = torch.zeros_like(proxies_EH)
@@ -104,3 +143,9 @@ class WeightTap:
         rows = gate_rows(self._layer, whole)
         rows += gradient_FH.view(rows.shape)
         return None if fused else whole
+
+
+def _tap_outputs(tap: WeightTap, module: nn.Module, args, outputs):
+    """Forward hook of the experts, which return their outputs and a bias."""
+    y, *others = outputs
+    return (tap.attach_to(y), *others)

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration import coupling, score_variance
-from megatron_moe_spec.integration.compat import column_group, expert_down_projections, token_group
+from megatron_moe_spec.integration.compat import column_group, expert_down_projections, router_of, token_group
 from megatron_moe_spec.integration.dispatch import exchanges_rows, row_exchange
 from megatron_moe_spec.integration.expert_router_coupling import WeightTap
+from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
 from megatron_moe_spec.integration.injection import add_gradient
 from megatron_moe_spec.integration.microbatch import MicroBatch, MicroBatchTracker
 from megatron_moe_spec.integration.orthogonality import OutputTap
@@ -34,21 +35,19 @@ class LayerTap:
         self._tracker = tracker
         self._recorder = recorder
         self._config = moe_layer.config
-        self._router = moe_layer.router
+        self._router = router_of(moe_layer)
         self._dispatcher = moe_layer.token_dispatcher
         self._token_group = token_group(moe_layer)
         self._fused = choose(recorder.config.kernels, self._router.weight.device)
         # The kernels compute in fp32.
         self._fused_coupling = self._fused and self._config.moe_router_dtype != "fp64"
-        self._routing = self._router.routing
-        self._had_own_routing = "routing" in vars(self._router)
-        self._router.routing = partial(_route, self)
+        self._method = MethodReplacement(self._router, "routing", partial(_route, self))
         self._rows: Optional[ExpertRows] = None
-        self._num_tokens = None
+        self._routing = None
         projections = expert_down_projections(moe_layer)
         self._num_parts = len(projections)
         self._hooks = [
-            module.register_forward_pre_hook(partial(_tap_activation, self, part))
+            module.register_forward_pre_hook(Hook(partial(_tap_activation, self, part)))
             for part, module in enumerate(projections)
         ]
         settings = recorder.config
@@ -61,19 +60,18 @@ class LayerTap:
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        if self._outputs is not None:
-            self._outputs.detach()
-        if self._had_own_routing:
-            self._router.routing = self._routing
-        else:
-            del self._router.routing
+        for tap in (self._outputs, self._weights):
+            if tap is not None:
+                tap.detach()
+        self._method.restore()
 
     def route(self, logits: Tensor, padding_mask: Optional[Tensor], route) -> tuple[Tensor, Tensor]:
         """Runs the router's own ``route(logits)`` with the gradients of the losses of its scores on its logits."""
         self._rows = None
-        if self._outputs is not None:
-            self._outputs.forget()
-        micro_batch, recomputed = self._tracker.enter(self._index, self._router)
+        for tap in (self._outputs, self._weights):
+            if tap is not None:
+                tap.forget()
+        micro_batch, recomputed = self._tracker.enter(self._router)
         if micro_batch is None or not self._recorder.active:
             return route(logits)
         values, settings, has_gradients = logits.detach(), self._recorder.config, torch.is_grad_enabled()
@@ -88,11 +86,11 @@ class LayerTap:
             self._observe(micro_batch, routing, values, padding_mask)
         if has_gradients and self._recorder.wants_specialization:
             self._rows = self._expected_rows(micro_batch, routing, routing_map)
-            self._num_tokens = routing.num_tokens
+            self._routing = routing
         if has_gradients and self._outputs is not None:
             self._outputs.expect(probs.detach(), routing_map, routing)
         if has_gradients and self._weights is not None:
-            probs = self._weights.attach_to(probs, routing.num_tokens)
+            self._weights.expect(micro_batch, routing)
         return probs, routing_map
 
     def _observe(self, micro_batch: MicroBatch, routing, logits: Tensor, padding_mask: Optional[Tensor]) -> None:
@@ -113,24 +111,26 @@ class LayerTap:
         routing.message = coupling.coupling_message(
             kind, logits, function, padding_mask, routing.live_TE, self._fused_coupling
         )
+        if self._index == 0 and micro_batch.take_before is not None:
+            micro_batch.before, micro_batch.take_before = micro_batch.take_before(len(routing.live_TE)), None
         previous = micro_batch.previous(self._index)
         if previous is not None:
             loss = coupling.pair_loss(
                 kind, previous, routing, self._config.moe_router_topk, self._token_group
             )
-            self._recorder.record_pair(self._number - 1, previous.live_TE, routing.live_TE, loss)
+            self._recorder.record_pair(self._number - 1, previous.live_TE, routing.live_TE, loss, routing.counts)
 
     def _observe_variance(self, routing, scores: Tensor, padding_mask: Optional[Tensor]) -> None:
-        routing.mean_scores_E = score_variance.mean_scores(scores, routing.num_tokens, self._token_group)
-        loss = score_variance.loss_part(scores, routing.mean_scores_E, routing.num_tokens, padding_mask)
-        self._recorder.record_loss("score_variance_loss", loss)
+        routing.mean_scores_E = score_variance.mean_scores(scores, routing.divisor, self._token_group)
+        loss = score_variance.loss_part(scores, routing.mean_scores_E, routing.divisor, padding_mask)
+        self._recorder.record_loss("score_variance_loss", loss, routing.counts)
 
     def _add_variance_gradient(
         self, micro_batch: MicroBatch, logits: Tensor, padding_mask: Optional[Tensor], incoming: Tensor
     ) -> Tensor:
         routing = micro_batch.routing[self._index]
         gradient = score_variance.logits_gradient(
-            logits, self._config.moe_router_score_function, routing.mean_scores_E, routing.num_tokens, padding_mask
+            logits, self._config.moe_router_score_function, routing.mean_scores_E, routing.divisor, padding_mask
         )
         coefficient = self._recorder.config.score_variance_loss_coeff
         factor = coefficient * gradient_factor(self._config, routing.num_tokens)
@@ -171,32 +171,32 @@ class LayerTap:
 
     def tap_activation(self, part: int, z: Tensor) -> Tensor:
         """Takes part of the layer's activations; returns what the down projection is to read instead."""
-        rows = self._rows
+        rows, routing = self._rows, self._routing
         if rows is None:
             return z
         settings = self._recorder.config
         k = self._config.moe_router_topk
         # The mean over tokens and ordered pairs, whatever part of the tokens a stride leaves.
-        mean = settings.specialization_token_stride / (self._num_tokens * k * (k - 1))
+        mean = settings.specialization_token_stride / (routing.divisor * k * (k - 1))
         with torch.no_grad():
             if rows.add(z):
                 exchange = row_exchange(self._dispatcher, rows.dispatched_TE, rows.num_rows)
                 cosines, valid, total = rows.compare(exchange)
-                self._recorder.record_cosines(self._number, cosines, valid, total * mean)
+                self._recorder.record_cosines(self._number, cosines, valid, total * mean, routing.counts)
                 self._rows = None
         if not settings.specialization_loss_coeff:
             return z
-        return add_gradient(z, partial(self._add_specialization_gradient, rows, part, mean, self._num_tokens))
+        return add_gradient(z, partial(self._add_specialization_gradient, rows, part, mean, routing.num_tokens))
 
     def _add_specialization_gradient(self, rows: ExpertRows, part: int, mean, num_tokens, incoming: Tensor) -> Tensor:
         coefficient = self._recorder.config.specialization_loss_coeff
         return rows.add_gradient(part, coefficient * mean * gradient_factor(self._config, num_tokens), incoming)
 
 
-def _route(tap: LayerTap, logits: Tensor, *args, **kwargs):
+def _route(tap: LayerTap, routing, logits: Tensor, *args, **kwargs):
     """Stands in for ``TopKRouter.routing(logits, padding_mask=None)``."""
     padding_mask = kwargs.get("padding_mask", args[0] if args else None)
-    return tap.route(logits, padding_mask, lambda x: tap._routing(x, *args, **kwargs))
+    return tap.route(logits, padding_mask, lambda x: routing(x, *args, **kwargs))
 
 
 def _tap_activation(tap: LayerTap, part: int, module: nn.Module, args):

@@ -1,14 +1,15 @@
 """Which micro-batch a layer is working on: in forward, in a checkpoint's first pass, and in its recomputation."""
 
+import contextlib
 import weakref
-from collections import deque
 from functools import partial
-from typing import Optional
+from typing import Iterator, Optional
 
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat import stage_module
+from megatron_moe_spec.integration.compat import follow_checkpoints, stage_module
+from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
 
 
 class MicroBatch:
@@ -18,15 +19,19 @@ class MicroBatch:
         number: counts the micro-batches of a training step from 0.
         routing: per MoE layer of the chunk, its ``LayerRouting``; None until the layer's router has run.
         before: that of the last MoE layer of the stages before; None if there is none, or it does not count.
+        take_before: takes ``before`` from what the previous stage sent, given this rank's number of tokens.
         pull_after: what the loss of this chunk's last MoE layer and the next stage's first asks of this chunk, known
             once the gradient of the chunk's output is; None if there is no such loss.
+        expert_group_count: see ``WeightTap``; known once a layer has asked.
     """
 
     def __init__(self, number: int, num_layers: int):
         self.number = number
         self.routing = [None] * num_layers
         self.before = None
+        self.take_before = None
         self.pull_after: Optional[Tensor] = None
+        self.expert_group_count: Optional[Tensor] = None
 
     def previous(self, layer: int):
         return self.routing[layer - 1] if layer else self.before
@@ -38,14 +43,14 @@ class MicroBatch:
 class MicroBatchTracker:
     """Tells a layer of one model chunk which micro-batch it serves, or that it should stay out.
 
-    The chunk's forward opens a micro-batch. A layer that runs inside it without gradients is in the first pass
-    of an activation checkpoint; one that runs outside it with gradients is being recomputed in backward, for
-    the oldest micro-batch whose recomputation it still owes (Megatron's schedules are first in, first out for
-    each chunk). Evaluation and passes without gradients open nothing.
+    The chunk's forward opens a micro-batch. A layer that runs inside it without gradients is in the first pass of an
+    activation checkpoint, or else does not train. A checkpoint's recomputation belongs to the micro-batch that was
+    open when the checkpoint was made, whatever ran between, and in whatever order backward passes come. Evaluation and
+    passes without gradients open nothing.
 
     The schedule that overlaps a forward with another micro-batch's backward (``overlap_moe_expert_parallel_comm``)
     calls no chunk's forward: it builds a plan of its layers' parts and runs them. Building one opens a micro-batch,
-    which is the current one until the next is built; layers are not recomputed then.
+    which is the current one until the next is built.
 
     Args:
         chunk: the module that is called for each micro-batch.
@@ -57,22 +62,27 @@ class MicroBatchTracker:
         self._num_layers = num_layers
         self._carry = carry
         self._current: Optional[MicroBatch] = None
-        self._owed = [deque() for _ in range(num_layers)]
+        self._checkpoints = 0  # whose first pass is running, one inside another
+        self._recomputing = False
+        self._opened_in = -1
         self._started = 0
+        stage = stage_module(chunk)
         self._hooks = [
-            chunk.register_forward_pre_hook(self._open),
-            chunk.register_forward_hook(self._close, always_call=True),
+            stage.register_forward_pre_hook(Hook(self._open)),
+            stage.register_forward_hook(Hook(self._close), always_call=True),
         ]
-        self._stage = stage_module(chunk)
-        self._build_plan = getattr(self._stage, "build_schedule_plan", None)
-        if self._build_plan is not None:
-            self._stage.build_schedule_plan = partial(_open_and_build_plan, self)
+        self._plan = None
+        if hasattr(stage, "build_schedule_plan"):
+            self._plan = MethodReplacement(stage, "build_schedule_plan", partial(_open_and_build_plan, self))
+        _trackers.add(self)
+        follow_checkpoints(_first_pass, _recomputation)
 
     def detach(self) -> None:
+        _trackers.discard(self)
         for hook in self._hooks:
             hook.remove()
-        if self._build_plan is not None:
-            del self._stage.build_schedule_plan
+        if self._plan is not None:
+            self._plan.restore()
 
     def start_step(self) -> None:
         """A training step begins."""
@@ -80,58 +90,79 @@ class MicroBatchTracker:
         self._started = 0
 
     def _open(self, module, args=()) -> None:
-        live = module.training and torch.is_grad_enabled()
-        self._current = MicroBatch(self._started, self._num_layers) if live else None
-        self._started += live
-        if self._carry is not None:
+        trains = module.training and torch.is_grad_enabled()
+        self._current = MicroBatch(self._started, self._num_layers) if trains else None
+        self._opened_in = _backward_pass()
+        self._started += trains
+        if self._carry is not None and trains:
             self._carry.open(self._current)
 
-    def _close(self, module, args, output):
-        micro_batch, self._current = self._current, None
-        if self._carry is not None:
-            output = self._carry.pack(output, micro_batch)
-        node = _gradient_node(output)
-        if node is not None and micro_batch is not None:
-            # The layers' own references are weak, so that a micro-batch that never sees backward is forgotten.
-            node.metadata["megatron_moe_spec"] = micro_batch
-        return output
+    def _close(self, module, args, output) -> None:
+        self._current = None
 
-    def enter(self, layer: int, module: nn.Module) -> tuple[Optional[MicroBatch], bool]:
+    def enter(self, module: nn.Module) -> tuple[Optional[MicroBatch], bool]:
         """The micro-batch that a layer's router is called for (None: stay out), and whether it is recomputed.
 
         Raises:
-            RuntimeError: the layer runs with gradients outside the forward of the attached model.
+            RuntimeError: the layer runs with gradients outside the forward of the attached model, or is recomputed by
+                a checkpoint that ``compat.follow_checkpoints`` does not know.
         """
         if not module.training:
             return None, False
+        has_gradients = torch.is_grad_enabled()
+        if has_gradients and not self._recomputing and _backward_pass() not in (-1, self._opened_in):
+            raise RuntimeError(
+                "an MoE layer is recomputed by a checkpoint that does not tell for which micro-batch: set "
+                "use_reentrant=True in torch.utils.checkpoint, or use Megatron's --recompute-granularity; with a "
+                "checkpoint of your own, attach() before its first forward"
+            )
         if self._current is not None:
-            if not torch.is_grad_enabled():
-                self._owed[layer].append(weakref.ref(self._current))
-            return self._current, False
-        if not torch.is_grad_enabled():
+            trains = has_gradients or self._checkpoints or self._recomputing
+            return (self._current, self._recomputing) if trains else (None, False)
+        if not has_gradients:
             return None, False
-        while self._owed[layer]:
-            micro_batch = self._owed[layer].popleft()()
-            if micro_batch is not None:
-                return micro_batch, True
         raise RuntimeError(
             "an MoE layer ran outside the forward of the model given to attach(): attach the module whose "
             "forward is called for each micro-batch"
         )
 
 
-def _open_and_build_plan(tracker: MicroBatchTracker, *args, **kwargs):
+def _backward_pass() -> int:
+    """Number of the backward pass that runs now; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+# Checkpoints know nothing of models: each is followed for all trackers.
+_trackers: "weakref.WeakSet[MicroBatchTracker]" = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def _first_pass() -> Iterator[list]:
+    """Around the first pass of a checkpoint; gives what its recomputation will have to know."""
+    served = [(tracker, tracker._current) for tracker in _trackers if tracker._current is not None]
+    for tracker, _ in served:
+        tracker._checkpoints += 1
+    try:
+        yield served
+    finally:
+        for tracker, _ in served:
+            tracker._checkpoints -= 1
+
+
+@contextlib.contextmanager
+def _recomputation(served: list) -> Iterator[None]:
+    """Around the backward of a checkpoint, which recomputes first; ``served`` is from its first pass."""
+    before = [(tracker, tracker._current, tracker._recomputing) for tracker, _ in served]
+    for tracker, micro_batch in served:
+        tracker._current, tracker._recomputing = micro_batch, True
+    try:
+        yield
+    finally:
+        for tracker, micro_batch, recomputing in before:
+            tracker._current, tracker._recomputing = micro_batch, recomputing
+
+
+def _open_and_build_plan(tracker: MicroBatchTracker, build, *args, **kwargs):
     """Stands in for ``build_schedule_plan`` of a model."""
-    tracker._open(tracker._stage)
-    return tracker._build_plan(*args, **kwargs)
-
-
-def _gradient_node(output):
-    """The autograd node of the first tensor in a model's output that has one."""
-    if isinstance(output, Tensor):
-        return output.grad_fn
-    if isinstance(output, dict):
-        output = output.values()
-    elif not isinstance(output, (tuple, list)):
-        return None
-    return next((node for node in map(_gradient_node, output) if node is not None), None)
+    tracker._open(build.__self__)
+    return build(*args, **kwargs)

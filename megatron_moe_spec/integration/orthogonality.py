@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_moe_spec.integration.compat import column_group
 from megatron_moe_spec.integration.coupling import LayerRouting
 from megatron_moe_spec.integration.dispatch import exchanges_rows, row_exchange
+from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_gradient
 from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.scaling import gradient_factor
@@ -45,12 +46,17 @@ class OutputRows(ExpertRows):
 
     def loss_sum(self) -> Tensor:
         """``squared_projection_sum`` of x over this rank's tokens, once the rows have been compared."""
-        return squared_projection_sum(self._inverse_lengths_TK * self._probs_TK, self._cosines_TKK)
+        return squared_projection_sum(self._inverse_lengths_TK * self._weights_TK, self._cosines_TKK)
+
+    @property
+    def _weights_TK(self) -> Tensor:
+        """p in the rows' precision: a router may have a higher one."""
+        return self._probs_TK.to(self._inverse_lengths_TK.dtype)
 
     def _loss_gradient(self, units_TKH: Tensor) -> Tensor:
-        inverse_TK = self._inverse_lengths_TK * self._probs_TK
+        inverse_TK = self._inverse_lengths_TK * self._weights_TK
         gradient_TKH = squared_projection_gradient(units_TKH, inverse_TK, self._cosines_TKK)
-        return gradient_TKH / self._probs_TK.unsqueeze(-1)
+        return gradient_TKH / self._weights_TK.unsqueeze(-1)
 
 
 class OutputTap:
@@ -65,8 +71,8 @@ class OutputTap:
         self._dispatcher = moe_layer.token_dispatcher
         self._recorder = recorder
         self._hooks = [
-            moe_layer.experts.register_forward_pre_hook(partial(_tap_probs, self)),
-            moe_layer.experts.register_forward_hook(partial(_tap_outputs, self)),
+            moe_layer.experts.register_forward_pre_hook(Hook(partial(_tap_probs, self))),
+            moe_layer.experts.register_forward_hook(Hook(partial(_tap_outputs, self))),
         ]
         self.forget()
 
@@ -77,7 +83,7 @@ class OutputTap:
     def forget(self) -> None:
         """Leaves the next run of the experts alone."""
         self._rows: Optional[OutputRows] = None
-        self._num_tokens = None
+        self._routing: Optional[LayerRouting] = None
         self._probs_gradients: list[Tensor] = []
 
     def expect(self, probs_TE: Tensor, dispatched_TE: Tensor, routing: LayerRouting) -> None:
@@ -90,7 +96,7 @@ class OutputTap:
             column_group(self._dispatcher),
             come_home=exchanges_rows(self._dispatcher),
         )
-        self._num_tokens = routing.num_tokens
+        self._routing = routing
         self._probs_gradients = []
 
     def tap_probs(self, probs_P: Tensor) -> Tensor:
@@ -103,14 +109,14 @@ class OutputTap:
         rows, self._rows = self._rows, None
         if rows is None:
             return y_PH
-        k, num_tokens = self._config.moe_router_topk, self._num_tokens
-        mean = 1.0 / (num_tokens * k * (k - 1))
+        k, routing = self._config.moe_router_topk, self._routing
+        mean = 1.0 / (routing.divisor * k * (k - 1))
         with torch.no_grad():
             rows.add(y_PH)
             rows.compare(row_exchange(self._dispatcher, rows.dispatched_TE, rows.num_rows))
-            self._recorder.record_loss("orthogonality_loss", rows.loss_sum() * mean)
+            self._recorder.record_loss("orthogonality_loss", rows.loss_sum() * mean, routing.counts)
         values = y_PH.detach(), probs_P.detach()
-        weight = partial(self._weight, mean, num_tokens)
+        weight = partial(self._weight, mean, routing.num_tokens)
         return add_gradient(y_PH, partial(_add_output_gradient, rows, *values, weight, self._probs_gradients))
 
     def _weight(self, mean, num_tokens):

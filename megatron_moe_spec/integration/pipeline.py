@@ -4,17 +4,25 @@ The routing of a stage's last MoE layer goes to the next stage with the hidden s
 asks of it comes back with their gradient. Suffixes: T tokens, E experts, W numbers of a message per token.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Optional
+import contextlib
+import functools
+from dataclasses import dataclass, field
+from typing import Iterator, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat import change_received_shapes, pipeline_group, stage_module
+from megatron_moe_spec.integration.compat import (
+    around_schedules,
+    pipeline_group,
+    sequence_ranks,
+    stage_module,
+    with_received_shapes,
+)
 from megatron_moe_spec.integration.coupling import LayerRouting, pull_of_following
+from megatron_moe_spec.integration.hooks import MethodReplacement
 from megatron_moe_spec.integration.microbatch import MicroBatch
 from megatron_moe_spec.parallel.carry import (
     Append,
@@ -22,6 +30,7 @@ from megatron_moe_spec.parallel.carry import (
     bits_to_numbers,
     decode,
     encode,
+    is_marked,
     numbers_to_bits,
     packed_length,
     sequence_length,
@@ -43,13 +52,19 @@ class Stages:
     num_experts: int
 
     @classmethod
-    def of_model(cls, chunks: list[nn.Module], layers_of_chunks: list[int], model_settings) -> "Stages":
+    def of_model(
+        cls, chunks: list[nn.Module], layers_of_chunks: list[int], model_settings, config: SpecConfig
+    ) -> "Stages":
         """A collective over the pipeline group where there is more than one stage.
 
         Args:
             chunks: all model chunks of this rank.
             layers_of_chunks: number of MoE layers of each.
             model_settings: the model's TransformerConfig; None where it has no MoE layer.
+            config: what the losses are, the same on all ranks.
+
+        Raises:
+            ValueError: a rank gives some of its chunks only, or another config than the others.
         """
         num_experts = getattr(model_settings, "num_moe_experts", None) or 0
         num_stages = getattr(model_settings, "pipeline_model_parallel_size", 1)
@@ -63,8 +78,10 @@ class Stages:
             )
         group = pipeline_group(chunks[0])
         gathered = [None] * num_stages
-        dist.all_gather_object(gathered, layers_of_chunks, group=group)
-        num_layers = [number for numbers in zip(*gathered) for number in numbers]
+        dist.all_gather_object(gathered, (layers_of_chunks, config), group=group)
+        if any(other != config for _, other in gathered):
+            raise ValueError("attach() got another config on another pipeline stage: give every rank the same")
+        num_layers = [number for numbers in zip(*(layers for layers, _ in gathered)) for number in numbers]
         return cls(num_layers, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts)
 
     @property
@@ -117,101 +134,269 @@ class MessageForm:
 
 
 class StageCarry:
-    """Packs and unpacks the messages of one model chunk.
+    """Packs and unpacks the messages of one model chunk, in the forward steps of a training schedule.
 
-    Megatron hands a stage its input by ``set_input_tensor`` just before it calls the chunk, and takes the chunk's
-    output to send. Both have extra rows in every pass, evaluation included, for shapes are agreed on beforehand.
+    Megatron's schedule hands a stage its input by ``set_input_tensor``, calls the step function, which runs the chunk,
+    and sends what that returns. So a message is unpacked from what the schedule hands over, not from what the step
+    function may set itself, and packed on what the step function returns, which may hold more than this chunk's hidden
+    states. A step may run the chunk several times: their messages lie one after another.
 
     Args:
         chunk: the chunk.
         form: what messages hold.
-        has_layers_before: whether an earlier stage has an MoE layer.
+        is_last: whether no stage follows.
+        has_layers, has_layers_before: whether this stage, and an earlier one, has an MoE layer.
     """
 
-    def __init__(self, chunk: nn.Module, form: MessageForm, has_layers_before: bool):
-        self._stage = stage_module(chunk)
+    def __init__(self, chunk: nn.Module, form: MessageForm, is_last: bool, has_layers: bool, has_layers_before: bool):
+        self.stage = stage_module(chunk)
         self._form = form
-        self._has_layers_before = has_layers_before
-        self._arrival: Optional[_Arrival] = None
-        self._set_input_tensor = self._stage.set_input_tensor
-        self._stage.set_input_tensor = partial(_set_input_tensor, self)
-        self._restore_shapes = change_received_shapes(self._stage.config, form.packed_shape)
+        self._is_last, self._has_layers, self._has_layers_before = is_last, has_layers, has_layers_before
+        self._training = False
+        self._step: Optional[_Step] = None
+        self._runs_step = False
+        self._all_marked: Optional[Tensor] = None
+        self._method = MethodReplacement(self.stage, "set_input_tensor", self._set_input_tensor)
 
     def detach(self) -> None:
-        del self._stage.set_input_tensor
-        self._restore_shapes()
+        self._method.restore()
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """The hidden states of what the previous stage sent; keeps its message for the micro-batch that opens next."""
-        batch, hidden_size = packed.shape[1:]
-        length = sequence_length(len(packed), hidden_size, packed.dtype, self._form.width)
-        if packed_length(length, hidden_size, packed.dtype, self._form.width) != len(packed):
+    @contextlib.contextmanager
+    def schedule(self, trains: bool) -> Iterator[None]:
+        """Around a run of a schedule; ``trains``: it is a training step of this chunk's model."""
+        before, self._training, self._step = self._training, trains, None
+        try:
+            yield
+        finally:
+            self._training, self._step = before, None
+
+    def run_step(self, step_function, *args, **kwargs):
+        """Runs the step function of a training schedule on this chunk."""
+        step = self._step or _Step(None)
+        self._step, self._runs_step = step, True
+        try:
+            output, *others = step_function(*args, **kwargs)
+            return (self._pack(output, step), *others)
+        finally:
+            self._step, self._runs_step = None, False
+
+    def open(self, micro_batch: MicroBatch) -> None:
+        """The chunk's forward begins.
+
+        Raises:
+            RuntimeError: it is not run by a schedule that carries messages.
+        """
+        if not (self._training and self._runs_step):
             raise RuntimeError(
-                "a pipeline stage received hidden states without the coupling loss's message: attach the losses on "
-                "every stage, or set --moe-coupling-across-stages drop"
+                "a pipeline stage trains outside of Megatron's schedule, which carries the coupling of layers in "
+                "different stages (call get_forward_backward_func() after attach(), or set "
+                "--moe-coupling-across-stages drop)"
             )
-        message = decode(packed.detach()[length:], length * batch, self._form.width)
-        self._arrival = _Arrival(self._form, message)
-        return Strip.apply(packed, length, self._arrival.answer)
+        step = self._step
+        step.micro_batches.append(micro_batch)
+        if step.message_TW is not None and self._has_layers_before:
+            micro_batch.take_before = functools.partial(_take, step, self._form)
 
-    def open(self, micro_batch: Optional[MicroBatch]) -> None:
-        """The chunk's forward begins; None: without gradients."""
-        arrival, self._arrival = self._arrival, None
-        if arrival is not None and micro_batch is not None:
-            arrival.micro_batch = micro_batch
-            if self._has_layers_before:
-                micro_batch.before = self._form.to_routing(arrival.message)
+    def check(self) -> None:
+        """A training step ends. Synchronises with the device.
 
-    def pack(self, output, micro_batch: Optional[MicroBatch]):
-        """The chunk's output with the message for the next stage; as it is on the last stage."""
-        if self._stage.post_process or not isinstance(output, Tensor):
+        Raises:
+            RuntimeError: something that arrived in it was no message.
+        """
+        marked, self._all_marked = self._all_marked, None
+        if marked is not None:
+            _raise_unless(bool(marked))
+            self._all_marked = torch.ones_like(marked)
+
+    def _set_input_tensor(self, original, input_tensor):
+        if not self._training or self._runs_step:
+            return original(input_tensor)
+        tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        if any(x is not None for x in tensors):
+            if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+                raise RuntimeError(_NOT_ONE_TENSOR)
+            tensors = [self._unpack(tensors[0])]
+        return original(tensors if isinstance(input_tensor, list) else tensors[0])
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        """What the previous stage's step returned, of what it sent."""
+        batch, hidden_size = packed.shape[1:]
+        width = self._form.width
+        length = sequence_length(len(packed), hidden_size, packed.dtype, width)
+        _raise_unless(packed_length(length, hidden_size, packed.dtype, width) == len(packed))
+        rows = packed.detach()[length:]
+        self._note_mark(rows)
+        self._step = step = _Step(decode(rows, length * batch, width))
+        return Strip.apply(packed, length, functools.partial(self._answer, step))
+
+    def _pack(self, output, step: "_Step"):
+        """What the step returned with the message for the next stage; as it is on the last stage."""
+        if self._is_last:
             return output
-        message = None
-        if micro_batch is not None:
-            last = micro_batch.routing[-1] if micro_batch.routing else micro_batch.before
-            if last is not None and last.message is not None:
-                message = self._form.of_routing(last)
-        rows = encode(message, output.detach(), self._form.width)
+        if not isinstance(output, Tensor) or output.dim() != 3:
+            raise RuntimeError(_NOT_ONE_TENSOR)
         num_tokens = output.shape[0] * output.shape[1]
+        message_TW = step.message(self._form) if self._has_layers else step.message_TW
+        if message_TW is None:  # nobody may take one for a message
+            message_TW = output.new_full((num_tokens, self._form.width), torch.nan, dtype=torch.float32)
+        if len(message_TW) > num_tokens:
+            raise RuntimeError(
+                f"a step returned {num_tokens} tokens for the next pipeline stage, and ran the model on "
+                f"{len(message_TW)}: its coupling cannot go with them (set --moe-coupling-across-stages drop)"
+            )
+        rows = encode(message_TW, output.detach(), self._form.width)
 
         def receive(gradient_rows: Tensor) -> None:
-            if micro_batch is not None:
-                micro_batch.pull_after = self._form.to_pull(decode(gradient_rows, num_tokens, self._form.width))
+            self._note_mark(gradient_rows)
+            step.take_pull(decode(gradient_rows, num_tokens, self._form.width), self._form, self._has_layers)
 
         return Append.apply(output, rows, receive)
 
+    def _answer(self, step: "_Step", like: Tensor) -> Tensor:
+        """Rows for the previous stage: what the losses here ask of it."""
+        return encode(step.pull_before(self._form, self._has_layers), like, self._form.width)
 
-class _Arrival:
-    """A message from the previous stage, and the micro-batch it belongs to once that has opened."""
-
-    def __init__(self, form: MessageForm, message: Tensor):
-        self.message = message
-        self.micro_batch: Optional[MicroBatch] = None
-        self._form = form
-
-    def answer(self, like: Tensor) -> Tensor:
-        pull = self._pull()
-        return encode(None if pull is None else self._form.of_pull(pull), like, self._form.width)
-
-    def _pull(self) -> Optional[Tensor]:
-        micro_batch = self.micro_batch
-        if micro_batch is None or micro_batch.before is None:
-            return None
-        if not micro_batch.routing:
-            return micro_batch.pull_after
-        first = micro_batch.routing[0]
-        return None if first.message is None else pull_of_following(self._form.kind, micro_batch.before, first)
+    def _note_mark(self, rows: Tensor) -> None:
+        marked = is_marked(rows)
+        if self._all_marked is None:  # the first: before anything is computed of it
+            _raise_unless(bool(marked))
+            self._all_marked = marked
+        else:
+            self._all_marked &= marked
 
 
-def carries_of_chunks(chunks: list[nn.Module], stages: Stages, config: SpecConfig) -> list[Optional[StageCarry]]:
-    """One for each of this rank's chunks; None where nothing is to travel between stages."""
-    if len(stages.num_layers) <= len(chunks) or not config.carries_messages:
-        return [None] * len(chunks)
-    form = MessageForm(config.coupling_type, stages.num_experts, config.metrics_interval > 0)
-    return [StageCarry(chunk, form, first > 0) for chunk, first in zip(chunks, stages.first_layers)]
+@dataclass
+class _Step:
+    """One forward step of a chunk, and its backward.
+
+    Attributes:
+        message_TW: from the previous stage; None if there is none.
+        micro_batches: that were opened in it, in their order.
+        num_taken: tokens of the message that have found their micro-batch.
+        pull_TW: from the next stage, on a stage without MoE layers, which only passes it on.
+    """
+
+    message_TW: Optional[Tensor]
+    micro_batches: list[MicroBatch] = field(default_factory=list)
+    num_taken: int = 0
+    pull_TW: Optional[Tensor] = None
+
+    def message(self, form: MessageForm) -> Optional[Tensor]:
+        """Of the chunk's last MoE layer, in one micro-batch after another; None where there is no micro-batch."""
+        if any(m.routing[-1] is None for m in self.micro_batches):
+            raise RuntimeError(
+                "the last MoE layer of a pipeline stage ran without gradients or in evaluation mode in a forward that "
+                "trains: its coupling with the next stage is unknown (set --moe-coupling-across-stages drop)"
+            )
+        messages = [form.of_routing(m.routing[-1]) for m in self.micro_batches]
+        return torch.cat(messages) if messages else None
+
+    def take_pull(self, pull_TW: Tensor, form: MessageForm, has_layers: bool) -> None:
+        if not has_layers:
+            self.pull_TW = pull_TW
+            return
+        start = 0
+        for micro_batch in self.micro_batches:
+            end = start + len(micro_batch.routing[-1].live_TE)
+            micro_batch.pull_after = form.to_pull(pull_TW[start:end])
+            start = end
+
+    def pull_before(self, form: MessageForm, has_layers: bool) -> Optional[Tensor]:
+        if not has_layers:
+            return self.pull_TW
+        pulls = [
+            form.of_pull(pull_of_following(form.kind, m.before, m.routing[0]))
+            for m in self.micro_batches
+            if m.before is not None
+        ]
+        return torch.cat(pulls) if pulls else None
 
 
-def _set_input_tensor(carry: StageCarry, input_tensor) -> None:
-    tensors = input_tensor if isinstance(input_tensor, list) else [input_tensor]
-    unpacked = [carry.unpack(x) if x is not None else None for x in tensors]
-    carry._set_input_tensor(unpacked if isinstance(input_tensor, list) else unpacked[0])
+def _take(step: _Step, form: MessageForm, num_tokens: int) -> LayerRouting:
+    """The next micro-batch's part of a step's message."""
+    start, step.num_taken = step.num_taken, step.num_taken + num_tokens
+    if step.num_taken > len(step.message_TW):
+        raise RuntimeError(
+            f"a pipeline stage ran the model on {step.num_taken} tokens, of which the stage before sent "
+            f"{len(step.message_TW)} (set --moe-coupling-across-stages drop)"
+        )
+    return form.to_routing(step.message_TW[start : step.num_taken])
+
+
+_NOT_ONE_TENSOR = (
+    "pipeline stages of this model do not send one tensor [sequence, batch, hidden] each, which could carry the "
+    "coupling of layers in different stages (set --moe-coupling-across-stages drop)"
+)
+
+
+def _raise_unless(is_message: bool) -> None:
+    if not is_message:
+        raise RuntimeError(
+            "a pipeline stage received hidden states without the coupling loss's message: attach the losses on every "
+            "stage, or set --moe-coupling-across-stages drop"
+        )
+
+
+class Carries:
+    """The carries of a model's chunks on this rank, and what connects them to Megatron's schedules.
+
+    Args:
+        chunks: the chunks.
+        stages: of the whole model.
+        config: the losses.
+    """
+
+    def __init__(self, chunks: list[nn.Module], stages: Stages, config: SpecConfig):
+        self.of_chunks: list[Optional[StageCarry]] = [None] * len(chunks)
+        self._carries: list[StageCarry] = []
+        if len(stages.num_layers) <= len(chunks) or not config.carries_messages:
+            return
+        self._form = MessageForm(config.coupling_type, stages.num_experts, config.metrics_interval > 0)
+        last = len(stages.num_layers) - 1
+        self._carries = self.of_chunks = [
+            StageCarry(chunk, self._form, stage == last, stages.num_layers[stage] > 0, first > 0)
+            for chunk, stage, first in zip(chunks, stages.own, stages.first_layers)
+        ]
+        self._restore_schedules = around_schedules(self._around_schedule)
+
+    def detach(self) -> None:
+        if self._carries:
+            self._restore_schedules()
+        for carry in self._carries:
+            carry.detach()
+        self._carries = []
+
+    def check(self) -> None:
+        """See ``StageCarry.check``."""
+        for carry in self._carries:
+            carry.check()
+
+    @contextlib.contextmanager
+    def _around_schedule(self, name: str, arguments: dict) -> Iterator[dict]:
+        model = arguments["model"]
+        models = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
+        carries = {id(chunk): carry for chunk in models if (carry := self._carry_in(chunk)) is not None}
+        trains = bool(carries) and not arguments.get("forward_only", False)
+        with contextlib.ExitStack() as stack:
+            for carry in self._carries:
+                stack.enter_context(carry.schedule(trains))
+            yield self._carrying(name, arguments, carries) if trains else arguments
+
+    def _carry_in(self, chunk) -> Optional[StageCarry]:
+        modules = set(chunk.modules()) if isinstance(chunk, nn.Module) else ()
+        return next((carry for carry in self._carries if carry.stage in modules), None)
+
+    def _carrying(self, name: str, arguments: dict, carries: dict[int, StageCarry]) -> dict:
+        step_function = arguments["forward_step_func"]
+
+        def forward_step(data_iterator, chunk, *args, **kwargs):
+            return carries[id(chunk)].run_step(step_function, data_iterator, chunk, *args, **kwargs)
+
+        stage = self._carries[0].stage
+        return with_received_shapes(
+            name,
+            {**arguments, "forward_step_func": forward_step},
+            stage.config,
+            sequence_ranks(stage),
+            self._form.packed_shape,
+        )

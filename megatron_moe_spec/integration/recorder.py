@@ -1,6 +1,6 @@
 """Values of the losses and measures of a training step, kept on the device and reduced over ranks once a step."""
 
-from typing import Optional
+from typing import Optional, Sequence, Union
 
 import torch
 import torch.distributed as dist
@@ -19,17 +19,27 @@ class Recorder:
     Attributes:
         config: the settings.
         iteration: number of the last finished training step.
+        recorded: log names of the losses that this rank has recorded in this step.
         measuring: whether this step's routing and overlap are measured for the diagnostics.
 
     Args:
         num_experts: of each MoE layer.
         num_shares: ranks that share a micro-batch; the losses they record for it sum to its loss.
+        groups: process groups to reduce over, one after another.
     """
 
-    def __init__(self, config: SpecConfig, num_experts: list[int], num_shares: int = 1, iteration: int = 0):
+    def __init__(
+        self,
+        config: SpecConfig,
+        num_experts: list[int],
+        num_shares: int = 1,
+        groups: Sequence = (),
+        iteration: int = 0,
+    ):
         self.config = config
         self._num_experts = num_experts
         self._num_shares = num_shares
+        self._groups = groups
         self.begin_after(iteration)
 
     def begin_after(self, iteration: int) -> None:
@@ -40,6 +50,7 @@ class Recorder:
         self._device = current_device()
         # One row a loss: sum of its recorded values, and their number.
         self._losses = torch.zeros(len(LOSS_NAMES), 2, dtype=torch.float64, device=self._device)
+        self.recorded: set[str] = set()
         self._layers: list[LayerStatistics] = []
         self._pairs: list[PairStatistics] = []
         if self.measuring:
@@ -63,47 +74,58 @@ class Recorder:
         if self.measuring:
             self._layers[layer].add_routing(scores, live, num_tokens)
 
-    def record_pair(self, layer: int, live: Tensor, live_next: Tensor, loss: Tensor) -> None:
+    def record_pair(self, layer: int, live: Tensor, live_next: Tensor, loss: Tensor, counts) -> None:
         """Records the coupling of ``layer`` and the next MoE layer."""
-        self.record_loss("coupling_loss", loss)
+        self.record_loss("coupling_loss", loss, counts)
         if self.measuring:
             self._pairs[layer].add(live, live_next)
 
-    def record_cosines(self, layer: int, cosines: Tensor, valid: Tensor, loss: Tensor) -> None:
-        self.record_loss("specialization_loss", loss)
+    def record_cosines(self, layer: int, cosines: Tensor, valid: Tensor, loss: Tensor, counts) -> None:
+        self.record_loss("specialization_loss", loss, counts)
         if self.measuring:
             self._layers[layer].add_cosines(cosines, valid)
 
-    def record_loss(self, name: str, value: Tensor) -> None:
-        """Records this rank's part of a loss of one layer (pair) and micro-batch."""
+    def record_loss(self, name: str, value: Tensor, counts: Union[Tensor, bool]) -> None:
+        """Records this rank's part of a loss of one layer (pair) and micro-batch; ``counts``: whether it has tokens."""
         entry = self._losses[LOSS_NAMES.index(name)]
-        entry[0] += value.detach()
-        entry[1] += 1.0 / self._num_shares
+        entry[0] += value.detach() * counts
+        entry[1] += 1.0 / self._num_shares * counts
+        self.recorded.add(name)
 
-    def losses(self) -> dict[str, Tensor]:
-        """Means over this step's micro-batches, layers (pairs) and ranks; scalars on the device.
+    def losses(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Means over this step's micro-batches, layers (pairs) and ranks, and how many; scalars on the device.
 
-        A collective: every rank calls it, once a step. A loss that is off, and was not measured, is left out.
+        A mean of nothing is NaN. A loss that is off, and was not measured, is left out. A collective: every rank calls
+        it, once a step.
         """
-        totals = self._losses.clone()
-        if dist.is_initialized():
-            dist.all_reduce(totals)
-        means = (totals[:, 0] / totals[:, 1].clamp_min(1.0)).float()
+        totals = self._summed(self._losses)
+        means = (totals[:, 0] / totals[:, 1]).float()
         wanted = {*self.config.trained_losses, *(MEASURED_LOSSES if self.measuring else ())}
-        return {name: mean for name, mean in zip(LOSS_NAMES, means) if name in wanted}
+        return {name: one for name, *one in zip(LOSS_NAMES, means, totals[:, 1]) if name in wanted}
 
     def diagnostics(self) -> Optional[dict]:
         """The measures of this step, on every rank; None in a step that is not measured. A collective, too."""
         if not self.measuring:
             return None
-        if dist.is_initialized():
-            for statistics in (*self._layers, *self._pairs):
-                dist.all_reduce(statistics.sums)
-            for layer in self._layers:
-                dist.all_reduce(layer.largest_cosine, op=dist.ReduceOp.MAX)
+        for statistics in (*self._layers, *self._pairs):
+            statistics.sums = self._summed(statistics.sums)
+        for layer in self._layers:
+            layer.largest_cosine = self._summed(layer.largest_cosine, dist.ReduceOp.MAX)
         return {
             "layers": [{"layer": i, **layer.summary()} for i, layer in enumerate(self._layers)],
             "pairs": [
                 {"layers": [i, i + 1], **pair.summary()} for i, pair in enumerate(self._pairs) if pair.sums.any()
             ],
         }
+
+    def _summed(self, x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
+        x = x.clone()
+        for group in self._groups:
+            try:
+                dist.all_reduce(x, op=operation, group=group)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "the values to be logged could not be reduced: call metrics() on every rank of the model's process "
+                    "groups, or give attach() the ranks that hold it, attach(model, config, group=...)"
+                ) from error
+        return x

@@ -24,19 +24,19 @@ def gradient_factor(config, num_tokens: Union[Tensor, int]) -> Union[Tensor, flo
     return scale * num_tokens if config.calculate_per_token_loss else scale
 
 
-def weight_gradient_factor(config, group_tokens: Union[Tensor, int], group_size: int, num_shares: int):
+def weight_gradient_factor(config, group_count: Union[Tensor, int], num_shares: int):
     """The same for a loss of the weights alone, where a rank adds what its own experts' part of the weights gives.
 
     Each of the ``num_shares`` ranks that share a micro-batch counts as holding an equal part of the loss, so that
     what is said of a loss of tokens holds of it. An expert's gradient would then come from the parts of all ranks of
-    the group that holds one set of experts: a rank adds it for all of them at once. The router's gradient is a sum over
-    experts, hence over this group's ranks, which add up to it when Megatron reduces router gradients over all ranks.
+    the group that holds one set of experts (expert x expert tensor parallel): a rank adds it for all of them at once.
+    The router's gradient is a sum over experts, hence over this group's ranks, which add up to it when Megatron reduces
+    router gradients over all ranks.
 
     Args:
         config: the layer's TransformerConfig.
-        group_tokens: non-padding tokens of the micro-batches that the group's ranks work on, counted for each rank.
-        group_size: ranks that hold one set of experts (expert x expert tensor parallel).
+        group_count: sum over that group's ranks of what each one's micro-batch counts for: its non-padding tokens
+            with ``--calculate-per-token-loss``, else 1; 0 for one without tokens.
         num_shares: ranks that share a micro-batch (tensor x context parallel).
     """
-    ranks = group_tokens if config.calculate_per_token_loss else group_size
-    return backward_loss_scale(config) * ranks / num_shares
+    return backward_loss_scale(config) * group_count / num_shares

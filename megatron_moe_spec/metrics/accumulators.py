@@ -3,6 +3,8 @@
 Suffixes: T tokens, E experts, K experts per token.
 """
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
@@ -40,18 +42,19 @@ class LayerStatistics:
         if magnitude.numel():
             self.largest_cosine.copy_(torch.maximum(self.largest_cosine, magnitude.max()))
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Optional[float]]:
+        """The measures; None where there is nothing to measure."""
         tokens, entropies, mass, cosines, pairs = self.sums[: self._SCALARS]
         scores_E, load_E = self.sums[self._SCALARS :].split(self._num_experts)
         measures = {
             "routing_entropy": entropies / tokens,
-            "marginal_entropy": entropy(scores_E),
+            "marginal_entropy": entropy(scores_E) if tokens else torch.tensor(torch.nan),
             "topk_mass": mass / tokens,
-            "mean_abs_cos": cosines / pairs.clamp_min(1.0),
-            "max_abs_cos": self.largest_cosine,
+            "mean_abs_cos": cosines / pairs,
+            "max_abs_cos": self.largest_cosine if pairs else torch.tensor(torch.nan),
             "load_imbalance": load_E.max() / load_E.mean(),
         }
-        return {name: float(value) for name, value in measures.items()}
+        return {name: float(value) if value.isfinite() else None for name, value in measures.items()}
 
 
 class PairStatistics:

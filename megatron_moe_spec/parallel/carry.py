@@ -12,17 +12,17 @@ from torch import Tensor
 
 
 def packed_length(sequence: int, hidden_size: int, dtype: torch.dtype, width: int) -> int:
-    """Length of a sequence [S, B, H] with the rows of a message [T, W] at its end."""
-    return sequence + ceil(sequence * width * _parts(dtype) / hidden_size)
+    """Length of a sequence [S, B, H] with the rows of a message [T, W], and its mark, at its end."""
+    return sequence + ceil((sequence * width * _parts(dtype) + len(_MARK)) / hidden_size)
 
 
 def sequence_length(packed: int, hidden_size: int, dtype: torch.dtype, width: int) -> int:
     """The inverse of ``packed_length``."""
-    return packed * hidden_size // (hidden_size + width * _parts(dtype))
+    return (packed * hidden_size - len(_MARK)) // (hidden_size + width * _parts(dtype))
 
 
 def encode(message_TW: Optional[Tensor], like_SBH: Tensor, width: int) -> Tensor:
-    """Message as rows [rows, B, H] in the dtype of ``like_SBH``; zeros for None.
+    """Message as marked rows [rows, B, H] in the dtype of ``like_SBH``; zeros for None.
 
     In bf16 and fp16 a number is the sum of two, which keeps 16 (22) bits of it.
     """
@@ -35,6 +35,7 @@ def encode(message_TW: Optional[Tensor], like_SBH: Tensor, width: int) -> Tensor
             high = numbers.to(rows.dtype)
             numbers = torch.cat([high, (numbers - high.float()).to(rows.dtype)])
         rows.view(-1)[: len(numbers)] = numbers
+    rows.view(-1)[-len(_MARK) :] = _mark(rows)
     return rows
 
 
@@ -42,6 +43,19 @@ def decode(rows: Tensor, num_tokens: int, width: int) -> Tensor:
     """The message [T, W] of ``encode``, in fp32."""
     parts = rows.reshape(-1)[: _parts(rows.dtype) * num_tokens * width].float().view(-1, num_tokens, width)
     return parts.sum(dim=0)
+
+
+def is_marked(rows: Tensor) -> Tensor:
+    """Whether rows are of ``encode``: a bool scalar on their device."""
+    return (rows.reshape(-1)[-len(_MARK) :] == _mark(rows)).all()
+
+
+# Small whole numbers, which every floating dtype holds exactly.
+_MARK = (-3.0, 5.0, -7.0, 11.0)
+
+
+def _mark(rows: Tensor) -> Tensor:
+    return torch.tensor(_MARK, dtype=rows.dtype, device=rows.device)
 
 
 def _parts(dtype: torch.dtype) -> int:

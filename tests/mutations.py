@@ -46,7 +46,7 @@ MUTATIONS = [
     (
         "pair across a stage boundary left out in the later stage",
         "integration/pipeline.py",
-        "micro_batch.before = self._form.to_routing(arrival.message)",
+        "micro_batch.take_before = functools.partial(_take, step, self._form)",
         "pass",
         f"{LAYOUT}[PP2-plain]",
     ),
@@ -60,15 +60,15 @@ MUTATIONS = [
     (
         "message not passed on by a stage without MoE layers",
         "integration/pipeline.py",
-        "last = micro_batch.routing[-1] if micro_batch.routing else micro_batch.before",
-        "last = micro_batch.routing[-1] if micro_batch.routing else None",
+        "message_TW = step.message(self._form) if self._has_layers else step.message_TW",
+        "message_TW = step.message(self._form) if self._has_layers else None",
         f"{LAYOUT}[PP2+VPP2-dense layers at the stage boundary]",
     ),
     (
         "loss scale read in forward (specialization)",
         "integration/layer.py",
-        "return add_gradient(z, partial(self._add_specialization_gradient, rows, part, mean, self._num_tokens))",
-        "factor = gradient_factor(self._config, self._num_tokens)\n"
+        "return add_gradient(z, partial(self._add_specialization_gradient, rows, part, mean, routing.num_tokens))",
+        "factor = gradient_factor(self._config, routing.num_tokens)\n"
         "        weight = settings.specialization_loss_coeff * mean * factor\n"
         "        return add_gradient(z, partial(rows.add_gradient, part, weight))",
         "tests/test_gradients.py::test_gradient_scaler_is_read_in_backward",
@@ -90,15 +90,15 @@ MUTATIONS = [
     (
         "ERC's gradient not counted for every rank of the expert group",
         "integration/scaling.py",
-        "return backward_loss_scale(config) * ranks / num_shares",
+        "return backward_loss_scale(config) * group_count / num_shares",
         "return backward_loss_scale(config) / num_shares",
         f"{LAYOUT}[EP2-peers]",
     ),
     (
         "ERC's gradient not shared among the ranks of a micro-batch",
         "integration/scaling.py",
-        "return backward_loss_scale(config) * ranks / num_shares",
-        "return backward_loss_scale(config) * ranks",
+        "return backward_loss_scale(config) * group_count / num_shares",
+        "return backward_loss_scale(config) * group_count",
         f"{LAYOUT}[CP2-peers]",
     ),
     (
@@ -114,6 +114,27 @@ MUTATIONS = [
         "return summed(scores_TE.sum(dim=0), group) / num_tokens",
         "return scores_TE.mean(dim=0)",
         f"{LAYOUT}[CP2-peers]",
+    ),
+    (
+        "ERC's tokens taken for equal on all ranks",
+        "integration/expert_router_coupling.py",
+        "micro_batch.expert_group_count = summed(own, expert_group(self._dispatcher))",
+        "micro_batch.expert_group_count = own * expert_group(self._dispatcher).size()",
+        "tests/test_programs.py::test_ranks_with_different_numbers_of_tokens[erc]",
+    ),
+    (
+        "micro-batch without tokens counted in the logged mean",
+        "integration/recorder.py",
+        "entry[1] += 1.0 / self._num_shares * counts",
+        "entry[1] += 1.0 / self._num_shares",
+        "tests/test_programs.py::test_ranks_with_different_numbers_of_tokens[coupling]",
+    ),
+    (
+        "every forward of a pipeline step reads the first one's message",
+        "integration/pipeline.py",
+        "start, step.num_taken = step.num_taken, step.num_taken + num_tokens",
+        "start, step.num_taken = 0, num_tokens",
+        "tests/test_programs.py::test_policy_and_reference_in_one_tensor_between_stages",
     ),
 ]
 

@@ -1,18 +1,15 @@
 """The message that rides on hidden states between pipeline stages."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 
-from megatron_moe_spec.integration.pipeline import MessageForm, StageCarry
 from megatron_moe_spec.parallel.carry import (
     Append,
     Strip,
     bits_to_numbers,
     decode,
     encode,
+    is_marked,
     numbers_to_bits,
     packed_length,
     sequence_length,
@@ -41,8 +38,19 @@ def test_decode_is_the_inverse_of_encode(dtype, error, sequence, batch, hidden_s
     assert (decode(rows, sequence * batch, width) - message).abs().max() <= error
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sequence, batch, hidden_size, width", [(5, 2, 8, 1), (3, 4, 16, 19), (1, 1, 2, 1)])
+def test_a_message_is_marked_and_nothing_else_is(dtype, sequence, batch, hidden_size, width):
+    hidden_states = torch.randn(sequence, batch, hidden_size).to(dtype)
+    rows = encode(torch.rand(sequence * batch, width), hidden_states, width)
+    assert is_marked(rows)
+    assert is_marked(encode(None, hidden_states, width))
+    for other in (torch.randn(rows.shape).to(dtype), torch.zeros_like(rows), rows.roll(1, -1), 2 * rows):
+        assert not is_marked(other)
+
+
 def test_no_message_is_zeros():
-    assert not encode(None, torch.ones(4, 2, 8), 3).any()
+    assert not decode(encode(None, torch.ones(4, 2, 8), 3), 8, 3).any()
 
 
 @pytest.mark.parametrize("num_bits", [1, 8, 9, 60])
@@ -68,51 +76,3 @@ def test_messages_travel_both_ways_and_touch_no_gradient():
     sent.backward(arrived.grad)
     assert torch.equal(received["back"], back)
     assert torch.equal(x.grad, torch.full_like(x, 6.0))
-
-
-class Stage(torch.nn.Module):
-    """What a carry asks of a pipeline stage, and a communicator of its settings."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.pre_process, self.post_process = config, False, False
-
-    def set_input_tensor(self, input_tensor):
-        self.input_tensor = input_tensor
-
-
-class Config:
-    pipeline_dtype = torch.float32
-
-
-@pytest.fixture
-def communicator_class(megatron, monkeypatch):
-    """Megatron's, which only notes the shapes that it is asked to receive."""
-    from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-
-    asked = []
-    monkeypatch.setattr(P2PCommunicator, "asked", asked, raising=False)
-    monkeypatch.setattr(P2PCommunicator, "_communicate", lambda self, *, tensor_shape: asked.append(tensor_shape))
-    return P2PCommunicator
-
-
-def test_shapes_are_changed_for_the_model_alone_until_it_is_detached(communicator_class):
-    communicator, other = (communicator_class.__new__(communicator_class) for _ in range(2))
-    communicator.config, other.config = Config(), Config()
-    carry = StageCarry(Stage(communicator.config), MessageForm("mass", 4, False), True)
-    for one in (communicator, other):
-        one._communicate(tensor_shape=(16, 2, 8))
-    communicator._communicate(tensor_shape=None)
-    carry.detach()
-    communicator._communicate(tensor_shape=(16, 2, 8))
-    packed = packed_length(16, 8, torch.float32, 1), 2, 8
-    assert communicator_class.asked == [packed, (16, 2, 8), None, (16, 2, 8)]
-
-
-def test_a_model_that_nobody_detached_is_freed(communicator_class):
-    stage = Stage(Config())
-    StageCarry(stage, MessageForm("mass", 4, False), True)
-    gone = weakref.ref(stage), weakref.ref(stage.config)
-    del stage
-    gc.collect()
-    assert [reference() for reference in gone] == [None, None]

@@ -170,8 +170,19 @@ def _worst_error(found: dict, expected: dict) -> float:
 
 
 def _worst_loss_error(found: dict, expected: dict) -> float:
-    assert found["losses"].keys() == expected["losses"].keys() >= set(BOTH)
-    return max(abs(value / expected["losses"][name] - 1.0) for name, value in found["losses"].items())
+    names = found["losses"].keys()
+    assert names <= expected["losses"].keys()
+    return max(abs(found["losses"][name] / expected["losses"][name] - 1.0) for name in names)
+
+
+def _without_pairs_across_stages(result: dict, layout: str) -> dict:
+    """Where coupling is measured and not trained on, no message travels between stages."""
+    sizes = LAYOUTS[layout][1]
+    length = 4 // (sizes.get(PP, 1) * sizes.get(VPP, 1))
+    diagnostics = result["diagnostics"]
+    pairs = [pair for pair in diagnostics["pairs"] if len({layer // length for layer in pair["layers"]}) == 1]
+    losses = {name: value for name, value in result["losses"].items() if name != "coupling_loss"}
+    return {**result, "losses": losses, "diagnostics": {**diagnostics, "pairs": pairs}}
 
 
 @pytest.mark.parametrize(
@@ -186,10 +197,15 @@ def _worst_loss_error(found: dict, expected: dict) -> float:
 def test_layout_trains_as_one_process(jobs, record_property, layout, model):
     like = MODELS[model].get("like", model)
     expected, found = jobs.result("one process", like, 1.0), jobs.result(layout, model, 1.0)
+    losses = {*BOTH, *MODELS[model].get("losses", ())}
+    if PP in LAYOUTS[layout][1] and MODELS[model].get("losses", BOTH) != BOTH:
+        expected = _without_pairs_across_stages(expected, layout)
+        found["losses"].pop("coupling_loss", None)  # of the pairs within stages
+        losses.remove("coupling_loss")
     without = MODELS[model].get("without", like)
     own = _worst_error(jobs.result(layout, without, 0.0), jobs.result("one process", without, 0.0))
     error, loss_error = _worst_error(found, expected), _worst_loss_error(found, expected)
-    assert found["losses"].keys() == {*BOTH, *MODELS[model].get("losses", ())}
+    assert found["losses"].keys() == losses
     record_property("errors", f"{layout} | {model} | {loss_error:.1e} | {error:.1e} | {own:.1e}")
     assert own < 1e-5, "Megatron's own gradients differ from one process"
     assert error < 1e-5

@@ -102,7 +102,6 @@ def test_model_that_does_not_fit_is_refused(megatron, settings, config, flag):
         ("moe_token_dispatcher_type", "flex", "--moe-token-dispatcher-type"),
         ("transformer_impl", "inference_optimized", "--transformer-impl"),
         ("fp8", "hybrid", "--fp8-format"),
-        ("expert_tensor_parallel_size", 2, "--expert-tensor-parallel-size"),
     ],
 )
 def test_unsupported_setting_is_refused(megatron, field, value, flag):
@@ -130,7 +129,6 @@ def test_kernels_that_cannot_run_are_refused(megatron, monkeypatch):
 @pytest.mark.parametrize(
     "config, field, value, flag",
     [
-        (ORTHOGONALITY, "expert_tensor_parallel_size", 2, "--expert-tensor-parallel-size"),
         (ORTHOGONALITY, "moe_token_dispatcher_type", "flex", "--moe-token-dispatcher-type"),
         (ORTHOGONALITY, "use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
         (ORTHOGONALITY, "fp8", "hybrid", "--fp8-format"),

@@ -48,11 +48,18 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig) -> 
     model_settings = model_config(chunks)
     stages = Stages.of_model(chunks, [len(layers) for layers in layers_of_chunks], model_settings)
     check_supported(model_settings, layers, stages, config)
+    SpecHandle.ever_attached = True
     return SpecHandle(config, list(zip(chunks, layers_of_chunks)), stages)
 
 
 class SpecHandle:
-    """The losses on one model, from ``attach``."""
+    """The losses on one model, from ``attach``.
+
+    Attributes:
+        ever_attached: of the class: whether any model of this process has got losses.
+    """
+
+    ever_attached = False
 
     def __init__(
         self, config: SpecConfig, chunks: list[tuple[nn.Module, list[nn.Module]]], stages: Stages

@@ -5,6 +5,7 @@ that builds the model, and the one that logs a training step.
 """
 
 import functools
+import importlib
 import json
 from pathlib import Path
 from typing import Callable, Optional
@@ -16,6 +17,17 @@ from megatron_moe_spec.integration.attach import SpecHandle, attach
 from megatron_moe_spec.integration.compat import require_megatron, training_modules, training_writers
 
 METRICS_FILE = "moe_spec_metrics.jsonl"
+SCHEDULES = (
+    "forward_backward_no_pipelining",
+    "forward_backward_pipelining_with_interleaving",
+    "forward_backward_pipelining_without_interleaving",
+)
+NEVER_ATTACHED = (
+    "the command line asks for losses or metrics of megatron_moe_spec, and they were attached to no model: this is not "
+    "the training loop of the megatron.training that is imported here. Where the script has built its model, add two "
+    "lines, `from megatron_moe_spec import SpecConfig, attach` and `attach(model, SpecConfig(...))`; or, for a copy of "
+    "Megatron's training loop, the lines of patches/"
+)
 
 
 def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
@@ -34,6 +46,37 @@ def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
     arguments, training = training_modules()
     if not any(isinstance(value, TrainingLosses) for value in vars(training).values()):
         _wrap(arguments, training, add_arguments, TrainingLosses(config_from_arguments))
+
+
+def require_attached(asked: Callable[[], bool]) -> None:
+    """Has Megatron's schedules stop before a training pass without the losses that were asked for.
+
+    Scripts with a training loop of their own take the flags by Megatron's parser and would silently ignore them.
+
+    Args:
+        asked: whether losses or metrics were asked for.
+    """
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    for name in SCHEDULES:
+        schedule = getattr(schedules, name)
+        if not hasattr(schedule, "megatron_moe_spec_guard"):
+            setattr(schedules, name, _guarded(schedule, asked))
+
+
+def _guarded(schedule: Callable, asked: Callable[[], bool]) -> Callable:
+    @functools.wraps(schedule)
+    def guarded(*args, forward_only=False, **kwargs):
+        if not forward_only and never_attached(asked):
+            raise RuntimeError(NEVER_ATTACHED)
+        return schedule(*args, forward_only=forward_only, **kwargs)
+
+    guarded.megatron_moe_spec_guard = True
+    return guarded
+
+
+def never_attached(asked: Callable[[], bool]) -> bool:
+    """Whether losses or metrics were asked for and no model of this process has got any."""
+    return not SpecHandle.ever_attached and asked()
 
 
 def _wrap(arguments, training, add_arguments: Callable, losses: "TrainingLosses") -> None:

@@ -7,6 +7,10 @@ that builds the model, and the one that logs a training step.
 import functools
 import importlib
 import json
+import math
+import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -117,7 +121,8 @@ class TrainingLosses:
     def __init__(self, config_from_arguments: Callable):
         self._config_from_arguments = config_from_arguments
         self._handle: Optional[SpecHandle] = None
-        self._metrics_file: Optional[Path] = None
+        self._metrics_file: Optional[MetricsFile] = None
+        self._skipped: frozenset[int] = frozenset()
 
     def attach(self, model, args) -> None:
         """Attaches what the flags ask for, once the model is built and its checkpoint loaded.
@@ -128,15 +133,18 @@ class TrainingLosses:
 
         Raises:
             ValueError, RuntimeError: see ``megatron_moe_spec.attach``.
+            OSError: the file of metrics cannot be written; on every rank. The message names the flags to change.
         """
         config = self._config_from_arguments(args)
         if not config.enabled:
             return
-        self._handle = attach(model, config)
-        self._handle.start_after(getattr(args, "iteration", 0))
         if config.metrics_interval:
             folder = Path(getattr(args, "tensorboard_dir", None) or getattr(args, "save", None) or ".")
-            self._metrics_file = folder / METRICS_FILE
+            self._metrics_file = MetricsFile(folder / METRICS_FILE)
+            self._metrics_file.check()
+        self._skipped = frozenset(getattr(args, "iterations_to_skip", None) or ())
+        self._handle = attach(model, config)
+        self._handle.start_after(self._last_before_training(getattr(args, "iteration", 0)))
         if dist.get_rank() == 0:
             print(f"MoE specialization: {_describe(config, self._metrics_file)}", flush=True)
 
@@ -150,10 +158,17 @@ class TrainingLosses:
         if self._handle is None:
             return loss_dict
         losses, diagnostics = self._handle.finish_step(iteration)
+        self._handle.start_after(self._last_before_training(iteration))
         if diagnostics is not None:
             self._write(iteration, losses, diagnostics)
         trained = self._handle.config.trained_losses
         return {**loss_dict, **{name: loss for name, loss in losses.items() if name in trained}}
+
+    def _last_before_training(self, iteration: int) -> int:
+        """``iteration``, or the last of those of ``--iterations-to-skip`` that follow it; Megatron logs none of them."""
+        while iteration + 1 in self._skipped:
+            iteration += 1
+        return iteration
 
     def _write(self, iteration: int, losses: dict, diagnostics: dict) -> None:
         tensorboard, wandb = training_writers()
@@ -165,12 +180,63 @@ class TrainingLosses:
                 wandb.log(scalars, iteration)
         if dist.get_rank() == 0:
             line = {"iteration": iteration, **{name: float(loss) for name, loss in losses.items()}, **diagnostics}
-            self._metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            with self._metrics_file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._metrics_file.append(line)
 
 
-def _describe(config: SpecConfig, metrics_file: Optional[Path]) -> str:
+class MetricsFile:
+    """A file of strict JSON lines, which rank 0 writes. A long run does not end for it: it warns, once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._warned = False
+
+    def __str__(self):
+        return str(self._path)
+
+    def check(self) -> None:
+        """Raises OSError, on every rank, where rank 0 cannot write the file. A collective."""
+        problem = [None]
+        if dist.get_rank() == 0:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.open("a").close()
+            except OSError as error:
+                problem = [f"{error.strerror}: {error.filename}"]
+        dist.broadcast_object_list(problem)
+        if problem[0]:
+            raise OSError(
+                f"{self._path} cannot be written ({problem[0]}): set --tensorboard-dir, or --save, to another folder, "
+                "or --moe-spec-metrics-interval to 0"
+            )
+
+    def append(self, line: dict) -> None:
+        """Writes a line, with null for what is not finite."""
+        size = None
+        try:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        except OSError as error:
+            # No part of a line stays before the next one, if there is room for that later.
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self._path, size)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"{self._path} cannot be written ({error.strerror}); training goes on without its lines")
+
+
+def _finite(value):
+    """The same with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _describe(config: SpecConfig, metrics_file: Optional[MetricsFile]) -> str:
     parts = [f"{_named(loss, config)} x {getattr(config, f'{loss}_coeff'):g}" for loss in config.trained_losses]
     if metrics_file:
         parts.append(f"measured every {config.metrics_interval} iterations to {metrics_file}")

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +144,22 @@ def test_checkpoints_resume_with_and_without_the_losses(runs, tmp_path):
     assert without["lm loss"][3] == losses["lm loss"][3] and "coupling_loss" not in without
     taken_up = resume("plain", *LOSSES)
     assert taken_up["lm loss"][3] == plain["lm loss"][3] and "coupling_loss" in taken_up
+
+
+def test_checkpoints_are_saved_by_a_worker_process(tmp_path):
+    pytest.importorskip("psutil", reason="psutil is not installed, which saving torch_dist checkpoints needs")
+    worker = ["--async-save", "--use-persistent-ckpt-worker", "--ckpt-format", "torch_dist"]
+    training = Path(find_spec("megatron.training").origin).parent
+    if any("async_strategy" in file.read_text() for file in training.rglob("*.py")):  # from 0.19
+        worker += ["--async-strategy", "mcore"]
+    # NCCL is Megatron's default backend.
+    flags = ["--train-iters", 2, *LOSSES, "--distributed-backend", "nccl"]
+    launch(*flags, *worker, "--save", tmp_path, "--save-interval", 1)
+    latest = tmp_path / "latest_checkpointed_iteration.txt"
+    assert latest.read_text() == "2"
+    latest.write_text("1")
+    resumed = launch(*flags, "--load", tmp_path, "--ckpt-format", "torch_dist")
+    assert re.findall(r"iteration +(\d)/ +2 .*coupling_loss", resumed) == ["2"]
 
 
 def test_model_that_does_not_fit_stops_the_run_by_name():

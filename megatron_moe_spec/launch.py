@@ -32,9 +32,9 @@ def _asked() -> bool:
 def install() -> None:
     """Gives the next ``megatron.training.pretrain`` of this process the flags and the losses.
 
-    For a script of one's own, anywhere before Megatron parses its arguments. It does nothing to a Megatron that was
-    changed by one of ``patches/``. A training loop that is not ``pretrain``'s, and attaches no losses itself, is stopped
-    before its first step where the command line asks for losses.
+    For a script of one's own, anywhere before Megatron parses its arguments. It adds neither to a Megatron that was
+    changed by one of ``patches/``. A training loop that is not ``pretrain``'s, and attaches no losses itself, is
+    stopped before its first step where the command line asks for losses.
 
     Raises:
         ImportError: megatron-core or megatron.training is missing, or too old.

@@ -10,6 +10,7 @@ from processes import ROOT, TESTS, needs_training_loop
 
 from megatron_moe_spec import SpecConfig, attach
 
+LAUNCHER = "-m megatron_moe_spec.launch"
 COUPLING = ["--moe-coupling-loss-coeff", "1e-3"]
 # As torchrun sets them for one process.
 STARTED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -19,7 +20,7 @@ OTHERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 def _launch(*command, **variables) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if name not in (*STARTED, *OTHERS)}
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "megatron_moe_spec.launch", *map(str, command)],
+        [sys.executable, "-W", "ignore", *LAUNCHER.split(), *map(str, command)],
         cwd=TESTS,
         env={**environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **variables},
         capture_output=True,
@@ -92,10 +93,10 @@ def test_script_that_attaches_the_losses_itself(tmp_path):
 @pytest.mark.parametrize(
     "command, variables, message",
     [
-        (["--cpu", "SCRIPT", *COUPLING], {}, "torchrun --nproc-per-node PROCESSES -m megatron_moe_spec.launch --cpu SCRIPT"),
-        (["SCRIPT", "--lr", "1e-3"], {}, "-m megatron_moe_spec.launch SCRIPT --lr 1e-3"),
+        (["--cpu", "SCRIPT", *COUPLING], {}, f"torchrun --nproc-per-node PROCESSES {LAUNCHER} --cpu SCRIPT"),
+        (["SCRIPT", "--lr", "1e-3"], {}, f"{LAUNCHER} SCRIPT --lr 1e-3"),
         (["SCRIPT", *COUPLING], STARTED, "put --cpu before the script: torchrun"),
-        (["SCRIPT", "--moe-coupling-loss-coeff", "-2e-3"], STARTED, "--moe-coupling-loss-coeff) must be finite and not"),
+        (["SCRIPT", "--moe-coupling-loss-coeff", "-2e-3"], STARTED, "--moe-coupling-loss-coeff) must be finite"),
         (["SCRIPT", "--moe-coupling-loss-coeff", "much"], STARTED, "--moe-coupling-loss-coeff: invalid float value"),
     ],
 )

@@ -165,7 +165,7 @@ class TrainingLosses:
         return {**loss_dict, **{name: loss for name, loss in losses.items() if name in trained}}
 
     def _last_before_training(self, iteration: int) -> int:
-        """``iteration``, or the last of those of ``--iterations-to-skip`` that follow it; Megatron logs none of them."""
+        """``iteration``, or the last of those after it that ``--iterations-to-skip`` names; Megatron logs none."""
         while iteration + 1 in self._skipped:
             iteration += 1
         return iteration

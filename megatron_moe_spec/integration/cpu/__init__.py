@@ -21,8 +21,8 @@ def enable() -> None:
     - the few places of Megatron that assume a GPU, Transformer Engine or Apex are patched as their modules are
       imported: see ``megatron_moe_spec.integration.cpu.megatron``.
 
-    Training takes ``--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion
-    --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion``, and ``torchrun`` for one process too.
+    Training takes ``--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    --no-persist-layer-norm --no-rope-fusion``, and ``torchrun`` for one process too.
     A second call does nothing. Threads that were started before the call keep their view of devices. The processes
     that Megatron spawns to save checkpoints import the main script again, with no more of this backend than they need:
     keep the script's run under ``if __name__ == "__main__"``.

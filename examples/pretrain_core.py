@@ -12,7 +12,6 @@ folder gets log.jsonl, a line an iteration, and moe_spec_metrics.jsonl, one ever
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -41,6 +40,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_moe_spec import attach
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
+from megatron_moe_spec.integration.training import METRICS_FILE, MetricsFile
 
 
 class ByteTokenizer:
@@ -233,11 +233,6 @@ def evaluate(model, dataset, num_microbatches, args):
     return loss
 
 
-def write_line(path, record):
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
 def main():
     args = parse_args()
     num_microbatches = initialize(args)
@@ -247,10 +242,11 @@ def main():
     handle = attach(model, spec_config_from_args(args))
 
     is_writer = dist.get_rank() == 0
-    log, metrics_log = args.output / "log.jsonl", args.output / "moe_spec_metrics.jsonl"
+    paths = [args.output / "log.jsonl", args.output / METRICS_FILE]
+    log, metrics_log = map(MetricsFile, paths)
     if is_writer:
         args.output.mkdir(parents=True, exist_ok=True)
-        for path in (log, metrics_log):
+        for path in paths:
             path.unlink(missing_ok=True)
 
     data_iterator = micro_batches(training, args.iterations, args)
@@ -268,9 +264,9 @@ def main():
         if iteration % args.eval_interval == 0 or iteration == args.iterations:
             record["validation_loss"] = evaluate(model, validation, num_microbatches, args)
         if is_writer:
-            write_line(log, record)
+            log.append(record)
             if diagnostics is not None:
-                write_line(metrics_log, {"iteration": iteration, **metrics, **diagnostics})
+                metrics_log.append({"iteration": iteration, **metrics, **diagnostics})
             if iteration % 10 == 0 or "validation_loss" in record:
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "iteration")
                 print(f"iteration {iteration}/{args.iterations}  {shown}", flush=True)

@@ -1,7 +1,11 @@
 """Command-line flags, generated from SpecConfig."""
 
 import argparse
+import re
+import sys
 from dataclasses import fields
+from types import SimpleNamespace
+from typing import Optional, Sequence
 
 from megatron_moe_spec.config import SpecConfig
 
@@ -10,31 +14,117 @@ def _destination(setting) -> str:
     return setting.metadata["flag"].removeprefix("--").replace("-", "_")
 
 
+_SETTINGS = {_destination(setting): setting for setting in fields(SpecConfig)}
+
+
 def add_moe_spec_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds one flag per field of SpecConfig to a parser; fits Megatron's ``extra_args_provider``.
 
     Returns:
         The same parser.
     """
-    group = parser.add_argument_group("MoE expert specialization")
-    for setting in fields(SpecConfig):
-        group.add_argument(
-            setting.metadata["flag"],
-            dest=_destination(setting),
-            type=type(setting.default),
-            default=setting.default,
-            choices=setting.metadata["choices"],
-            help=setting.metadata["help"].replace("%", "%%"),
-        )
+    _add_flags(parser, {name: setting.default for name, setting in _SETTINGS.items()})
     return parser
 
 
-def spec_config_from_args(args) -> SpecConfig:
+def _add_flags(parser: argparse.ArgumentParser, defaults: dict) -> None:
+    # Before Python 3.14, argparse takes -2e-3 for a flag and asks for a value; SpecConfig says what is wrong with it.
+    parser._negative_number_matcher = re.compile(r"-(\.?\d|inf$|nan$)")
+    group = parser.add_argument_group("MoE expert specialization")
+    for name, setting in _SETTINGS.items():
+        group.add_argument(
+            setting.metadata["flag"],
+            dest=name,
+            type=type(setting.default),
+            default=defaults.get(name, argparse.SUPPRESS),
+            choices=setting.metadata["choices"],
+            help=setting.metadata["help"].replace("%", "%%"),
+        )
+
+
+def spec_config_from_args(args, command_line: Optional[Sequence[str]] = None) -> SpecConfig:
     """Builds the SpecConfig from parsed arguments; a flag the parser did not know keeps its default.
 
+    With Megatron's ``--yaml-cfg`` all parsed arguments are replaced by the file's. Then the file's keys count in any
+    section, with underscores or dashes, and the flags on the command line before them.
+
+    Args:
+        args: parsed arguments.
+        command_line: the flags that were parsed; those of this process if not given.
+
     Raises:
-        ValueError: a value is out of range; the message names the flag.
+        ValueError: a value is out of range, or the YAML file has two of them; the message names the flag.
     """
-    return SpecConfig(
-        **{s.name: getattr(args, _destination(s), s.default) for s in fields(SpecConfig)}
-    )
+    if getattr(args, "yaml_cfg", None):
+        given, _ = _parse(command_line)
+        return SpecConfig(**_by_field({**_in_sections(vars(args)), **given}))
+    return SpecConfig(**_by_field({name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}))
+
+
+def spec_config_from_command_line(command_line: Optional[Sequence[str]] = None) -> SpecConfig:
+    """What a command line asks for, its ``--yaml-cfg`` included, whoever else parses it; other flags are passed over.
+
+    Args:
+        command_line: the flags; those of this process if not given.
+
+    Raises:
+        ValueError: a flag has no fitting value, or the YAML file cannot be read; the message names the flag.
+    """
+    given, yaml_file = _parse(command_line)
+    return SpecConfig(**_by_field({**(_in_sections(_load(yaml_file)) if yaml_file else {}), **given}))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise ValueError(message)
+
+
+def _parse(command_line: Optional[Sequence[str]]) -> tuple[dict, Optional[str]]:
+    """The flags that were given, by destination, and the YAML file."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--yaml-cfg")
+    _add_flags(parser, defaults={})
+    given = vars(parser.parse_known_args(sys.argv[1:] if command_line is None else command_line)[0])
+    return given, given.pop("yaml_cfg")
+
+
+def _load(yaml_file: str) -> dict:
+    import yaml  # Megatron needs it for this flag, too.
+
+    try:
+        with open(yaml_file) as file:
+            content = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--yaml-cfg {yaml_file} cannot be read: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _in_sections(tree: dict) -> dict:
+    """The settings in a YAML file's keys, by destination, in whichever section they stand."""
+    found = {}
+    for key, value in tree.items():
+        if isinstance(value, SimpleNamespace):
+            value = vars(value)
+        name = str(key).replace("-", "_")
+        if name in _SETTINGS:
+            inner = {name: value}
+        else:
+            inner = _in_sections(value) if isinstance(value, dict) else {}
+        for name, value in inner.items():
+            if found.setdefault(name, value) != value:
+                raise ValueError(f"--yaml-cfg sets {name} to {found[name]!r} and to {value!r}: keep one of them")
+    return found
+
+
+def _by_field(values: dict) -> dict:
+    return {_SETTINGS[name].name: _number(value, _SETTINGS[name]) for name, value in values.items()}
+
+
+def _number(value, setting):
+    # PyYAML reads 2e-3, without a dot, as a string.
+    if isinstance(value, str) and not setting.metadata["choices"]:
+        try:
+            return type(setting.default)(value)
+        except ValueError:
+            pass  # SpecConfig says what it must be.
+    return value

@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         print(f"\nMegatron does not take these flags: {error}")
         return USAGE
     try:
-        asked = spec_config_from_args(args)
+        asked = spec_config_from_args(args, argv)
     except ValueError as error:
         return _verdict([str(error)])
     return _verdict(_examine(args, model, asked, device))

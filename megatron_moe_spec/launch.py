@@ -3,11 +3,14 @@
     torchrun <torchrun's flags> -m megatron_moe_spec.launch [--cpu] SCRIPT <the script's flags>
 """
 
+import os
 import runpy
+import shlex
 import sys
 from pathlib import Path
+from typing import Optional
 
-from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
+from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args, spec_config_from_command_line
 
 _USAGE = """usage: torchrun ... -m megatron_moe_spec.launch [--cpu] SCRIPT [SCRIPT'S FLAGS ...]
 
@@ -17,24 +20,39 @@ is edited.
 
   --cpu   run on CPU with gloo, without a GPU: for development, teaching and tests, not for real training
 """
+# What torchrun sets, and what stands for it where others start the processes (srun, mpirun, PMI).
+_STARTED_BY = ("RANK", "MASTER_ADDR", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+
+
+_guards: list = []  # of this process, until it ends
+
+
+def _asked() -> bool:
+    """Whether the command line asks for losses or metrics."""
+    return spec_config_from_command_line().enabled
 
 
 def install() -> None:
     """Gives the next ``megatron.training.pretrain`` of this process the flags and the losses.
 
-    For a script of one's own, anywhere before Megatron parses its arguments. It does nothing to a Megatron that was
-    changed by one of ``patches/``.
+    For a script of one's own, anywhere before Megatron parses its arguments. It adds neither to a Megatron that was
+    changed by one of ``patches/``. A training loop that is not ``pretrain``'s, and attaches no losses itself, is
+    stopped before its first step where the command line asks for losses.
 
     Raises:
         ImportError: megatron-core or megatron.training is missing, or too old.
+        ValueError: a flag of this package has no fitting value; the message names it.
     """
     from megatron_moe_spec.integration import training
 
     training.install(add_moe_spec_args, spec_config_from_args)
+    asked = _asked()
+    # A script may set sys.argv for Megatron's parser later, or empty it.
+    _guards.append(training.AttachedGuard(lambda: asked or _asked()))
 
 
 def main(argv: list[str]) -> int:
-    """Runs ``[--cpu] SCRIPT flags``; returns the exit status of a usage error, or 0."""
+    """Runs ``[--cpu] SCRIPT flags``; returns the exit status: 2 for bad use, 1 if the losses were never attached."""
     on_cpu = argv[:1] == ["--cpu"]
     command = argv[1:] if on_cpu else argv
     if not command or command[0].startswith("-"):
@@ -42,19 +60,57 @@ def main(argv: list[str]) -> int:
         print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     script = Path(command[0])
-    if not script.is_file():
-        print(f"megatron_moe_spec.launch: no such script: {script}", file=sys.stderr)
-        return 2
     # As `python SCRIPT` would have it: a Megatron-LM checkout around the script comes before installed packages.
     sys.argv = command
     sys.path.insert(0, str(script.resolve().parent))
+    problem = _problem(script, on_cpu)
+    if problem:
+        return _fail(problem, 2)
     if on_cpu:
         from megatron_moe_spec.integration.cpu import enable
 
         enable()
     install()
-    runpy.run_path(str(script), run_name="__main__")
-    return 0
+    asked = _asked()
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as leaving:
+        if leaving.code:
+            raise
+    from megatron_moe_spec.integration.training import NEVER_ATTACHED, never_attached
+
+    return _fail(NEVER_ATTACHED, 1) if never_attached(lambda: asked) else 0
+
+
+def _problem(script: Path, on_cpu: bool) -> Optional[str]:
+    """What has to be typed otherwise; ``sys.argv`` is the script's."""
+    if not script.is_file():
+        return f"no such script: {script}"
+    try:
+        _asked()
+    except ValueError as error:
+        return str(error)
+    if {"-h", "--help"} & set(sys.argv):
+        return None
+    start = "torchrun --nproc-per-node PROCESSES -m megatron_moe_spec.launch"
+    if not any(name in os.environ for name in _STARTED_BY):
+        flag = "--cpu " if on_cpu else ""
+        return f"torchrun has to start it, for one process too: {start} {flag}{shlex.join(sys.argv)}"
+    if not on_cpu and not _accelerator():
+        return f"torch sees no GPU. To run on CPU, put --cpu before the script: {start} --cpu {shlex.join(sys.argv)}"
+    return None
+
+
+def _accelerator() -> bool:
+    import torch
+
+    others = getattr(torch, "accelerator", None)  # since torch 2.6; of other vendors
+    return torch.cuda.is_available() or (others is not None and others.is_available())
+
+
+def _fail(problem: str, status: int) -> int:
+    print(f"megatron_moe_spec.launch: {problem}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

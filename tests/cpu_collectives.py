@@ -1,7 +1,14 @@
-"""Under torchrun with two processes: gathers and reductions of tensors whose shapes differ between the ranks."""
+"""Under torchrun with two processes: gathers and reductions of tensors whose shapes gloo does not take.
+
+The name of the backend is the only argument.
+"""
+
+import datetime
+import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from megatron_moe_spec.integration.cpu import enable
 
@@ -32,11 +39,42 @@ def check_reduce_scatter(shapes, **options):
     assert torch.equal(inputs[0], tensor_of(rank, shapes[0]))
 
 
+def check_one_tensor_for_all_ranks(shape, **options):
+    """Stacked [2, n, m] and concatenated [2 n, m], as both modules and under all names."""
+    rank = dist.get_rank()
+    expected = torch.stack([tensor_of(0, shape), tensor_of(1, shape)])
+    for stacked in (expected, expected.flatten(0, 1)):
+        for module in (dist, distributed_c10d):
+            for name in ("all_gather_into_tensor", "_all_gather_base", "all_gather_single"):
+                if hasattr(module, name):
+                    output = torch.full_like(stacked, torch.nan)
+                    finish(getattr(module, name)(output, tensor_of(rank, shape), **options), **options)
+                    assert torch.equal(output, stacked), (name, output)
+            for name in ("reduce_scatter_tensor", "_reduce_scatter_base", "reduce_scatter_single"):
+                if hasattr(module, name):
+                    output = torch.full(shape, torch.nan)
+                    finish(getattr(module, name)(output, stacked.clone(), **options), **options)
+                    assert torch.equal(output, 2 * expected[rank]), (name, output)
+    output = torch.full_like(expected, torch.nan)
+    dist.all_gather_into_tensor(output_tensor=output, input_tensor=tensor_of(rank, shape))
+    assert torch.equal(output, expected)
+
+
+def finish(work, async_op=False, **_):
+    if async_op:
+        work.wait()
+
+
 if __name__ == "__main__":
     enable()
-    dist.init_process_group("gloo")
+    backend = sys.argv[1]
+    device = {} if backend == "gloo" else {"device_id": torch.device("cuda", 0)}
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=60), **device)
+    assert dist.get_backend() == dist.get_backend(dist.new_group([0, 1], backend=backend)) == "gloo"
     for shapes in SHAPES.values():
         for options in ({}, {"async_op": True}, {"group": dist.new_group([0, 1])}):
             check_all_gather(shapes, **options)
             check_reduce_scatter(shapes, **options)
+    for options in ({}, {"async_op": True}, {"group": dist.new_group([0, 1])}):
+        check_one_tensor_for_all_ranks((3, 2), **options)
     dist.destroy_process_group()

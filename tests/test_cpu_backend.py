@@ -35,6 +35,7 @@ from torch.overrides import _get_current_function_mode_stack
 def state():
     names = [torch.compile, torch.autograd.graph._engine_run_backward, threading.Thread._bootstrap_inner]
     names += [torch.distributed.all_gather, torch.distributed.reduce_scatter, torch.accelerator.is_available]
+    names += [torch.distributed.all_gather_into_tensor, torch.distributed.init_process_group]
     names += [torch.cuda.is_available, torch.cuda.Stream, torch.cuda.current_stream, torch.Tensor.record_stream]
     return names, torch.cuda.is_available(), list(sys.meta_path), _get_current_function_mode_stack()
 
@@ -57,8 +58,14 @@ def test_devices():
     assert len(_check("cpu_devices.py").split()) > 8
 
 
-def test_uneven_collectives():
-    torchrun(2, "cpu_collectives.py")
+def test_collectives_as_on_nccl():
+    torchrun(2, "cpu_collectives.py", "gloo")
+
+
+@pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
+def test_gloo_in_the_place_of_nccl(backend):
+    output = torchrun(2, "cpu_collectives.py", backend)
+    assert output.count(f"process groups use gloo where the script asks for {backend}") == 1
 
 
 @needs_megatron

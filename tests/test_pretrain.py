@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ MODEL = """
     --split 90,5,5 --ckpt-format torch --seed 7
 """.split()
 LOSSES = ["--moe-specialization-loss-coeff", "2e-2", "--moe-coupling-loss-coeff", "1e-2"]
+MEASURE = ["--moe-spec-metrics-interval", "2"]
 
 
 def launch(*flags, processes=1) -> str:
@@ -60,7 +63,7 @@ def runs(megatron, tmp_path_factory):  # megatron: reading a checkpoint imports 
     outputs = {
         "plain": run("plain"),
         "zero": run("zero", "--moe-specialization-loss-coeff", "0", "--moe-coupling-loss-coeff", "0"),
-        "losses": run("losses", *LOSSES, "--moe-spec-metrics-interval", "2"),
+        "losses": run("losses", *LOSSES, *MEASURE),
     }
     return folder, outputs
 
@@ -143,9 +146,49 @@ def test_checkpoints_resume_with_and_without_the_losses(runs, tmp_path):
     assert taken_up["lm loss"][3] == plain["lm loss"][3] and "coupling_loss" in taken_up
 
 
+def test_checkpoints_are_saved_by_a_worker_process(tmp_path):
+    pytest.importorskip("psutil", reason="psutil is not installed, which saving torch_dist checkpoints needs")
+    worker = ["--async-save", "--use-persistent-ckpt-worker", "--ckpt-format", "torch_dist"]
+    training = Path(find_spec("megatron.training").origin).parent
+    if any("async_strategy" in file.read_text() for file in training.rglob("*.py")):  # from 0.19
+        worker += ["--async-strategy", "mcore"]
+    # NCCL is Megatron's default backend.
+    flags = ["--train-iters", 2, *LOSSES, "--distributed-backend", "nccl"]
+    launch(*flags, *worker, "--save", tmp_path, "--save-interval", 1)
+    latest = tmp_path / "latest_checkpointed_iteration.txt"
+    assert latest.read_text() == "2"
+    latest.write_text("1")
+    resumed = launch(*flags, "--load", tmp_path, "--ckpt-format", "torch_dist")
+    assert re.findall(r"iteration +(\d)/ +2 .*coupling_loss", resumed) == ["2"]
+
+
 def test_model_that_does_not_fit_stops_the_run_by_name():
     with pytest.raises(AssertionError, match="--moe-router-topk is 1"):
         launch("--train-iters", 1, "--moe-router-topk", 1, "--moe-router-pre-softmax", *LOSSES)
+
+
+def test_skipped_iterations_move_no_measurement(tmp_path):
+    launch("--train-iters", 8, "--tensorboard-dir", tmp_path, *LOSSES, *MEASURE, "--iterations-to-skip", 1, 3, 6)
+    lines = [json.loads(line) for line in (tmp_path / "moe_spec_metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [2, 4, 8]
+    logged = scalars(tmp_path)["coupling_loss"]
+    assert list(logged) == [2, 4, 5, 7, 8]
+    assert all(line["coupling_loss"] == pytest.approx(logged[line["iteration"]], rel=1e-6) for line in lines)
+
+
+def test_full_disk_does_not_end_a_run(tmp_path):
+    (tmp_path / "moe_spec_metrics.jsonl").symlink_to("/dev/full")
+    output = launch("--train-iters", 4, "--tensorboard-dir", tmp_path, *LOSSES, *MEASURE, processes=2)
+    assert re.search(r"iteration +4/ +4 .*coupling_loss", output)
+    assert output.count("moe_spec_metrics.jsonl cannot be written (No space left on device)") == 1
+
+
+def test_metrics_that_cannot_be_written_stop_the_run_before_it_trains(tmp_path):
+    (tmp_path / "moe_spec_metrics.jsonl").mkdir()
+    remedy = "set --tensorboard-dir, or --save, to another folder, or --moe-spec-metrics-interval to 0"
+    with pytest.raises(AssertionError, match=remedy) as ended:
+        launch("--train-iters", 4, "--tensorboard-dir", tmp_path, *LOSSES, *MEASURE, processes=2)
+    assert "Is a directory" in str(ended.value) and "iteration        1/" not in str(ended.value)
 
 
 @pytest.mark.parametrize(

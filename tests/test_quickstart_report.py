@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -229,3 +230,26 @@ def test_progress_tells_the_time_left_of_all_runs():
     progress.show([(1, 6.0), (100, 2.0)])
     # 0.5 s a step; the other run takes 5 s to start and 50 s to train.
     assert "100/100  loss 2.000  0.50 s/step  0 min 55 s left" in stream.getvalue()
+
+
+@pytest.mark.parametrize("script", ["quickstart/run.py", "compare/compare.py"])
+def test_folder_that_cannot_be_written_is_one_clear_line(script, tmp_path):
+    """Below a file: permissions do not bind root, as whom the tests may run."""
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, QUICKSTART.parent / script, "--output", tmp_path / "file" / "report"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 1 and not run.stdout
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"Cannot write to {tmp_path / 'file' / 'report'} (Not a directory). Name another folder")
+    assert '_ARGS="--output DIR"' in line
+
+
+def test_folder_without_permission_is_explained(tmp_path, monkeypatch):
+    import training
+
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(training.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(SystemExit, match=r"^Cannot write to .*\(Permission denied\)"):
+        training.make_output(tmp_path, "QUICKSTART_ARGS")

@@ -142,13 +142,13 @@ def plan_of(options, machine, scale, workers, prefix) -> dict:
 
 def main():
     options = parse_options()
+    training.make_output(options.output, "COMPARE_ARGS")
     machine = training.detect_machine()
     if machine.loop != "megatron.training":
         sys.exit("The comparison trains by megatron.training, which comes with megatron-core >= 0.17 (Python >= 3.12).")
     workers = options.workers or (len(os.sched_getaffinity(0)) if machine.cpu else machine.processes)
     machine = replace(machine, processes=1)
     scale = schedule.CPU if machine.cpu else schedule.GPU
-    options.output.mkdir(parents=True, exist_ok=True)
     prefix = options.output / "data" / "stdlib"
     training.make_data(prefix)
 

@@ -17,6 +17,7 @@ from training import (
     account_of_failure,
     detect_machine,
     make_data,
+    make_output,
     megatron_command,
     megatron_steps,
     start,
@@ -104,6 +105,7 @@ def parse_options(arguments=None):
 
 def main():
     options = parse_options()
+    make_output(options.output, "QUICKSTART_ARGS")
     machine = detect_machine()
     prefix = options.output / "data" / "stdlib"
     print(f"Training by {machine.loop} {version('megatron-core')}, {machine.processes} process(es), {machine.device}")

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,22 @@ def make_data(prefix):
     made = subprocess.run([sys.executable, "-W", "ignore", data.__file__, str(shown(prefix))])
     if made.returncode:
         sys.exit(made.returncode)
+
+
+def make_output(folder, variable):
+    """Makes the folder of a report, or leaves with what to do where it cannot be written.
+
+    Args:
+        variable: of the Makefile, for the script's flags.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        sys.exit(
+            f"Cannot write to {shown(folder)} ({error.strerror}). Name another folder: --output DIR, "
+            f'or with make: {variable}="--output DIR"'
+        )
 
 
 def start(command, folder, variables=None):

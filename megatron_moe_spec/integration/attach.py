@@ -63,6 +63,7 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
     stages = Stages.of_model(chunks, [len(one.taken) for one in found], model_settings, config)
     check_supported(chunks, model_settings, [layer for one in found for layer in one.taken.values()], stages, config)
     groups = [group] if group is not None else model_ranks(chunks[0])
+    SpecHandle.ever_attached = True
     return SpecHandle(config, list(zip(chunks, found)), stages, groups)
 
 
@@ -73,7 +74,10 @@ class SpecHandle:
         config: what they are.
         layers: names of the MoE layers that have them, in this rank's chunks one after another.
         left_out: names of the other MoE layers in these chunks, each with the reason.
+        ever_attached: of the class: whether any model of this process has got losses.
     """
+
+    ever_attached = False
 
     def __init__(
         self, config: SpecConfig, chunks: list[tuple[nn.Module, FoundLayers]], stages: Stages, groups: Sequence

@@ -33,12 +33,14 @@ def check_supported(chunks: list, model, moe_layers: list, stages: Stages, confi
     """
     device = router_of(moe_layers[0]).weight.device if moe_layers else None
     # A layer may have settings of its own.
-    settings = list({id(one): one for one in (model, *(layer.config for layer in moe_layers)) if one is not None}.values())
+    settings = {id(one): one for one in (model, *(layer.config for layer in moe_layers))}.values()
     problems = [problem for one in settings for problem in _problems(one, moe_layers, stages, config, device)]
     problems += _parallel_problems(chunks, moe_layers, config)
     if config.erc_loss_coeff > 0 and any(map(shards_weights, chunks)):
         problems.append("ERC reads whole weights, of which FSDP leaves a rank shards (set --moe-erc-loss-coeff to 0)")
-    if moe_layers and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
+    # Of a pipeline, one stage may be frozen.
+    whole = len(stages.own) == len(stages.num_layers)
+    if whole and moe_layers and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
         problems.append("the whole model is frozen: attach to the one that is trained")
     if problems:
         raise ValueError("the MoE specialization losses cannot be attached: " + "; ".join(dict.fromkeys(problems)))

@@ -5,6 +5,7 @@ import functools
 import math
 import os
 import sys
+import weakref
 from dataclasses import dataclass
 from typing import Callable, Union
 
@@ -173,16 +174,13 @@ def _follow(function: type, first_pass: Callable, recomputation: Callable) -> No
     function.forward, function.backward = staticmethod(followed_forward), staticmethod(followed_backward)
 
 
-def around_schedules(enter: Callable) -> Callable[[], None]:
-    """Has a context manager around every run of Megatron's schedules, whichever model they run.
+def around_schedules(owner, enter: Callable) -> None:
+    """Has a context manager around every run of Megatron's schedules, whichever model they run, while ``owner`` lives.
 
     They are looked up in their module by ``get_forward_backward_func`` at each call.
 
     Args:
-        enter: the schedule's name and keyword arguments -> context manager, which gives them as they are to be.
-
-    Returns:
-        A function that undoes it.
+        enter: owner, the schedule's name, its keyword arguments -> context manager, which gives them as they are to be.
     """
     from megatron.core.pipeline_parallel import schedules
 
@@ -190,8 +188,12 @@ def around_schedules(enter: Callable) -> Callable[[], None]:
         schedule = getattr(schedules, name)
         if not hasattr(schedule, "megatron_moe_spec_around"):
             setattr(schedules, name, _surrounded(schedule))
-    _around_schedules.append(enter)
-    return lambda: _around_schedules.remove(enter)
+    _around_schedules[owner] = enter
+
+
+def leave_schedules(owner) -> None:
+    """Undoes ``around_schedules``."""
+    _around_schedules.pop(owner, None)
 
 
 _SCHEDULES = (
@@ -199,15 +201,15 @@ _SCHEDULES = (
     "forward_backward_pipelining_with_interleaving",
     "forward_backward_pipelining_without_interleaving",
 )
-_around_schedules: list[Callable] = []
+_around_schedules: "weakref.WeakKeyDictionary[object, Callable]" = weakref.WeakKeyDictionary()
 
 
 def _surrounded(schedule: Callable) -> Callable:
     @functools.wraps(schedule)
     def run(**arguments):
         with contextlib.ExitStack() as stack:
-            for enter in list(_around_schedules):
-                arguments = stack.enter_context(enter(schedule.__name__, arguments))
+            for owner, enter in list(_around_schedules.items()):
+                arguments = stack.enter_context(enter(owner, schedule.__name__, arguments))
             return schedule(**arguments)
 
     run.megatron_moe_spec_around = True

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat import (
     around_schedules,
+    leave_schedules,
     pipeline_group,
     sequence_ranks,
     stage_module,
@@ -150,6 +151,7 @@ class StageCarry:
 
     def __init__(self, chunk: nn.Module, form: MessageForm, is_last: bool, has_layers: bool, has_layers_before: bool):
         self.stage = stage_module(chunk)
+        self.owner: Optional[Carries] = None
         self._form = form
         self._is_last, self._has_layers, self._has_layers_before = is_last, has_layers, has_layers_before
         self._training = False
@@ -357,11 +359,12 @@ class Carries:
             StageCarry(chunk, self._form, stage == last, stages.num_layers[stage] > 0, first > 0)
             for chunk, stage, first in zip(chunks, stages.own, stages.first_layers)
         ]
-        self._restore_schedules = around_schedules(self._around_schedule)
+        for carry in self._carries:
+            carry.owner = self  # which lives as long as the model has its losses, whoever keeps the handle
+        around_schedules(self, Carries._around_schedule)
 
     def detach(self) -> None:
-        if self._carries:
-            self._restore_schedules()
+        leave_schedules(self)
         for carry in self._carries:
             carry.detach()
         self._carries = []

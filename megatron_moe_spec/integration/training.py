@@ -6,6 +6,10 @@ that builds the model, and the one that logs a training step.
 
 import functools
 import json
+import math
+import os
+import warnings
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -13,9 +17,15 @@ import torch.distributed as dist
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.attach import SpecHandle, attach
-from megatron_moe_spec.integration.compat import require_megatron, training_modules, training_writers
+from megatron_moe_spec.integration.compat import around_schedules, require_megatron, training_modules, training_writers
 
 METRICS_FILE = "moe_spec_metrics.jsonl"
+NEVER_ATTACHED = (
+    "the command line asks for losses or metrics of megatron_moe_spec, and they were attached to no model: this is not "
+    "the training loop of the megatron.training that is imported here. Where the script has built its model, add two "
+    "lines, `from megatron_moe_spec import SpecConfig, attach` and `attach(model, SpecConfig(...))`; or, for a copy of "
+    "Megatron's training loop, the lines of patches/"
+)
 
 
 def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
@@ -34,6 +44,31 @@ def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
     arguments, training = training_modules()
     if not any(isinstance(value, TrainingLosses) for value in vars(training).values()):
         _wrap(arguments, training, add_arguments, TrainingLosses(config_from_arguments))
+
+
+class AttachedGuard:
+    """Has Megatron's schedules stop before a training pass without the losses that were asked for, while it lives.
+
+    Scripts with a training loop of their own take the flags by Megatron's parser and would silently ignore them.
+
+    Args:
+        asked: whether losses or metrics were asked for.
+    """
+
+    def __init__(self, asked: Callable[[], bool]):
+        self._asked = asked
+        around_schedules(self, AttachedGuard._around_schedule)
+
+    @contextmanager
+    def _around_schedule(self, name: str, arguments: dict):
+        if not arguments.get("forward_only", False) and never_attached(self._asked):
+            raise RuntimeError(NEVER_ATTACHED)
+        yield arguments
+
+
+def never_attached(asked: Callable[[], bool]) -> bool:
+    """Whether losses or metrics were asked for and no model of this process has got any."""
+    return not SpecHandle.ever_attached and asked()
 
 
 def _wrap(arguments, training, add_arguments: Callable, losses: "TrainingLosses") -> None:
@@ -74,7 +109,8 @@ class TrainingLosses:
     def __init__(self, config_from_arguments: Callable):
         self._config_from_arguments = config_from_arguments
         self._handle: Optional[SpecHandle] = None
-        self._metrics_file: Optional[Path] = None
+        self._metrics_file: Optional[MetricsFile] = None
+        self._skipped: frozenset[int] = frozenset()
 
     def attach(self, model, args) -> None:
         """Attaches what the flags ask for, once the model is built and its checkpoint loaded.
@@ -85,17 +121,21 @@ class TrainingLosses:
 
         Raises:
             ValueError, RuntimeError: see ``megatron_moe_spec.attach``.
+            OSError: the file of metrics cannot be written; on every rank. The message names the flags to change.
         """
         config = self._config_from_arguments(args)
         if not config.enabled:
             return
-        self._handle = attach(model, config)
-        self._handle.start_after(getattr(args, "iteration", 0))
         if config.metrics_interval:
             folder = Path(getattr(args, "tensorboard_dir", None) or getattr(args, "save", None) or ".")
-            self._metrics_file = folder / METRICS_FILE
+            self._metrics_file = MetricsFile(folder / METRICS_FILE)
+            self._metrics_file.check()
+        self._skipped = frozenset(getattr(args, "iterations_to_skip", None) or ())
+        self._handle = attach(model, config)
+        self._handle.start_after(self._last_before_training(getattr(args, "iteration", 0)))
         if dist.get_rank() == 0:
-            print(f"MoE specialization: {_describe(config, self._metrics_file)}", flush=True)
+            described = _describe(config, self._metrics_file)
+            print(f"MoE specialization: {described}; {self._handle.describe()}", flush=True)
 
     def finish_step(self, loss_dict: dict, iteration: int) -> dict:
         """What to log of a training step: ``loss_dict`` with the losses' values added. A collective.
@@ -107,10 +147,17 @@ class TrainingLosses:
         if self._handle is None:
             return loss_dict
         losses, diagnostics = self._handle.finish_step(iteration)
+        self._handle.start_after(self._last_before_training(iteration))
         if diagnostics is not None:
             self._write(iteration, losses, diagnostics)
         trained = self._handle.config.trained_losses
         return {**loss_dict, **{name: loss for name, loss in losses.items() if name in trained}}
+
+    def _last_before_training(self, iteration: int) -> int:
+        """``iteration``, or the last of those after it that ``--iterations-to-skip`` names; Megatron logs none."""
+        while iteration + 1 in self._skipped:
+            iteration += 1
+        return iteration
 
     def _write(self, iteration: int, losses: dict, diagnostics: dict) -> None:
         tensorboard, wandb = training_writers()
@@ -122,12 +169,63 @@ class TrainingLosses:
                 wandb.log(scalars, iteration)
         if dist.get_rank() == 0:
             line = {"iteration": iteration, **{name: float(loss) for name, loss in losses.items()}, **diagnostics}
-            self._metrics_file.parent.mkdir(parents=True, exist_ok=True)
-            with self._metrics_file.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            self._metrics_file.append(line)
 
 
-def _describe(config: SpecConfig, metrics_file: Optional[Path]) -> str:
+class MetricsFile:
+    """A file of strict JSON lines, which rank 0 writes. A long run does not end for it: it warns, once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._warned = False
+
+    def __str__(self):
+        return str(self._path)
+
+    def check(self) -> None:
+        """Raises OSError, on every rank, where rank 0 cannot write the file. A collective."""
+        problem = [None]
+        if dist.get_rank() == 0:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.open("a").close()
+            except OSError as error:
+                problem = [f"{error.strerror}: {error.filename}"]
+        dist.broadcast_object_list(problem)
+        if problem[0]:
+            raise OSError(
+                f"{self._path} cannot be written ({problem[0]}): set --tensorboard-dir, or --save, to another folder, "
+                "or --moe-spec-metrics-interval to 0"
+            )
+
+    def append(self, line: dict) -> None:
+        """Writes a line, with null for what is not finite."""
+        size = None
+        try:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+        except OSError as error:
+            # No part of a line stays before the next one, if there is room for that later.
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self._path, size)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"{self._path} cannot be written ({error.strerror}); training goes on without its lines")
+
+
+def _finite(value):
+    """The same with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _describe(config: SpecConfig, metrics_file: Optional[MetricsFile]) -> str:
     parts = [f"{_named(loss, config)} x {getattr(config, f'{loss}_coeff'):g}" for loss in config.trained_losses]
     if metrics_file:
         parts.append(f"measured every {config.metrics_interval} iterations to {metrics_file}")
@@ -148,4 +246,4 @@ def _scalars(diagnostics: dict) -> dict[str, float]:
     for pair in diagnostics["pairs"]:
         numbers = "_".join(map(str, pair["layers"]))
         scalars.update({f"moe_spec/{k}/layers_{numbers}": v for k, v in pair.items() if k != "layers"})
-    return scalars
+    return {tag: value for tag, value in scalars.items() if value is not None}

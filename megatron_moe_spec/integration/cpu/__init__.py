@@ -15,15 +15,17 @@ def enable() -> None:
       Megatron uses have stand-ins. ``torch.cuda.is_available()`` is True, while ``tensor.is_cuda`` is False and
       ``tensor.device`` is ``cpu``: choose code by the tensor, not by availability;
     - ``torch.compile`` returns its function as it is;
-    - gloo takes all_gather and reduce_scatter of tensors that differ in shape;
+    - process groups are gloo's where NCCL is asked for, which is said once;
+    - gloo takes all_gather and reduce_scatter of tensors that differ in shape, and all_gather_into_tensor and
+      reduce_scatter_tensor of any shapes;
     - the few places of Megatron that assume a GPU, Transformer Engine or Apex are patched as their modules are
       imported: see ``megatron_moe_spec.integration.cpu.megatron``.
 
-    Training takes ``--distributed-backend gloo --transformer-impl local --no-gradient-accumulation-fusion
-    --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion``, and ``torchrun`` for one process too.
+    Training takes ``--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    --no-persist-layer-norm --no-rope-fusion``, and ``torchrun`` for one process too.
     A second call does nothing. Threads that were started before the call keep their view of devices. The processes
-    that Megatron spawns to save checkpoints import the main script again, without this backend, which is enough for
-    them: keep the script's run under ``if __name__ == "__main__"``.
+    that Megatron spawns to save checkpoints import the main script again, with no more of this backend than they need:
+    keep the script's run under ``if __name__ == "__main__"``.
 
     Raises:
         RuntimeError: ``megatron.core`` is imported already.
@@ -37,10 +39,11 @@ def enable() -> None:
             "is imported already: call it at the top of the script, or run the script with "
             "`torchrun ... -m megatron_moe_spec.launch --cpu SCRIPT`"
         )
-    from megatron_moe_spec.integration.cpu import collectives, cuda_api, devices, megatron
+    from megatron_moe_spec.integration.cpu import collectives, cuda_api, devices, megatron, process_groups
 
     cuda_api.replace()
     collectives.replace()
+    process_groups.replace()
     megatron.patch_on_import()
     devices.map_cuda_to_cpu()
     _enabled = True

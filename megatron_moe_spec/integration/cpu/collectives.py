@@ -1,7 +1,11 @@
-"""Collectives that NCCL has and gloo lacks: all_gather and reduce_scatter of tensors that differ in shape.
+"""Collectives that NCCL has and gloo lacks.
 
-Megatron's all-to-all dispatcher uses them with expert tensor parallelism.
+all_gather and reduce_scatter of tensors that differ in shape, as Megatron's all-to-all dispatcher uses them with expert
+tensor parallelism; and those of one tensor for all ranks whatever its shape, such as [ranks, n, m] for [n, m].
 """
+
+import functools
+import inspect
 
 import torch
 import torch.distributed as dist
@@ -9,6 +13,11 @@ from torch.distributed import distributed_c10d
 
 _all_gather = dist.all_gather
 _reduce_scatter = dist.reduce_scatter
+# Names of two functions, in different releases of torch.
+_OF_ONE_TENSOR = (
+    "all_gather_into_tensor", "_all_gather_base", "all_gather_single",
+    "reduce_scatter_tensor", "_reduce_scatter_base", "reduce_scatter_single",
+)  # fmt: skip
 
 
 class _Done:
@@ -26,6 +35,26 @@ def replace() -> None:
     for module in (dist, distributed_c10d):
         module.all_gather = all_gather
         module.reduce_scatter = reduce_scatter
+    for name in _OF_ONE_TENSOR:
+        if hasattr(distributed_c10d, name):
+            collective = _of_flat_tensors(getattr(distributed_c10d, name))
+            for module in (dist, distributed_c10d):
+                setattr(module, name, collective)
+
+
+def _of_flat_tensors(collective):
+    # NCCL counts elements; gloo wants shapes that are concatenated.
+    signature = inspect.signature(collective)
+    output, input = list(signature.parameters)[:2]
+
+    @functools.wraps(collective)
+    def flat_collective(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        call.arguments[output] = call.arguments[output].view(-1)
+        call.arguments[input] = call.arguments[input].reshape(-1)
+        return collective(*call.args, **call.kwargs)
+
+    return flat_collective
 
 
 def all_gather(tensor_list, tensor, group=None, async_op=False):

@@ -203,6 +203,26 @@ def _load_torch_adam(module):
     optimizer._set_main_param_and_optimizer_states = patched_set_states
 
 
+@_after_import("megatron.core.dist_checkpointing.strategies.async_utils")
+def _save_in_worker(module):
+    # --use-persistent-ckpt-worker. The worker's process, where this backend is not enabled, gets a reference to the
+    # function, and would die in it for want of a GPU, for which the training process waits without end.
+    if hasattr(module.PersistentAsyncCaller, "async_loop"):
+        run_checkpoint_worker.original = module.PersistentAsyncCaller.async_loop
+        module.PersistentAsyncCaller.async_loop = staticmethod(run_checkpoint_worker)
+
+
+def run_checkpoint_worker(*args):
+    """Megatron's loop of the worker that saves checkpoints, in a process that has no GPU."""
+    from megatron_moe_spec.integration.cpu import cuda_api
+
+    cuda_api.replace()
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+
+    # A main script that enables the backend whenever it is imported has patched it in this process, too.
+    getattr(run_checkpoint_worker, "original", PersistentAsyncCaller.async_loop)(*args)
+
+
 @_after_import("megatron.core.datasets.utils")
 def _use_compiled_helpers(module):
     # initialize_megatron() always runs `make`; the wheel ships the compiled helpers and no Makefile.

@@ -141,7 +141,8 @@ def follow_checkpoints(first_pass: Callable, recomputation: Callable) -> None:
     trackers, nothing happens.
 
     Args:
-        first_pass: () -> context manager around the first pass, which gives a value for the recomputation.
+        first_pass: whether the checkpoint was made with gradients -> context manager around the first pass, which gives
+            a value for the recomputation.
         recomputation: that value -> context manager around the backward.
     """
     for module_name, name in _CHECKPOINTS:
@@ -159,11 +160,20 @@ _CHECKPOINTS = (
 
 
 def _follow(function: type, first_pass: Callable, recomputation: Callable) -> None:
-    forward, backward = function.forward, function.backward
+    apply, forward, backward = function.apply.__func__, function.forward, function.backward
+    has_gradients = [False]  # forward itself always runs without
+
+    @functools.wraps(apply)
+    def followed_apply(cls, *args, **kwargs):
+        has_gradients.append(torch.is_grad_enabled())
+        try:
+            return apply(cls, *args, **kwargs)
+        finally:
+            has_gradients.pop()
 
     @functools.wraps(forward)
     def followed_forward(ctx, *args, **kwargs):
-        with first_pass() as ctx.megatron_moe_spec:
+        with first_pass(has_gradients[-1]) as ctx.megatron_moe_spec:
             return forward(ctx, *args, **kwargs)
 
     @functools.wraps(backward)
@@ -171,6 +181,7 @@ def _follow(function: type, first_pass: Callable, recomputation: Callable) -> No
         with recomputation(getattr(ctx, "megatron_moe_spec", [])):
             return backward(ctx, *gradients)
 
+    function.apply = classmethod(followed_apply)
     function.forward, function.backward = staticmethod(followed_forward), staticmethod(followed_backward)
 
 

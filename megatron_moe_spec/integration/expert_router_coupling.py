@@ -85,7 +85,8 @@ class WeightTap:
         with torch.no_grad():
             noise_EH = router_noise(router, seed=(self._recorder.iteration << 16) + self._number)
             norms_EE = self._norms(proxy_tokens(router, noise_EH), experts)
-        with torch.enable_grad():
+        # Hooks on saved tensors (checkpoints that are not reentrant, offloading) have no business here.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             norms_EE.requires_grad_()
             loss = excess(norms_EE, self._recorder.config.erc_alpha)
             (gradient_EE,) = torch.autograd.grad(loss, norms_EE)

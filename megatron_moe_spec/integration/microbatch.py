@@ -137,9 +137,9 @@ _trackers: "weakref.WeakSet[MicroBatchTracker]" = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def _first_pass() -> Iterator[list]:
-    """Around the first pass of a checkpoint; gives what its recomputation will have to know."""
-    served = [(tracker, tracker._current) for tracker in _trackers if tracker._current is not None]
+def _first_pass(has_gradients: bool) -> Iterator[list]:
+    """Around the first pass of a checkpoint, made with gradients or without; gives what its recomputation will have to know."""
+    served = [(tracker, tracker._current) for tracker in _trackers if has_gradients and tracker._current is not None]
     for tracker, _ in served:
         tracker._checkpoints += 1
     try:

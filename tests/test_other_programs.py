@@ -15,7 +15,7 @@ FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_
 RECOMPUTATIONS = {
     "none": {},
     "uniform": FULL,
-    "uniform, two layers": {**FULL, "recompute_num_layers": 2},
+    "uniform, three layers": {**FULL, "recompute_num_layers": 3},
     "block": {**FULL, "recompute_method": "block", "recompute_num_layers": 2},
     "moe": dict(recompute_granularity="selective", recompute_modules=["moe"]),
     "around layers": {},

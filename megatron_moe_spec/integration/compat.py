@@ -160,14 +160,13 @@ _CHECKPOINTS = (
 
 
 def _follow(function: type, first_pass: Callable, recomputation: Callable) -> None:
-    apply, forward, backward = function.apply.__func__, function.forward, function.backward
+    forward, backward = function.forward, function.backward
     has_gradients = [False]  # forward itself always runs without
 
-    @functools.wraps(apply)
     def followed_apply(cls, *args, **kwargs):
         has_gradients.append(torch.is_grad_enabled())
         try:
-            return apply(cls, *args, **kwargs)
+            return super(function, cls).apply(*args, **kwargs)
         finally:
             has_gradients.pop()
 

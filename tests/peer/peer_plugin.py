@@ -76,6 +76,10 @@ class Recorder:
         gc.freeze()
         gc.disable()
 
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self._file.write(json.dumps({"test": report.nodeid, "outcome": "failed", "text": report.longreprtext}) + "\n")
+
     def pytest_sessionfinish(self):
         if RANK == 0:
             open(self._ended, "w").close()
@@ -195,12 +199,12 @@ class Ranks:
         self._store.set(f"{self._number}/{RANK}", repr(words))
         try:
             return len({self._store.get(f"{self._number}/{rank}") for rank in range(PROCESSES)}) == 1
-        except dist.DistError:
+        except RuntimeError:  # a rank has gone, or hangs
             os._exit(1)
 
 
 def _random_hash() -> str:
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    tracked = {name: state for name, state in get_cuda_rng_tracker().get_states().items()}
+    tracked = get_cuda_rng_tracker().get_states()
     return value_hash([torch.get_rng_state(), repr(random.getstate()), repr(numpy.random.get_state()), tracked])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 # The outcome of a test is the worst of its ranks'.
 OUTCOMES = ("passed", "skipped", "failed", "crashed")
-SHOWN = 20
 
 
 @dataclass
@@ -19,6 +18,7 @@ class Comparison:
         outcomes: number of tests by their two outcomes.
         losses: number of tests by loss that was computed.
         refusals: number of models by what attach() said of a loss.
+        reasons: number of tests by why they do not pass without the losses.
         problems: what makes the comparison fail, one line each.
     """
 
@@ -26,6 +26,7 @@ class Comparison:
     outcomes: Counter = field(default_factory=Counter)
     losses: Counter = field(default_factory=Counter)
     refusals: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
     problems: list = field(default_factory=list)
 
 
@@ -60,6 +61,7 @@ def compare(without: dict, attached: dict, min_attached: int, gradients: bool = 
         counts["passed without"] += before == "passed"
         counts["passed with"] += after == "passed"
         if before != "passed":
+            result.reasons[f"{before}: {_reason(without.get(name, []))}"] += 1
             continue
         if after != "passed":
             text = next((r["text"] for r in attached.get(name, []) if r["text"]), "")
@@ -83,6 +85,13 @@ def compare(without: dict, attached: dict, min_attached: int, gradients: bool = 
 
 def outcome(records) -> str:
     return max((record["outcome"] for record in records), key=OUTCOMES.index) if records else "not run"
+
+
+def _reason(records) -> str:
+    """The line of pytest's text that names the error."""
+    lines = [line for record in records for line in record["text"].splitlines() if line]
+    errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
+    return (errors or lines[-1:] or ["?"])[0][:120]
 
 
 def _differences(expected: dict, found: dict, gradients: bool, rank: int):

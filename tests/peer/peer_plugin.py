@@ -3,8 +3,8 @@
 For each test, a rank appends two lines of JSON to its file: that the test has started, and what it did. Recorded are,
 as hashes of all bits:
 
-- the output of every forward pass, of whichever module a test calls;
-- the gradients of these modules' parameters and inputs after every backward pass;
+- the output of every forward pass of every module, as the output of a whole model in bf16 hides small differences;
+- the gradients of the parameters and inputs of the modules that the test itself calls, after every backward pass;
 - the state of the random number generators when the test has ended.
 
 With ``--peer-coefficient``, every module with MoE layers gets all losses that it takes when it is first called.
@@ -129,13 +129,11 @@ class Recorder:
             self._record["text"] = str(report.longrepr[2] if report.skipped else report.longreprtext)[-3000:]
 
     def call(self, module, *args, **kwargs):
-        """Stands in for ``Module.__call__``; records calls that are in no other module's."""
-        if self._record is None or self._depth:
+        """Stands in for ``Module.__call__``."""
+        if self._record is None:
             return self._call(module, *args, **kwargs)
-        if self._coefficient is not None:
-            self._attach(module)
-        self._modules[id(module)] = weakref.ref(module)
-        self._inputs += [x for x in (*args, *kwargs.values()) if torch.is_tensor(x) and x.requires_grad and x.is_leaf]
+        if not self._depth:
+            self._note_test_calls(module, (*args, *kwargs.values()))
         self._depth += 1
         try:
             output = self._call(module, *args, **kwargs)
@@ -143,6 +141,12 @@ class Recorder:
             self._depth -= 1
         self._record["forwards"].append([type(module).__name__, value_hash(output)])
         return output
+
+    def _note_test_calls(self, module, inputs) -> None:
+        if self._coefficient is not None:
+            self._attach(module)
+        self._modules[id(module)] = weakref.ref(module)
+        self._inputs += [x for x in inputs if torch.is_tensor(x) and x.requires_grad and x.is_leaf]
 
     def backward(self, *args, **kwargs):
         """Stands in for ``torch.autograd.backward``."""

@@ -182,11 +182,13 @@ class Recorder:
 
     def _read_losses(self, handle) -> None:
         values = handle.metrics()
-        values.pop("diagnostics", None)
+        diagnostics = values.pop("diagnostics", None)
+        # A loss may be 0; then the measured routing tells whether there was any. There is none in evaluation.
+        ran = diagnostics is not None and any(layer["routing_entropy"] for layer in diagnostics["layers"])
         for name, value in values.items():
             if not math.isfinite(value):
                 self._record["errors"].append(f"{name} is {value}")
-            elif value:  # 0: not computed, as in a model that is only evaluated
+            elif value or ran:
                 self._record["losses"][name] = value
 
 

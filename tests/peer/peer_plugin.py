@@ -188,7 +188,7 @@ class Recorder:
         for name, value in values.items():
             if not math.isfinite(value):
                 self._record["errors"].append(f"{name} is {value}")
-            elif value or ran:
+            elif getattr(handle.config, f"{name}_coeff") and (value or ran):  # not one that is measured alone
                 self._record["losses"][name] = value
 
 

@@ -6,7 +6,7 @@ CHECKOUT is a working tree of Megatron-LM. That its tests pass with the losses a
 a forward pass that is scaled by 1.01. Therefore every output, the random state after every test, and every gradient
 have to be those of the run without the losses: their coefficient is so small that their own gradients are 0. Tests that
 need a GPU or Transformer Engine pass in neither run; they are counted, and nothing is concluded from them. Nearly all
-models of these tests compute in 16 bits: what such a number's rounding swallows shows in the routers' fp32 alone.
+models of these tests compute in 16 bits: what the rounding swallows there is not seen.
 """
 
 import argparse

@@ -9,9 +9,10 @@ PYTEST_ARGS ?=
 QUICKSTART_ARGS ?=
 COMPARE_ARGS ?=
 GPU_ARGS ?=
+PEER_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare test test-primary test-oldest test-versions gpu clean
+.PHONY: help quickstart compare test test-primary test-oldest test-versions peer-tests gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -23,6 +24,9 @@ help:
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
 	@echo "make test-versions the tests that need Megatron, on each release: $(VERSIONS)"
+	@echo "make peer-tests MEGATRON=path  Megatron's own tests of MoE layers, of a Megatron-LM checkout, without and with"
+	@echo "                   the losses: whether any output or gradient differs by a bit (about 10 minutes)."
+	@echo "                   PEER_ARGS=\"--processes 2,4\" and the like go to tests/peer/run.py"
 	@echo "make gpu           check and measure the kernels on a GPU (two times ten minutes at most); without one, try"
 	@echo "                   them on tiny shapes. GPU_ARGS=\"--parts layer,train\" goes to benchmarks/run.py"
 	@echo "make clean         remove the environments and everything that was built"
@@ -68,6 +72,11 @@ test-versions:
 	@.ci/venv $(PRIMARY)
 	@.ci/venv $(OLDEST)
 	@.venv/bin/python .ci/versions.py .venv .venv-oldest $(VERSIONS) -- $(PYTEST_ARGS)
+
+peer-tests:
+	@[ -n "$(MEGATRON)" ] || { echo "Name a checkout of Megatron-LM: make peer-tests MEGATRON=path"; exit 2; }
+	@.ci/venv $(PRIMARY)
+	.venv/bin/python tests/peer/run.py "$(MEGATRON)" $(PEER_ARGS)
 
 gpu:
 	@.ci/venv $(PRIMARY)

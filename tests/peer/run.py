@@ -1,0 +1,156 @@
+"""Runs Megatron's own unit tests of MoE layers on CPU, without the losses and with them, and compares bit by bit.
+
+    python tests/peer/run.py CHECKOUT [--processes 2,4] [options] [-- pytest's arguments]
+
+CHECKOUT is a working tree of Megatron-LM. That its tests pass with the losses attached would show little, as they bear
+a forward pass that is scaled by 1.01. Therefore every output, the random state after every test, and every gradient
+have to be those of the run without the losses: their coefficient is so small that their own gradients are 0. Tests that
+need a GPU or Transformer Engine pass in neither run; they are counted, and nothing is concluded from them. Nearly all
+models of these tests compute in 16 bits: what the rounding swallows there is not seen.
+"""
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import records
+
+PEER = Path(__file__).resolve().parent
+ROOT = PEER.parents[1]
+COLUMNS = (
+    "processes", "tests", "passed without", "passed with", "attached", "forward passes compared", "gradients compared",
+    "seconds",
+)  # fmt: skip
+FOLDER = "tests/unit_tests/transformer/moe"
+# Without any model: products of large bf16 matrices, which take minutes on a CPU, and kernels, which need a GPU.
+LEFT_OUT = [f"{FOLDER}/test_routers.py::test_router_gating_linear", f"{FOLDER}/test_multihot_indices_converter.py"]
+# Tests in which losses are computed, by release and number of processes; elsewhere at least one is expected.
+ATTACHED = {"0.19": {2: 19, 4: 25}}
+# Of a gradient in fp32, such a part is 0.
+COEFFICIENT = 1e-60
+MOST_STARTS = 30
+SECONDS_OF_A_START = 1800
+SHOWN = 20
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument(
+        "--processes", type=lambda text: [int(n) for n in text.split(",")], default=[4], help="default 4"
+    )
+    parser.add_argument("--tests", nargs="+", default=[FOLDER], help="files of the checkout")
+    parser.add_argument("--min-attached", type=int, help="tests with losses that are expected at least")
+    parser.add_argument(
+        "--coefficient", type=float, default=COEFFICIENT, help=f"gradients are compared up to {COEFFICIENT:g}"
+    )
+    parser.add_argument("--keep", type=Path, help="folder for records and output; by default a temporary one")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_args(arguments[:end])
+    options.pytest = arguments[end + 1 :]
+    return options
+
+
+def release(checkout: Path) -> str:
+    """Such as 0.19, of a working tree."""
+    info = checkout / "megatron" / "core" / "package_info.py"
+    if not info.is_file():
+        sys.exit(f"{checkout} is no working tree of Megatron-LM: it has no megatron/core/package_info.py")
+    return ".".join(re.findall(r"^(?:MAJOR|MINOR) = (\d+)", info.read_text(), re.M))
+
+
+def run(options: argparse.Namespace, processes: int, folder: Path, coefficient=None) -> dict:
+    """Runs the tests, and goes on behind a test that ended the processes; returns their records."""
+    folder.mkdir(parents=True)
+    done = folder / "done.txt"
+    for start in range(MOST_STARTS):
+        tests = records.read(folder)
+        done.write_text("".join(f"{name}\n" for name in tests))
+        with open(folder / f"output-{start}.txt", "w") as output:
+            status = _start(options, processes, folder, coefficient, output)
+        if (folder / "ended").exists() or len(records.read(folder)) == len(tests):
+            break
+    else:
+        print(f"NOT ALL TESTS RAN: {MOST_STARTS} starts were not enough")
+    if not tests and not records.read(folder):
+        print((folder / "output-0.txt").read_text()[-3000:], f"torchrun ended with status {status}")
+    return records.read(folder)
+
+
+def _start(options, processes, folder, coefficient, output) -> int:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        "-m", "pytest", "-p", "peer_plugin", "-p", "no:cacheprovider", "-q", "-o", "addopts=", "--tb=short",
+        "--continue-on-collection-errors", f"--peer-folder={folder}", f"--peer-done={folder / 'done.txt'}",
+        *(f"--deselect={name}" for name in LEFT_OUT), *([] if coefficient is None else [f"--peer-coefficient={coefficient}"]), *options.tests, *options.pytest,
+    ]  # fmt: skip
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{PEER}{os.pathsep}{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    process = subprocess.Popen(command, cwd=options.checkout, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        return process.wait(SECONDS_OF_A_START)
+    finally:
+        # torchrun ends its processes when it is ended.
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+
+
+def table(rows: list[tuple]) -> str:
+    lines = [COLUMNS, ("---:",) * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def report(result: records.Comparison) -> None:
+    for (before, after), number in sorted(result.outcomes.items()):
+        print(f"{number} tests: {before} without the losses, {after} with them")
+    for text, number in result.reasons.most_common():
+        print(f"{number} {text}")
+    print("computed in tests:", ", ".join(f"{loss} {n}" for loss, n in sorted(result.losses.items())) or "none")
+    for text, number in result.refusals.most_common():
+        print(f"refused in {number} tests: {text}")
+    for problem in result.problems[: SHOWN]:
+        print(f"FAILED {problem}")
+    if len(result.problems) > SHOWN:
+        print(f"FAILED and {len(result.problems) - SHOWN} more")
+
+
+def main(arguments: list[str]) -> int:
+    # Ends torchrun too: see _start.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    options = parse(arguments)
+    options.checkout = options.checkout.resolve()
+    version = release(options.checkout)
+    rows, failed = [], False
+    with tempfile.TemporaryDirectory() as scratch:
+        for processes in options.processes:
+            folder = (options.keep or Path(scratch)).resolve() / str(processes)
+            begin = time.monotonic()
+            without = run(options, processes, folder / "without")
+            attached = run(options, processes, folder / "with", options.coefficient)
+            seconds = round(time.monotonic() - begin)
+            expected = options.min_attached
+            if expected is None:
+                expected = ATTACHED.get(version, {}).get(processes, 1)
+            result = records.compare(without, attached, expected, options.coefficient <= COEFFICIENT)
+            print(f"\nMegatron-Core {version}, {processes} processes")
+            report(result)
+            rows.append((processes, *result.counts.values(), seconds))
+            failed = failed or bool(result.problems)
+    print(f"\n{table(rows)}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

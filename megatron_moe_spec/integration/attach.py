@@ -7,7 +7,7 @@ from typing import Optional, Sequence, Union
 
 from torch import nn
 
-from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.config import LOSS_NAMES, SpecConfig
 from megatron_moe_spec.integration.checks import check_supported
 from megatron_moe_spec.integration.compat import (
     FoundLayers,
@@ -98,6 +98,12 @@ class SpecHandle:
             for tracker, (_, found), first in zip(self._trackers, chunks, stages.first_layers)
             for index, layer in enumerate(found.taken.values())
         ]
+        self._expected = set(LOSS_NAMES) if self._layers else set()
+        if not any(
+            len(found.taken) > 1 or (found.taken and first > 0 and config.carries_messages)
+            for (_, found), first in zip(chunks, stages.first_layers)
+        ):
+            self._expected.discard("coupling_loss")  # other stages record the pairs
         self._warned: set[str] = set()
         _attached.update(self._layers)
         logger.info("%s", self.describe())
@@ -137,9 +143,9 @@ class SpecHandle:
     def _finish_step(self, iteration: int) -> tuple[dict, Optional[dict]]:
         self._carries.check()
         losses, diagnostics = self.recorder.losses(), self.recorder.diagnostics()
-        if self._layers:
-            self._warn_of_missing({name for name in self.config.trained_losses if name not in self.recorder.recorded})
-            losses = {name: loss for name, loss in losses.items() if name in self.recorder.recorded}
+        missing = self._expected - self.recorder.recorded
+        self._warn_of_missing(missing & set(self.config.trained_losses))
+        losses = {name: loss for name, loss in losses.items() if name not in missing}
         self.start_after(iteration)
         return losses, diagnostics
 

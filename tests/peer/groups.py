@@ -9,17 +9,17 @@ from torch.distributed import distributed_c10d
 TIMEOUT = datetime.timedelta(seconds=60)
 
 _init_process_group, _new_group = dist.init_process_group, dist.new_group
-_destroy_process_group = dist.destroy_process_group
+_destroy_process_group, _barrier = dist.destroy_process_group, dist.barrier
 _groups, _numbers = {}, {}
 
 
 def replace() -> None:
-    """Puts the functions below in the place of ``torch.distributed``'s. Call it before Megatron is imported."""
-    _use_gloo_for_nccl()
+    """Puts the functions below in the place of the CPU back end's. Call it before Megatron is imported."""
     for module in (dist, distributed_c10d):
         module.init_process_group = init_process_group
         module.new_group = new_group
         module.destroy_process_group = destroy_process_group
+        module.barrier = barrier
 
 
 def forget_with_model_parallelism(parallel_state) -> None:
@@ -37,7 +37,7 @@ def forget_with_model_parallelism(parallel_state) -> None:
 
 
 def init_process_group(backend=None, *args, **kwargs):
-    return _init_process_group(_gloo(backend), *args, **{**kwargs, "timeout": TIMEOUT})
+    return _init_process_group(backend, *args, **{**kwargs, "timeout": TIMEOUT})
 
 
 def new_group(ranks=None, timeout=None, backend=None, pg_options=None, **kwargs):
@@ -45,7 +45,7 @@ def new_group(ranks=None, timeout=None, backend=None, pg_options=None, **kwargs)
     members = tuple(range(dist.get_world_size()) if ranks is None else ranks)
     number = _numbers[members] = _numbers.get(members, 0) + 1
     if (members, number) not in _groups:
-        _groups[members, number] = _new_group(ranks, TIMEOUT, _gloo(backend), **kwargs)
+        _groups[members, number] = _new_group(ranks, TIMEOUT, backend, **kwargs)
     return _groups[members, number]
 
 
@@ -57,22 +57,6 @@ def destroy_process_group(group=None):
         _destroy_process_group(group)
 
 
-# What follows can be dropped when the CPU back end does it: NCCL's name, and what NCCL takes and gloo does not.
-
-
-def _gloo(backend):
-    return "gloo" if isinstance(backend, str) and "nccl" in backend else backend
-
-
-def _use_gloo_for_nccl() -> None:
-    gather, barrier = dist.all_gather_into_tensor, dist.barrier
-
-    def all_gather_into_tensor(output, tensor, *args, **kwargs):
-        # [ranks, n, m] from [n, m]
-        if output.dim() != tensor.dim():
-            output, tensor = output.view(-1), tensor.reshape(-1)
-        return gather(output, tensor, *args, **kwargs)
-
-    for module in (dist, distributed_c10d):
-        module.all_gather_into_tensor = all_gather_into_tensor
-        module.barrier = lambda group=None, async_op=False, device_ids=None: barrier(group, async_op)
+def barrier(group=None, async_op=False, device_ids=None):
+    """Gloo's takes no devices."""
+    return _barrier(group, async_op)

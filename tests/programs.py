@@ -189,24 +189,23 @@ def metrics_alone(sizes):
     return {**result, "lengths": lengths}
 
 
-def dynamic_lengths(sizes, config):
-    """Ranks of an expert group train on different numbers of tokens; the last micro-batch of one is padding alone."""
-    import megatron_models
-
+def dynamic_lengths(sizes, config, padding):
+    """Ranks of an expert group train on different numbers of tokens; with padding, the last micro-batch has nothing else."""
     (model,) = build(sizes, calculate_per_token_loss=True)
     handle = attached(model, config)
     batches = random_batches([12, 5, 9, 12])
     for number, batch in enumerate(batches):
-        batch["padding_mask"] = torch.full_like(batch["tokens"], number == 3, dtype=torch.bool)
+        batch["is_padding"] = torch.full_like(batch["tokens"], padding and number == 3, dtype=torch.bool)
     rank, size = dist.get_rank(), dist.get_world_size()
 
     def step(batch, module):
         tokens = batch["tokens"]
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        output = module(tokens, positions, None, labels=tokens.roll(-1, 1), padding_mask=batch["padding_mask"])
+        extra = {"padding_mask": batch["is_padding"]} if padding else {}
+        output = module(tokens, positions, None, labels=tokens.roll(-1, 1), **extra)
 
         def loss(losses):
-            mask = ~megatron_models.on_this_rank(batch["padding_mask"])
+            mask = ~batch["is_padding"]
             total, number = 0.1 * (losses * mask).sum(), mask.sum().int()
             return total, number, {"loss": torch.stack([total.detach(), number.float()])}
 

@@ -69,12 +69,13 @@ def test_metrics_alone_send_nothing_between_stages(programs):
     ids=lambda names: names[-1],
 )
 def test_ranks_with_different_numbers_of_tokens(programs, names):
-    case = dict(config={f"{name}_loss_coeff": 1.0 for name in names})
-    (expected,), (found,) = (
-        programs(processes, sizes, "dynamic_lengths", case) for processes, sizes in ((1, {}), (2, {EP: 2}))
-    )
-    assert _worst_error(found["gradients"], expected["gradients"]) < 1e-5
-    assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+    config = {f"{name}_loss_coeff": 1.0 for name in names}
+    cases = [dict(config=config, padding=padding) for padding in (False, True)]
+    for case, expected, found in zip(
+        cases, *(programs(processes, sizes, "dynamic_lengths", *cases) for processes, sizes in ((1, {}), (2, {EP: 2})))
+    ):
+        assert _worst_error(found["gradients"], expected["gradients"]) < 1e-5, case
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5), case
 
 
 def test_erc_reads_weights_that_have_been_gathered(programs):

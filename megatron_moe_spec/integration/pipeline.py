@@ -306,11 +306,13 @@ class _Step:
     def pull_before(self, form: MessageForm, has_layers: bool) -> Optional[Tensor]:
         if not has_layers:
             return self.pull_TW
-        pulls = [
-            form.of_pull(pull_of_following(form.kind, m.before, m.routing[0]))
-            for m in self.micro_batches
-            if m.before is not None
-        ]
+        coupled = [m for m in self.micro_batches if m.before is not None]
+        if coupled and len(coupled) < len(self.micro_batches):
+            raise RuntimeError(
+                "the first MoE layer of a pipeline stage ran without gradients or in evaluation mode in one of a step's "
+                "forwards: their coupling cannot be told apart (set --moe-coupling-across-stages drop)"
+            )
+        pulls = [form.of_pull(pull_of_following(form.kind, m.before, m.routing[0])) for m in coupled]
         return torch.cat(pulls) if pulls else None
 
 

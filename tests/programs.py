@@ -13,6 +13,10 @@ import torch.distributed as dist
 
 from megatron_moe_spec.integration.cpu import enable
 
+enable()  # before Megatron is imported
+
+from trainers import run, tokens_of  # noqa: E402
+
 BOTH = dict(specialization_loss_coeff=1.0, coupling_loss_coeff=1.0)
 FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
@@ -37,7 +41,7 @@ def wrap(chunks: list) -> list:
     return [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
 
 
-def schedule(models: list, step, batches: list, seq_length: int, forward_only: bool = False) -> list:
+def schedule(models: list, step, batches: list, seq_length: int, micro_batch_size=2, forward_only: bool = False) -> list:
     """Megatron's schedule on wrapped or bare chunks; ``step``: batch, model -> output, loss function."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -48,25 +52,13 @@ def schedule(models: list, step, batches: list, seq_length: int, forward_only: b
         model=models if many else models[0],
         num_microbatches=len(batches),
         seq_length=seq_length,
-        micro_batch_size=len(batches[0]["tokens"]),
+        micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
 
 
-def run(batch: dict, model):
-    """Per-token loss on one batch, of any length."""
-    tokens = batch["tokens"]
-    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    return model(tokens, positions, None, labels=tokens.roll(-1, 1))
-
-
 def mean_step(batch, model):
-    return run(batch, model), lambda losses: (0.1 * losses.mean(), {"loss": losses.detach().mean()})
-
-
-def random_batches(lengths, seed: int = 1, rows: int = 2) -> list[dict]:
-    generator = torch.Generator().manual_seed(seed)
-    return [{"tokens": torch.randint(0, 64, (rows, length), generator=generator)} for length in lengths]
+    return run(model, batch), lambda losses: (0.1 * losses.mean(), {"loss": losses.detach().mean()})
 
 
 def gradients(chunks: list) -> dict:
@@ -89,12 +81,12 @@ def attached(chunks, config: dict):
     return attach(chunks, SpecConfig(**config))
 
 
-def train(chunks: list, handle, step, batches, seq_length: int) -> dict:
+def train(chunks: list, handle, step, batches, seq_length: int, micro_batch_size: int = 2) -> dict:
     """One training step: gradients and logged values."""
     wrapped = wrap(chunks)
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-    schedule(wrapped, step, batches, seq_length)
+    schedule(wrapped, step, batches, seq_length, micro_batch_size)
     metrics = handle.metrics() if handle else {}
     return {"gradients": gradients(chunks), "metrics": metrics}
 
@@ -119,7 +111,7 @@ def preference_pairs(sizes, variable=False, recompute=False, kind="mass"):
             if part is not None:
                 inner.set_input_tensor(part)
             with torch.set_grad_enabled(inner is policy):
-                outputs.append(run(half, runs))
+                outputs.append(run(runs, half))
 
         def loss(joined):
             other_chosen, other_rejected, chosen, rejected = (x.mean() for x in joined.chunk(4))
@@ -128,24 +120,8 @@ def preference_pairs(sizes, variable=False, recompute=False, kind="mass"):
 
         return torch.cat(outputs), loss
 
-    batches = random_batches([12, 12], rows=4)
-    # Half the rows of a batch travel, four times as long.
-    for batch in batches:
-        batch["rows"] = 2
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
-    (wrapped,) = wrap([policy])
-    wrapped.zero_grad_buffer()
-    get_forward_backward_func()(
-        forward_step_func=lambda iterator, model: step(next(iterator), model),
-        data_iterator=iter(batches),
-        model=wrapped,
-        num_microbatches=2,
-        seq_length=4 * 12,
-        micro_batch_size=2,
-        forward_only=False,
-    )
-    return {"gradients": gradients([policy]), "metrics": handle.metrics()}
+    # Half the sequences of a batch travel, four times as long.
+    return train([policy], handle, step, tokens_of(12, 12, size=4), 4 * 12, micro_batch_size=2)
 
 
 def passes_between_steps(sizes, disturbed: bool, config=BOTH):
@@ -159,20 +135,20 @@ def passes_between_steps(sizes, disturbed: bool, config=BOTH):
     outputs, results = {}, []
     for number in range(2):
         if disturbed:
-            others_gradients = train(others, None, mean_step, random_batches([12, 12], seed=7), 12)["gradients"]
+            others_gradients = train(others, None, mean_step, tokens_of(12, 12, seed=7), 12)["gradients"]
             for chunk in chunks:
                 chunk.eval()
             with torch.no_grad():
-                evaluated = schedule(chunks, mean_step, random_batches([12, 12], seed=8), 12, forward_only=True)
-                generated = schedule(chunks, mean_step, random_batches([5, 5], seed=9), 5, forward_only=True)
+                evaluated = schedule(chunks, mean_step, tokens_of(12, 12, seed=8), 12, forward_only=True)
+                generated = schedule(chunks, mean_step, tokens_of(5, 5, seed=9), 5, forward_only=True)
             for chunk in chunks:
                 chunk.train()
             with torch.no_grad():
-                scored = schedule(chunks, mean_step, random_batches([12, 12], seed=10), 12, forward_only=True)
+                scored = schedule(chunks, mean_step, tokens_of(12, 12, seed=10), 12, forward_only=True)
             outputs = {"other": others_gradients, "forward": [evaluated, generated, scored]}
-        results.append(train(chunks, handle, mean_step, random_batches([12, 12], seed=number), 12))
+        results.append(train(chunks, handle, mean_step, tokens_of(12, 12, seed=number), 12))
     handle.detach()
-    plain = train(others, None, mean_step, random_batches([12, 12], seed=7), 12)["gradients"]
+    plain = train(others, None, mean_step, tokens_of(12, 12, seed=7), 12)["gradients"]
     return {"steps": results, "plain": plain, **outputs}
 
 
@@ -185,7 +161,7 @@ def metrics_alone(sizes):
         chunk.decoder.layers[0].register_forward_pre_hook(
             lambda module, args, kwargs: lengths.append(len(kwargs["hidden_states"])), with_kwargs=True
         )
-    result = train(chunks, handle, mean_step, random_batches([12, 12]), 12)
+    result = train(chunks, handle, mean_step, tokens_of(12, 12), 12)
     return {**result, "lengths": lengths}
 
 
@@ -193,23 +169,18 @@ def dynamic_lengths(sizes, config, padding):
     """Ranks of an expert group train on different numbers of tokens; with padding, the last micro-batch has nothing else."""
     (model,) = build(sizes, calculate_per_token_loss=True)
     handle = attached(model, config)
-    batches = random_batches([12, 5, 9, 12])
-    for number, batch in enumerate(batches):
-        batch["is_padding"] = torch.full_like(batch["tokens"], padding and number == 3, dtype=torch.bool)
+    batches = tokens_of(12, 5, 9, 12)
+    for number, batch in enumerate(batches if padding else ()):
+        batch["padding_mask"] = torch.full_like(batch["tokens"], number == 3, dtype=torch.bool)
     rank, size = dist.get_rank(), dist.get_world_size()
 
     def step(batch, module):
-        tokens = batch["tokens"]
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        extra = {"padding_mask": batch["is_padding"]} if padding else {}
-        output = module(tokens, positions, None, labels=tokens.roll(-1, 1), **extra)
-
         def loss(losses):
-            mask = ~batch["is_padding"]
+            mask = ~batch["padding_mask"] if padding else torch.ones_like(losses, dtype=torch.bool)
             total, number = 0.1 * (losses * mask).sum(), mask.sum().int()
             return total, number, {"loss": torch.stack([total.detach(), number.float()])}
 
-        return output, loss
+        return run(module, batch), loss
 
     return train([model], handle, step, batches[rank::size], 12)
 
@@ -263,7 +234,7 @@ def errors(sizes):
         found["other config"] = message(attach, chunk, config)
         handle = attached(chunk, BOTH)
         chunk.set_input_tensor(None if chunk.pre_process else torch.randn(12, 2, 16))
-        found["outside of the schedule"] = message(run, random_batches([12])[0], chunk)
+        found["outside of the schedule"] = message(run, chunk, tokens_of(12)[0])
         handle.detach()
     else:
         (model,) = build(sizes, sequence_parallel=True)
@@ -283,12 +254,11 @@ def one_rank_holds_the_model(sizes):
         return None
     (model,) = build(sizes)
     handle = attach(model, SpecConfig(coupling_loss_coeff=1.0), group=groups[0])
-    run(random_batches([12])[0], model).mean().backward()
+    run(model, tokens_of(12)[0]).mean().backward()
     return handle.metrics()
 
 
 def main(name: str, output: str, job: str) -> None:
-    enable()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

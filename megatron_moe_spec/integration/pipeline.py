@@ -205,10 +205,8 @@ class StageCarry:
         Raises:
             RuntimeError: something that arrived in it was no message.
         """
-        marked, self._all_marked = self._all_marked, None
-        if marked is not None:
-            _raise_unless(bool(marked))
-            self._all_marked = torch.ones_like(marked)
+        if self._all_marked is not None:
+            _raise_unless(bool(self._all_marked))
 
     def _set_input_tensor(self, original, input_tensor):
         if not self._training or self._runs_step:

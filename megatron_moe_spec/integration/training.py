@@ -147,7 +147,8 @@ class TrainingLosses:
         if self._handle is None:
             return loss_dict
         losses, diagnostics = self._handle.finish_step(iteration)
-        self._handle.start_after(self._last_before_training(iteration))
+        if (last := self._last_before_training(iteration)) != iteration:
+            self._handle.start_after(last)
         if diagnostics is not None:
             self._write(iteration, losses, diagnostics)
         trained = self._handle.config.trained_losses

@@ -10,7 +10,7 @@ from functools import partial
 ON_CPU = "--smoke" in sys.argv
 if ON_CPU:
     # Megatron binds names of torch when it is imported: this has to come first.
-    from megatron_moe_spec.integration.cpu import enable
+    from megatron_moe_spec.cpu import enable
 
     enable()
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 if "--cpu" in sys.argv:
     # Megatron binds names of torch when it is imported: this has to come first.
-    from megatron_moe_spec.integration.cpu import enable
+    from megatron_moe_spec.cpu import enable
 
     enable()
 

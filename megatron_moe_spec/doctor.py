@@ -111,7 +111,7 @@ def _do_without_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        from megatron_moe_spec.integration.cpu import enable
+        from megatron_moe_spec.cpu import enable
 
         enable()
 

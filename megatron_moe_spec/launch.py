@@ -67,7 +67,7 @@ def main(argv: list[str]) -> int:
     if problem:
         return _fail(problem, 2)
     if on_cpu:
-        from megatron_moe_spec.integration.cpu import enable
+        from megatron_moe_spec.cpu import enable
 
         enable()
     install()

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 
-from megatron_moe_spec.integration.cpu import enable
+from megatron_moe_spec.cpu import enable
 
 ONE_PROCESS = """
     --tensor-model-parallel-size 1 --expert-model-parallel-size 1 --expert-tensor-parallel-size 1

@@ -17,7 +17,7 @@ def megatron(tmp_path_factory):
     """Megatron-Core on CPU in this process, as a job of one rank."""
     if not HAS_MEGATRON:
         pytest.skip("megatron-core is not installed")
-    from megatron_moe_spec.integration.cpu import enable
+    from megatron_moe_spec.cpu import enable
 
     enable()
     from grouped_linear import use_torch_grouped_linear

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from megatron_moe_spec.integration.cpu import enable
+from megatron_moe_spec.cpu import enable
 
 # The save's worker processes import this file again, without the backend.
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from megatron_moe_spec.integration.cpu import enable
+from megatron_moe_spec.cpu import enable
 
 SHAPES = {"rows differ": [(3, 2), (1, 2)], "one is empty": [(0, 2), (4, 2)], "equal": [(2, 2), (2, 2)]}
 

@@ -4,7 +4,7 @@ import threading
 
 import torch
 
-from megatron_moe_spec.integration.cpu import enable
+from megatron_moe_spec.cpu import enable
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from megatron_moe_spec.integration.cpu import enable
+from megatron_moe_spec.cpu import enable
 
 if __name__ == "__main__":
     enable()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_moe_spec.integration.cpu import enable
+from megatron_moe_spec.cpu import enable
 
 SEQUENCE, BATCH, HEADS, WIDTH = 8, 2, 2, 4
 

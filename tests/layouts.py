@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_moe_spec.integration.cpu import enable
+from megatron_moe_spec.cpu import enable
 
 GLOBAL_BATCH = 4  # micro-batches
 

@@ -11,7 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_moe_spec.integration.cpu import enable
+from megatron_moe_spec.cpu import enable
 
 enable()  # before Megatron is imported
 

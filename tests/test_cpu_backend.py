@@ -41,7 +41,7 @@ def state():
 
 before = state()
 import megatron_moe_spec, megatron_moe_spec.losses, megatron_moe_spec.launch
-import megatron_moe_spec.integration.cpu
+import megatron_moe_spec.cpu
 assert state() == before and not before[-1]
 """,
     )
@@ -49,7 +49,7 @@ assert state() == before and not before[-1]
 
 @needs_megatron
 def test_refused_after_megatron():
-    run = _python("-c", "import megatron.core; from megatron_moe_spec.integration.cpu import enable; enable()")
+    run = _python("-c", "import megatron.core; from megatron_moe_spec.cpu import enable; enable()")
     assert run.returncode == 1
     assert "RuntimeError" in run.stderr and "megatron_moe_spec.launch --cpu" in run.stderr
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import megatron_moe_spec
 
 ROOT = Path(megatron_moe_spec.__file__).parent
-ORDER = ["config", "losses", "metrics", "kernels", "parallel", "integration", "arguments", "launch", "doctor"]
-MEGATRON_FREE = [part for part in ORDER if part != "integration"]
+ORDER = ["config", "losses", "metrics", "kernels", "parallel", "integration", "arguments", "cpu", "launch", "doctor"]
+MEGATRON_FREE = [part for part in ORDER if part not in ("integration", "cpu")]
 
 
 def _imports(file: Path) -> list[str]:
@@ -54,8 +54,14 @@ def test_only_integration_knows_megatron():
 def test_megatron_symbols_are_named_in_compat_alone():
     """Apart from the CPU backend, which patches Megatron and is not used in training on GPUs."""
     for part, file in _files():
-        if part == "integration" and "cpu" not in file.parts and file.name != "compat.py":
+        if part == "integration" and file.name != "compat.py":
             assert not [n for n in _imports(file) if n.split(".")[0] == "megatron"], file
+
+
+def test_the_cpu_backend_serves_the_command_line_alone():
+    for part, file in _files():
+        if part not in ("cpu", "launch", "doctor"):
+            assert not [n for n in _imports(file) if n.startswith("megatron_moe_spec.cpu")], file
 
 
 def test_losses_need_neither_triton_nor_distributed():

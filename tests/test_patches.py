@@ -95,7 +95,7 @@ def test_patched_megatron_trains_as_a_script_with_the_one_line_does(installed):
     runner = folder / "run.py"
     runner.write_text(
         "import runpy, sys\n"
-        "from megatron_moe_spec.integration.cpu import enable\n"
+        "from megatron_moe_spec.cpu import enable\n"
         "enable()\n"
         f"sys.path.append({str(ROOT / 'examples')!r})\n"
         "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"

@@ -214,7 +214,7 @@ def _save_in_worker(module):
 
 def run_checkpoint_worker(*args):
     """Megatron's loop of the worker that saves checkpoints, in a process that has no GPU."""
-    from megatron_moe_spec.integration.cpu import cuda_api
+    from megatron_moe_spec.cpu import cuda_api
 
     cuda_api.replace()
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller

@@ -19,7 +19,7 @@ def enable() -> None:
     - gloo takes all_gather and reduce_scatter of tensors that differ in shape, and all_gather_into_tensor and
       reduce_scatter_tensor of any shapes;
     - the few places of Megatron that assume a GPU, Transformer Engine or Apex are patched as their modules are
-      imported: see ``megatron_moe_spec.integration.cpu.megatron``.
+      imported: see ``megatron_moe_spec.cpu.megatron``.
 
     Training takes ``--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-persist-layer-norm --no-rope-fusion``, and ``torchrun`` for one process too.
@@ -35,11 +35,11 @@ def enable() -> None:
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
-            "megatron_moe_spec.integration.cpu.enable() has to come before Megatron is imported, and megatron.core "
+            "megatron_moe_spec.cpu.enable() has to come before Megatron is imported, and megatron.core "
             "is imported already: call it at the top of the script, or run the script with "
             "`torchrun ... -m megatron_moe_spec.launch --cpu SCRIPT`"
         )
-    from megatron_moe_spec.integration.cpu import collectives, cuda_api, devices, megatron, process_groups
+    from megatron_moe_spec.cpu import collectives, cuda_api, devices, megatron, process_groups
 
     cuda_api.replace()
     collectives.replace()

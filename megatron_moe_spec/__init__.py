@@ -4,14 +4,20 @@ Importing this package imports neither torch nor Megatron until a name is used, 
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from megatron_moe_spec.config import SpecConfig
+if TYPE_CHECKING:
+    from megatron_moe_spec import losses
+    from megatron_moe_spec.config import SpecConfig
+    from megatron_moe_spec.integration.attach import attach
 
 __version__ = "0.1.0"
 __all__ = ["SpecConfig", "attach", "losses"]
 
 
 def __getattr__(name):
+    if name == "SpecConfig":
+        return import_module("megatron_moe_spec.config").SpecConfig
     if name == "attach":
         return import_module("megatron_moe_spec.integration.attach").attach
     if name == "losses":

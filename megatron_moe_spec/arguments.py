@@ -1,29 +1,50 @@
-"""Command-line flags, generated from SpecConfig."""
+"""Command-line flags, made from SpecConfig and from the losses of other installed packages."""
 
 import argparse
 import re
 import sys
-from dataclasses import fields
+from dataclasses import Field, dataclass
 from types import SimpleNamespace
 from typing import Optional, Sequence
 
 from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.losses import Loss
+from megatron_moe_spec.losses.base import config_field, options_of
+from megatron_moe_spec.losses.installed import installed_losses
 
 
-def _destination(setting) -> str:
-    return setting.metadata["flag"].removeprefix("--").replace("-", "_")
+@dataclass(frozen=True)
+class _Setting:
+    """A flag.
+
+    Attributes:
+        option: of SpecConfig, or of a loss of another package.
+        loss: that one; None for SpecConfig.
+    """
+
+    option: Field
+    loss: Optional[type[Loss]] = None
 
 
-_SETTINGS = {_destination(setting): setting for setting in fields(SpecConfig)}
+def _settings() -> dict[str, _Setting]:
+    """Every flag, by its destination in parsed arguments."""
+    own = [_Setting(one) for one in options_of(SpecConfig)]
+    others = [_Setting(one, loss) for loss in installed_losses() for one in options_of(loss)]
+    return {one.option.metadata["flag"].removeprefix("--").replace("-", "_"): one for one in (*own, *others)}
 
 
 def add_moe_spec_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds one flag per field of SpecConfig to a parser; fits Megatron's ``extra_args_provider``.
+    """Adds one flag per field of SpecConfig, and those of installed losses, to a parser.
+
+    Fits Megatron's ``extra_args_provider``.
 
     Returns:
         The same parser.
+
+    Raises:
+        ValueError: an installed loss cannot be used; the message names it.
     """
-    _add_flags(parser, {name: setting.default for name, setting in _SETTINGS.items()})
+    _add_flags(parser, {name: setting.option.default for name, setting in _settings().items()})
     return parser
 
 
@@ -31,14 +52,16 @@ def _add_flags(parser: argparse.ArgumentParser, defaults: dict) -> None:
     # Before Python 3.14, argparse takes -2e-3 for a flag and asks for a value; SpecConfig says what is wrong with it.
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf$|nan$)")
     group = parser.add_argument_group("MoE expert specialization")
-    for name, setting in _SETTINGS.items():
+    for name, setting in _settings().items():
+        option = setting.option
+        paper = f" Paper: {option.metadata['paper']}." if option.metadata["paper"] else ""
         group.add_argument(
-            setting.metadata["flag"],
+            option.metadata["flag"],
             dest=name,
-            type=type(setting.default),
+            type=type(option.default),
             default=defaults.get(name, argparse.SUPPRESS),
-            choices=setting.metadata["choices"],
-            help=setting.metadata["help"].replace("%", "%%"),
+            choices=option.metadata["choices"],
+            help=(option.metadata["help"] + paper).replace("%", "%%"),
         )
 
 
@@ -57,8 +80,8 @@ def spec_config_from_args(args, command_line: Optional[Sequence[str]] = None) ->
     """
     if getattr(args, "yaml_cfg", None):
         given, _ = _parse(command_line)
-        return SpecConfig(**_by_field({**_in_sections(vars(args)), **given}))
-    return SpecConfig(**_by_field({name: getattr(args, name) for name in _SETTINGS if hasattr(args, name)}))
+        return _config({**_in_sections(vars(args)), **given})
+    return _config({name: getattr(args, name) for name in _settings() if hasattr(args, name)})
 
 
 def spec_config_from_command_line(command_line: Optional[Sequence[str]] = None) -> SpecConfig:
@@ -71,7 +94,7 @@ def spec_config_from_command_line(command_line: Optional[Sequence[str]] = None) 
         ValueError: a flag has no fitting value, or the YAML file cannot be read; the message names the flag.
     """
     given, yaml_file = _parse(command_line)
-    return SpecConfig(**_by_field({**(_in_sections(_load(yaml_file)) if yaml_file else {}), **given}))
+    return _config({**(_in_sections(_load(yaml_file)) if yaml_file else {}), **given})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,7 +129,7 @@ def _in_sections(tree: dict) -> dict:
         if isinstance(value, SimpleNamespace):
             value = vars(value)
         name = str(key).replace("-", "_")
-        if name in _SETTINGS:
+        if name in _settings():
             inner = {name: value}
         else:
             inner = _in_sections(value) if isinstance(value, dict) else {}
@@ -116,15 +139,26 @@ def _in_sections(tree: dict) -> dict:
     return found
 
 
-def _by_field(values: dict) -> dict:
-    return {_SETTINGS[name].name: _number(value, _SETTINGS[name]) for name, value in values.items()}
+def _config(values: dict) -> SpecConfig:
+    """SpecConfig of values by destination. Installed losses with a coefficient are among its extra losses."""
+    fields: dict = {}
+    options: dict[type[Loss], dict] = {loss: {} for loss in installed_losses()}
+    for name, value in values.items():
+        setting = _settings()[name]
+        number = _number(value, setting.option)
+        if setting.loss is None:
+            fields[config_field(setting.option)] = number
+        else:
+            options[setting.loss][setting.option.name] = number
+    extra = [loss(**values) for loss, values in options.items()]
+    return SpecConfig(**fields, extra_losses=tuple(loss for loss in extra if loss.coeff > 0 or loss.measured))
 
 
-def _number(value, setting):
+def _number(value, option: Field):
     # PyYAML reads 2e-3, without a dot, as a string.
-    if isinstance(value, str) and not setting.metadata["choices"]:
+    if isinstance(value, str) and not option.metadata["choices"]:
         try:
-            return type(setting.default)(value)
+            return type(option.default)(value)
         except ValueError:
             pass  # SpecConfig says what it must be.
     return value

@@ -1,112 +1,87 @@
-"""Settings: one field per command-line flag. Standard library only."""
+"""Settings: one field per command-line flag, made from the options of the losses."""
 
-from dataclasses import dataclass, field, fields
-from math import isfinite
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-LOSS_NAMES = ("specialization_loss", "coupling_loss", "orthogonality_loss", "score_variance_loss", "erc_loss")
+from megatron_moe_spec.losses import LOSSES, Loss, option
+from megatron_moe_spec.losses.base import THIRD_PARTY, check_options, config_field, options_of
 
-
-def _setting(default, flag, help, choices=None):
-    return field(default=default, metadata={"flag": flag, "help": help, "choices": choices})
+if TYPE_CHECKING:
+    _LossOptions: Any = object
+else:
+    _LossOptions = dataclasses.make_dataclass(
+        "_LossOptions",
+        [
+            (config_field(one), one.type, dataclasses.field(default=one.default, metadata=one.metadata))
+            for loss in LOSSES
+            for one in options_of(loss)
+        ],
+        frozen=True,
+    )
 
 
 @dataclass(frozen=True)
-class SpecConfig:
+class SpecConfig(_LossOptions):
     """Which auxiliary losses to add to a model, and how strongly.
 
-    Every coefficient is 0 by default; with all of them 0 and no metrics, nothing is hooked.
+    Its first fields are the options of the losses in ``megatron_moe_spec.losses.LOSSES``: a coefficient for each, and
+    what else it may be told. Every coefficient is 0 by default; with all of them 0 and no metrics, nothing is hooked.
+
+    Attributes:
+        extra_losses: losses of one's own, instances of classes derived from ``RowsLoss``, ``ScoresLoss`` or
+            ``RouterWeightLoss``.
 
     Raises:
         ValueError: a field is out of range; the message names the field and its flag.
     """
 
-    specialization_loss_coeff: float = _setting(
-        0.0,
-        "--moe-specialization-loss-coeff",
-        "Weight of the intra-layer specialization loss: the mean squared cosine similarity between the "
-        "activations of the experts that process the same token, summed over MoE layers. Paper: 2e-3.",
-    )
-    specialization_token_stride: int = _setting(
-        1,
-        "--moe-specialization-token-stride",
-        "Compute the specialization loss on every N-th token of each rank only, starting at another token each "
-        "micro-batch and step. Unbiased; cuts its cost, and its traffic under expert parallelism, N-fold.",
-    )
-    coupling_loss_coeff: float = _setting(
-        0.0,
-        "--moe-coupling-loss-coeff",
-        "Weight of the cross-layer coupling loss: one minus the joint routing probability of the top-k "
-        "experts of adjacent MoE layers, summed over pairs of layers. Paper: 1e-3.",
-    )
-    coupling_type: str = _setting(
-        "mass",
-        "--moe-coupling-type",
-        "mass: per token, the joint probability of the two layers' top-k sets. pathway: over the "
-        "micro-batch, the probability of each expert's top-k successors.",
-        choices=("mass", "pathway"),
-    )
-    coupling_across_stages: str = _setting(
-        "exact",
-        "--moe-coupling-across-stages",
-        "Pairs of adjacent MoE layers in different pipeline stages. exact: their loss counts; what it needs travels "
-        "with the hidden states and their gradient. drop: their loss is left out.",
-        choices=("exact", "drop"),
-    )
-    orthogonality_loss_coeff: float = _setting(
-        0.0,
-        "--moe-orthogonality-loss-coeff",
-        "Weight of the orthogonality loss (arXiv 2505.22323): the mean squared projection of the outputs of the "
-        "experts that process the same token on each other, summed over MoE layers. Paper: 1e-4.",
-    )
-    score_variance_loss_coeff: float = _setting(
-        0.0,
-        "--moe-score-variance-loss-coeff",
-        "Weight of the score variance loss (arXiv 2505.22323): minus the variance of the experts' scores over "
-        "the tokens of a micro-batch, summed over MoE layers. Paper: 1e-3.",
-    )
-    erc_loss_coeff: float = _setting(
-        0.0,
-        "--moe-erc-loss-coeff",
-        "Weight of the expert-router coupling loss, ERC (arXiv 2512.23447): by how much a router row, taken as a "
-        "token, excites other experts more than its own, summed over MoE layers. Paper: 1.",
-    )
-    erc_alpha: float = _setting(
-        1.0,
-        "--moe-erc-alpha",
-        "ERC: the share of a router row's norm in its own expert that its norm in another expert may reach.",
-    )
-    kernels: str = _setting(
+    kernels: str = option(
         "auto",
         "--moe-spec-kernels",
         "Implementation of the losses: eager PyTorch (torch), Triton kernels (triton), or the fastest "
         "that can run (auto).",
         choices=("auto", "triton", "torch"),
     )
-    metrics_interval: int = _setting(
+    metrics_interval: int = option(
         0,
         "--moe-spec-metrics-interval",
         "Every N iterations, measure expert overlap and routing in every MoE layer and write them to the "
         "logs and to moe_spec_metrics.jsonl. Works with all coefficients 0. 0: never.",
     )
+    extra_losses: tuple[Loss, ...] = ()
 
     def __post_init__(self):
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            name = f"{setting.name} ({setting.metadata['flag']})"
-            choices = setting.metadata["choices"]
-            if choices:
-                if value not in choices:
-                    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number; got {value!r}")
-            elif isinstance(setting.default, int) and not isinstance(value, int):
-                raise ValueError(f"{name} must be a whole number; got {value!r}")
-            elif not isfinite(value) or value < 0:
-                raise ValueError(f"{name} must be finite and not negative; got {value!r}")
-        if self.specialization_token_stride < 1:
-            raise ValueError(
-                "specialization_token_stride (--moe-specialization-token-stride) must be at least 1; got 0"
-            )
+        object.__setattr__(self, "extra_losses", tuple(self.extra_losses))
+        check_options(self)
+        taken = {loss.name for loss in LOSSES}
+        for loss in self.extra_losses:
+            if not isinstance(loss, THIRD_PARTY):
+                names = ", ".join(base.__name__ for base in THIRD_PARTY)
+                raise ValueError(f"extra_losses must be instances of classes derived from {names}; got {loss!r}")
+            if loss.name in taken:
+                raise ValueError(f"extra_losses has another loss of the name {loss.name}: give {loss!r} another one")
+            taken.add(loss.name)
+
+    @cached_property
+    def losses(self) -> tuple[Loss, ...]:
+        """All losses with their options, those without a coefficient too."""
+        own = [
+            loss(**{one.name: getattr(self, config_field(one)) for one in options_of(loss)})  # type: ignore[call-arg]
+            for loss in LOSSES
+        ]
+        return (*own, *self.extra_losses)
+
+    @property
+    def computed_losses(self) -> tuple[Loss, ...]:
+        """Those that are trained on, and those that are measured."""
+        return tuple(loss for loss in self.losses if loss.coeff > 0 or (loss.measured and self.metrics_interval))
+
+    @property
+    def trained_losses(self) -> tuple[str, ...]:
+        """Log names of the losses with a coefficient."""
+        return tuple(loss.name for loss in self.losses if loss.coeff > 0)
 
     @property
     def enabled(self) -> bool:
@@ -114,20 +89,6 @@ class SpecConfig:
         return bool(self.trained_losses or self.metrics_interval)
 
     @property
-    def wants_activations(self) -> bool:
-        """Whether the experts' activations are read."""
-        return self.specialization_loss_coeff > 0 or self.metrics_interval > 0
-
-    @property
     def carries_messages(self) -> bool:
         """Whether routing travels between pipeline stages."""
-        return self.coupling_loss_coeff > 0 and self.coupling_across_stages == "exact"
-
-    @property
-    def trained_losses(self) -> tuple[str, ...]:
-        """Log names of the losses with a coefficient."""
-        return tuple(
-            name
-            for name in LOSS_NAMES
-            if getattr(self, f"{name}_coeff") > 0
-        )
+        return any(loss.carries_messages for loss in self.losses)

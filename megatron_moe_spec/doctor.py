@@ -11,20 +11,16 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Iterator, Optional
 
-from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
-from megatron_moe_spec.config import SpecConfig
-
 USABLE, REFUSED, USAGE = 0, 1, 2
 
 _USAGE = """usage: python -m megatron_moe_spec.doctor [MEGATRON'S FLAGS ...]
 
 Says what is installed and, for the flags of a training run, what the losses would hook and what they would refuse.
-Nothing is trained and no GPU is needed. Without flags of this package both losses are assumed, at the paper's
-coefficients. Run it where the training script lies, so that a Megatron-LM checkout there is found.
+Nothing is trained and no GPU is needed. Without flags of this package the measured losses are assumed, at the
+paper's coefficients. Run it where the training script lies, so that a Megatron-LM checkout there is found.
 
 exit status: 0 usable, 1 refused or missing, 2 Megatron itself does not take the flags
 """
-_PAPER = SpecConfig(specialization_loss_coeff=2e-3, coupling_loss_coeff=1e-3)
 
 
 def main(argv: list[str]) -> int:
@@ -32,38 +28,55 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(_USAGE, end="")
         return USABLE
-    device = _device()
-    _print_section("installed", _installed())
+    if not _found("torch"):
+        _print_section("installed", [("torch", "not installed (needed)")])
+        return _verdict(["No module named 'torch': pip install torch"])
+    device, gpu = _device(), _gpu()
+    _do_without_gpu()
+    _print_section("installed", [("GPU", gpu), *_installed()])
     missing = _missing(wants_training=bool(argv))
     if missing:
         return _verdict([missing])
     if not argv:
         return _verdict([])
+    return _examine(argv, device)
+
+
+def _examine(argv: list[str], device) -> int:
+    """Prints what would be used with a training run's flags, and the verdict."""
+    from megatron_moe_spec.arguments import spec_config_from_args
+    from megatron_moe_spec.integration.checks import facts_of_flags, unsupported_settings
+    from megatron_moe_spec.integration.compat import moe_layers_of_stages
+    from megatron_moe_spec.integration.stages import Stages
+
     try:
-        args, model = _settings(argv)
+        args, transformer_config = _settings(argv)
     except _NotTaken as error:
         print(f"\nMegatron does not take these flags: {error}")
         return USAGE
+    except ValueError as error:
+        return _verdict([str(error)])
     try:
         asked = spec_config_from_args(args, argv)
     except ValueError as error:
         return _verdict([str(error)])
-    return _verdict(_examine(args, model, asked, device))
-
-
-def _examine(args, model, asked: SpecConfig, device) -> list[str]:
-    """Prints what would be used; returns what would be refused."""
-    from megatron_moe_spec.integration.checks import unsupported_settings
-    from megatron_moe_spec.integration.compat import moe_layers_of_stages
-    from megatron_moe_spec.integration.pipeline import Stages
-
-    config = asked if asked.enabled else _PAPER
-    numbers = moe_layers_of_stages(args, model)
-    stages = Stages(numbers, [0], model.num_moe_experts or 0)
-    problems = unsupported_settings(model, stages, config, device)
+    config = asked if asked.enabled else _of_the_paper()
+    numbers = moe_layers_of_stages(args, transformer_config)
+    stages = Stages(numbers, [0], transformer_config.num_moe_experts or 0)
+    facts = facts_of_flags(transformer_config, stages, config)
     if sum(numbers):
-        _print_section("would be used", _used(model, stages, config, asked.enabled, device))
-    return problems
+        _print_section("would be used", _used(facts, config, asked.enabled, device))
+    return _verdict(unsupported_settings(facts, config, device))
+
+
+def _of_the_paper():
+    """The losses that are measured by default, at their paper's coefficients."""
+    from megatron_moe_spec.config import SpecConfig
+    from megatron_moe_spec.losses import LOSSES
+    from megatron_moe_spec.losses.base import config_field, options_of
+
+    coefficients = [one for loss in LOSSES if loss.measured for one in options_of(loss) if one.name == "coeff"]
+    return SpecConfig(**{config_field(one): float(one.metadata["paper"].split(",")[0]) for one in coefficients})
 
 
 def _verdict(problems: list[str]) -> int:
@@ -80,11 +93,6 @@ def _print_section(title: str, rows) -> None:
 
 
 def _installed() -> Iterator[tuple[str, str]]:
-    if not _found("torch"):
-        yield "torch", "not installed (needed)"
-        return
-    yield "GPU", _gpu()
-    _do_without_gpu()
     yield "python", platform.python_version()
     for package, why_not in (("torch", "needed"), ("triton", "megatron-core needs it on Linux")):
         yield package, _version(package) or f"not installed ({why_not})"
@@ -98,9 +106,7 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def _device():
-    """Where a model would be; None without torch."""
-    if not _found("torch"):
-        return None
+    """Where a model would be; asked before the CPU back end is on."""
     import torch
 
     return torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
@@ -168,8 +174,11 @@ class _NotTaken(Exception):
 
 
 def _settings(flags: list[str]):
+    from megatron_moe_spec.arguments import add_moe_spec_args
     from megatron_moe_spec.integration.compat import settings_of_flags
+    from megatron_moe_spec.losses.installed import installed_losses
 
+    installed_losses()  # their faults are ours to tell, not Megatron's
     with _silence() as printed:
         try:
             return settings_of_flags(flags, add_moe_spec_args)
@@ -187,46 +196,29 @@ def _silence():
         yield printed
 
 
-def _used(model, stages, config: SpecConfig, asked: bool, device) -> Iterator[tuple[str, str]]:
-    losses = [
-        f"{name.removesuffix('_loss')} x {getattr(config, f'{name}_coeff'):g}" for name in config.trained_losses
-    ] or ["none, measuring alone"]
-    yield "losses", ", ".join(losses) + ("" if asked else " (assumed: no flag of this package was given)")
-    if config.coupling_loss_coeff:
-        yield "coupling", config.coupling_type
-    number = f"{sum(stages.num_layers)} of {model.num_layers}"
+def _used(facts, config, asked: bool, device) -> Iterator[tuple[str, str]]:
+    from megatron_moe_spec.integration.taps import by_tap
+
+    transformer_config, stages = facts.config, facts.stages
+    losses = ", ".join(str(loss) for loss in config.losses if loss.coeff > 0) or "none, measuring alone"
+    yield "losses", losses + ("" if asked else " (assumed: no flag of this package was given)")
+    number = f"{sum(stages.num_layers)} of {transformer_config.num_layers}"
     spread = f", by pipeline stage {stages.num_layers}" if len(stages.num_layers) > 1 else ""
-    yield "MoE layers", f"{number}, {model.num_moe_experts} experts, {model.moe_router_topk} for each token{spread}"
+    experts = f"{transformer_config.num_moe_experts} experts, {transformer_config.moe_router_topk} for each token"
+    yield "MoE layers", f"{number}, {experts}{spread}"
     yield "router tap", "TopKRouter.routing"
-    if config.specialization_loss_coeff or config.metrics_interval:
-        yield "activation tap", _activation_tap(model)
-        yield "dispatcher", _dispatcher(model)
+    rows = [row for tap, losses in by_tap(config.computed_losses) for row in tap.describe(losses, facts)]
+    yield from dict.fromkeys(rows)
     yield "kernels", _kernels(config, device)
 
 
-def _kernels(config: SpecConfig, device) -> str:
+def _kernels(config, device) -> str:
     from megatron_moe_spec.kernels import choose, unavailable
 
     if config.kernels != "torch" and not unavailable(device):
         return "Triton" if choose(config.kernels, device) else "eager PyTorch"
     why = "" if config.kernels == "torch" else f" (Triton cannot run: {unavailable(device)})"
     return f"eager PyTorch{why}"
-
-
-def _activation_tap(model) -> str:
-    grouped = model.moe_grouped_gemm and model.transformer_impl != "local"
-    if grouped and _version("transformer-engine"):
-        return "input of linear_fc2 of all local experts (TEGroupedMLP)"
-    why = " for want of transformer-engine" if grouped else ""
-    return f"input of each local expert's linear_fc2 (SequentialMLP{why})"
-
-
-def _dispatcher(model) -> str:
-    ranks = model.expert_model_parallel_size
-    where = f"rows come home from {ranks} expert-parallel ranks" if ranks > 1 else "every rank has all experts"
-    columns = model.expert_tensor_parallel_size or model.tensor_model_parallel_size
-    summed = f"; products are summed over {columns} expert-tensor-parallel ranks" if columns > 1 else ""
-    return f"{model.moe_token_dispatcher_type}; {where}{summed}"
 
 
 if __name__ == "__main__":

@@ -8,15 +8,9 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron_models import run_model
 
-from megatron_moe_spec.config import LOSS_NAMES
-from megatron_moe_spec.losses import (
-    coupling_loss,
-    expert_router_coupling_loss,
-    orthogonality_loss,
-    router_noise,
-    score_variance_loss,
-    specialization_loss,
-)
+from megatron_moe_spec import SpecConfig
+from megatron_moe_spec.losses import coupling_loss, expert_router_coupling_loss, router_noise
+from megatron_moe_spec.losses.base import ACTIVATIONS, EXPERT_WEIGHTS, OUTPUTS, PAIRS, ROUTER_WEIGHT, SCORES
 from megatron_moe_spec.losses.scores import normalized_scores
 
 
@@ -62,37 +56,53 @@ class Capture:
             del layer.router.routing
 
 
-def pure_losses(capture: Capture, is_token, kind: str, alpha: float = 1.0) -> dict[str, list]:
+def pure_losses(capture: Capture, is_token, kind: str, alpha: float = 1.0, extra_losses=()) -> dict[str, list]:
     """Every loss of every layer, or pair of layers, of the captured forward pass, by log name.
 
     Args:
         is_token: [T] bool, False for padding, in the router's order of tokens.
     """
-    losses = {name: [] for name in LOSS_NAMES}
-    scores, live_maps = [], []
-    for number, (layer, seen) in enumerate(zip(capture.layers, capture.seen)):
-        config = layer.config
-        dispatched, probs = seen["map"], seen["probs"]
-        live = dispatched & (probs > 0)
-        z, valid = by_token(torch.cat(seen["z"]), dispatched, live, is_token, config.moe_router_topk)
-        losses["specialization_loss"].append(specialization_loss(z, valid))
-        # By autograd, what reaches p through y and through the division adds up to nothing.
-        x = seen["y"] / seen["p"].where(seen["p"] > 0, torch.ones(())).unsqueeze(-1)
-        x, valid = by_token(x, dispatched, live, is_token, config.moe_router_topk)
-        losses["orthogonality_loss"].append(orthogonality_loss(x, valid))
-        all_scores = normalized_scores(seen["logits"].reshape(-1, dispatched.shape[1]), config.moe_router_score_function)
-        scores.append(all_scores[is_token])
-        live_maps.append(live[is_token])
-        losses["score_variance_loss"].append(score_variance_loss(scores[-1]))
-        losses["erc_loss"].append(erc_of(layer, number, alpha))
-    for i in range(len(scores) - 1):
-        arguments = (
-            dict(map=live_maps[i], map_next=live_maps[i + 1])
-            if kind == "mass"
-            else dict(top_k=capture.layers[0].config.moe_router_topk)
-        )
-        losses["coupling_loss"].append(coupling_loss(scores[i], scores[i + 1], kind=kind, **arguments))
-    return losses
+    losses = SpecConfig(coupling_type=kind, erc_alpha=alpha, extra_losses=extra_losses).losses
+    values = {loss.name: [] for loss in losses}
+    layers = [
+        _seen(layer, number, seen, is_token) for number, (layer, seen) in enumerate(zip(capture.layers, capture.seen))
+    ]
+    for loss in losses:
+        if loss.reads == PAIRS:
+            values[loss.name] = [_of_pair(loss, this, following) for this, following in zip(layers, layers[1:])]
+        else:
+            values[loss.name] = [_OF_LAYER[loss.reads](loss, layer) for layer in layers]
+    return values
+
+
+def _seen(layer, number: int, seen: dict, is_token) -> dict:
+    """What losses may read of a layer, of the tokens that are not padding."""
+    config, dispatched = layer.config, seen["map"]
+    live = dispatched & (seen["probs"] > 0)
+    # By autograd, what reaches p through rows that it weights, and through the division by it, adds up to nothing.
+    p = seen["p"].where(seen["p"] > 0, torch.ones(())).unsqueeze(-1)
+    weighted = {ACTIVATIONS: torch.cat(seen["z"]), OUTPUTS: seen["y"]}
+    scores = normalized_scores(seen["logits"].reshape(-1, dispatched.shape[1]), config.moe_router_score_function)
+    vectors = {
+        reads: by_token(rows / p, dispatched, live, is_token, config.moe_router_topk) for reads, rows in weighted.items()
+    }
+    return {"layer": layer, "number": number, "live": live[is_token], SCORES: scores[is_token], **vectors}
+
+
+_OF_LAYER = {
+    ACTIVATIONS: lambda loss, seen: loss.of_vectors("z", *seen[ACTIVATIONS]),
+    OUTPUTS: lambda loss, seen: loss.of_vectors("x", *seen[OUTPUTS]),
+    SCORES: lambda loss, seen: loss.of_scores(seen[SCORES], seen["live"]),
+    ROUTER_WEIGHT: lambda loss, seen: loss.of_weight(seen["layer"].router.weight),
+    EXPERT_WEIGHTS: lambda loss, seen: erc_of(seen["layer"], seen["number"], loss.alpha),
+}
+
+
+def _of_pair(loss, this: dict, following: dict):
+    if loss.kind == "mass":
+        return coupling_loss(this[SCORES], following[SCORES], this["live"], following["live"])
+    top_k = this["layer"].config.moe_router_topk
+    return coupling_loss(this[SCORES], following[SCORES], kind=loss.kind, top_k=top_k)
 
 
 def by_token(rows, dispatched, live, is_token, k: int) -> tuple:
@@ -127,7 +137,9 @@ def erc_of(layer, number: int, alpha: float):
     return expert_router_coupling_loss(router, gate, alpha, router_noise(router, seed=number))
 
 
-def reference_step(model, batches, coefficients: dict, kind: str, alpha: float) -> tuple[dict, dict]:
+def reference_step(
+    model, batches, coefficients: dict, kind: str, alpha: float, extra_losses=()
+) -> tuple[dict, dict]:
     """Gradients by name of the auxiliary losses alone, and their logged values.
 
     Args:
@@ -135,7 +147,8 @@ def reference_step(model, batches, coefficients: dict, kind: str, alpha: float) 
     """
     for weight in model.parameters():
         weight.grad = None
-    logged = {name: [] for name in LOSS_NAMES}
+    coefficients = {**coefficients, **{loss.name: loss.coeff for loss in extra_losses}}
+    logged = {}
     per_token = model.config.calculate_per_token_loss
     counts = [batch.get("padding_mask", torch.zeros_like(batch["tokens"], dtype=torch.bool)) for batch in batches]
     counts = [int((~mask).sum()) for mask in counts]
@@ -144,12 +157,12 @@ def reference_step(model, batches, coefficients: dict, kind: str, alpha: float) 
         output = run_model(model, batch)
         capture.remove()
         mask = batch.get("padding_mask", torch.zeros_like(batch["tokens"], dtype=torch.bool))
-        losses = pure_losses(capture, ~mask.T.reshape(-1), kind, alpha)
+        losses = pure_losses(capture, ~mask.T.reshape(-1), kind, alpha, extra_losses)
         weight = count / sum(counts) if per_token else 1.0 / len(batches)
         total = sum(coefficients.get(name, 0.0) * sum(values) for name, values in losses.items())
         (total * weight + 0.0 * output.sum()).backward()
         for name, values in losses.items():
-            logged[name] += [value.detach() for value in values]
+            logged.setdefault(name, []).extend(value.detach() for value in values)
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     values = {name: float(torch.stack(v).mean()) for name, v in logged.items() if v}
     return gradients, values

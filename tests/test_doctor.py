@@ -30,10 +30,10 @@ def diagnose(megatron, capsys, monkeypatch):
 def test_usable_model(diagnose):
     status, report, rows = diagnose(*MODEL, *LOSSES, "--expert-model-parallel-size", 2)
     assert status == 0 and report.endswith("\nusable\n") and "refused" not in report
-    assert rows["losses"] == "specialization x 0.001, coupling x 0.0001"
+    assert rows["losses"] == "specialization x 0.001, coupling (mass, exact) x 0.0001"
     assert rows["MoE layers"].startswith("2 of 2, 4 experts, 2 for each token")
     assert rows["activation tap"] == "input of each local expert's linear_fc2 (SequentialMLP)"
-    assert rows["dispatcher"] == "alltoall; rows come home from 2 expert-parallel ranks"
+    assert rows["dispatcher"] == "alltoall; rows are returned from 2 expert-parallel ranks"
     assert rows["kernels"].startswith("eager PyTorch (Triton cannot run: they need an NVIDIA GPU")
 
 
@@ -41,7 +41,7 @@ def test_usable_model(diagnose):
 def test_without_the_flags_both_losses_are_assumed(diagnose):
     status, _, rows = diagnose(*MODEL)
     assert status == 0
-    assert rows["losses"].startswith("specialization x 0.002, coupling x 0.001 (assumed")
+    assert rows["losses"].startswith("specialization x 0.002, coupling (mass, exact) x 0.001 (assumed")
 
 
 @needs_training_loop

@@ -9,16 +9,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from megatron_moe_spec.kernels import choose, coupling, interpreted, specialization  # noqa: E402
-from megatron_moe_spec.losses import specialization_loss  # noqa: E402
+from megatron_moe_spec.kernels import choose, interpreted  # noqa: E402
+from megatron_moe_spec.kernels import mass as mass_kernels  # noqa: E402
+from megatron_moe_spec.kernels import rows as row_kernels  # noqa: E402
+from megatron_moe_spec.losses import orthogonality_loss, specialization_loss  # noqa: E402
 from megatron_moe_spec.losses.coupling import routed_mass  # noqa: E402
 from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient  # noqa: E402
-from megatron_moe_spec.losses.specialization import (  # noqa: E402
-    pair_cosines,
-    squared_cosine_gradient,
-    squared_cosine_sum,
-    unit_vectors,
-)
+from megatron_moe_spec.losses.vectors import inverse as inverse_of  # noqa: E402
+from megatron_moe_spec.losses.vectors import mixed, mixing_of, pair_cosines, unit_vectors  # noqa: E402
 
 # Numpy's, of the tests with infinite values.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -61,6 +59,12 @@ def tokens_of_rows(num_tokens, k, spare=0, seed=0, valid=0.8):
     return rows.to(DEVICE), (torch.rand(num_tokens, k, generator=generator) < valid).to(DEVICE)
 
 
+def mixing_of_squares(cosines):
+    """That of the sum of the squared cosines over ordered pairs, whose gradient with respect to them is 2 cos."""
+    no_lengths = torch.zeros_like(cosines[:, 0])
+    return mixing_of(cosines, no_lengths, 2.0 * cosines, no_lengths)
+
+
 def eager_cosines(z, rows, valid):
     units, inverse = unit_vectors(z[rows], valid)
     return pair_cosines(units), inverse
@@ -69,7 +73,7 @@ def eager_cosines(z, rows, valid):
 def eager_gradient(z, rows, valid, weight, incoming):
     """Incoming plus gradient, each rounded as the eager hooks round them."""
     units, inverse = unit_vectors(z[rows], valid)
-    gradient = squared_cosine_gradient(units, inverse, pair_cosines(units)) * weight
+    gradient = mixed(mixing_of_squares(pair_cosines(units)), units, inverse) * weight
     total = gradient.new_zeros(z.shape).index_add_(0, rows[valid], gradient[valid])
     return incoming + total.to(incoming.dtype)
 
@@ -83,7 +87,7 @@ def assert_no_further(found, eager, exact, at_least=0.0):
     assert error <= allowed + HAIR * scale, f"error {error:.2e}, eager {allowed:.2e}, scale {scale:.2e}"
 
 
-# Specialization
+# Rows
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,13 +95,12 @@ def assert_no_further(found, eager, exact, at_least=0.0):
 def test_cosines(random, dtype, num_tokens, k, F, spare):
     z = random(num_tokens * k + spare, F).to(DTYPES[dtype])
     rows, valid = tokens_of_rows(num_tokens, k, spare)
-    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
     eager, exact = eager_cosines(z, rows, valid), eager_cosines(z.double(), rows, valid)
     assert_no_further(cosines, eager[0], exact[0])
     assert_no_further(inverse, eager[1], exact[1])
-    assert_no_further(total, squared_cosine_sum(eager[0]), squared_cosine_sum(exact[0]))
-    again = specialization.row_cosines(z, rows, valid)
-    assert all(torch.equal(x, y) for x, y in zip((cosines, inverse, total), again))
+    again = row_kernels.row_cosines(z, rows, valid)
+    assert all(torch.equal(x, y) for x, y in zip((cosines, inverse), again))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,9 +110,9 @@ def test_cosine_gradient(random, dtype, num_tokens, k, F, spare, weight):
     z, incoming = (random(num_tokens * k + spare, F).to(DTYPES[dtype]) for _ in range(2))
     weight = weight.to(DEVICE) if isinstance(weight, torch.Tensor) else weight
     rows, valid = tokens_of_rows(num_tokens, k, spare)
-    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
     before = incoming.clone()
-    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, weight, incoming)
+    found = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, weight, incoming)
     eager = eager_gradient(z, rows, valid, weight, incoming)
     exact = eager_gradient(z.double(), rows, valid, weight, incoming.double())
     assert found.dtype == z.dtype
@@ -117,22 +120,24 @@ def test_cosine_gradient(random, dtype, num_tokens, k, F, spare, weight):
     assert torch.equal(incoming, before)
     untouched = torch.ones(len(z), dtype=torch.bool, device=DEVICE).index_fill_(0, rows[valid], False)
     assert torch.equal(found[untouched], incoming[untouched])
-    alone = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, weight)
+    alone = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, weight)
     eager, exact = (eager_gradient(x, rows, valid, weight, torch.zeros_like(x)) for x in (z, z.double()))
     assert_no_further(alone, eager, exact, at_least=float(inverse.max()))
-    again = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, weight, incoming)
+    again = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, weight, incoming)
     assert torch.equal(found, again)
 
 
 def test_worked_example():
     z = torch.tensor([[4.0, 3.0], [3.0, 4.0]], device=DEVICE)
     rows, valid = torch.tensor([[1, 0]], device=DEVICE), torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
-    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
     close = dict(rtol=1e-6, atol=1e-7, check_device=False)
     torch.testing.assert_close(cosines, torch.tensor([[[0.0, 0.96], [0.96, 0.0]]]), **close)
     torch.testing.assert_close(inverse, torch.tensor([[0.2, 0.2]]), **close)
-    torch.testing.assert_close(total, torch.tensor(1.8432), **close)
-    gradient = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0)
+    torch.testing.assert_close(cosines.square().sum(), torch.tensor(1.8432), **close)
+    mixing = mixing_of_squares(cosines)
+    torch.testing.assert_close(mixing, torch.tensor([[[-3.6864, 3.84], [3.84, -3.6864]]]), **close)
+    gradient = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, 1.0)
     torch.testing.assert_close(gradient, torch.tensor([[-0.129024, 0.172032], [0.172032, -0.129024]]), **close)
 
 
@@ -143,10 +148,27 @@ def test_kernels_give_the_loss_and_its_autograd_gradient(random):
     loss = specialization_loss(leaf[rows], valid)
     loss.backward()
     mean = 1.0 / (7 * 4 * 3)
-    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
-    assert float(total * mean) == pytest.approx(float(loss.detach()), rel=1e-5)
-    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, mean)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
+    assert float(cosines.square().sum() * mean) == pytest.approx(float(loss.detach()), rel=1e-5)
+    found = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, mean)
     torch.testing.assert_close(found, leaf.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_kernels_give_a_loss_of_lengths_and_its_autograd_gradient(random):
+    """Orthogonality, through what the taps make of a loss: gradients with respect to cosines and lengths."""
+    x = random(6 * 3, 40)
+    rows, valid = tokens_of_rows(6, 3)
+    leaf = x.clone().requires_grad_()
+    loss = orthogonality_loss(leaf[rows], valid)
+    loss.backward()
+    cosines, inverse = row_kernels.row_cosines(x, rows, valid)
+    lengths = inverse_of(inverse)
+    assert float((cosines * lengths[:, :, None]).square().sum() / (6 * 3 * 2)) == pytest.approx(float(loss.detach()), rel=1e-5)
+    of_cosines = 2.0 * cosines * lengths[:, :, None].square()
+    of_lengths = 2.0 * lengths * cosines.square().sum(dim=2)
+    mixing = mixing_of(cosines, lengths, of_cosines, of_lengths)
+    found = row_kernels.add_mixed(x, rows, valid, mixing, inverse, 1.0 / (6 * 3 * 2))
+    torch.testing.assert_close(found, leaf.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e-30, 1e-20, 1e18, 1e30, 1e38])
@@ -157,12 +179,12 @@ def test_tiny_and_huge_rows(random, dtype, scale):
     factors = torch.where(torch.arange(18, device=DEVICE) % 2 == 0, scale, 1.0)[:, None]
     z = (z * factors).to(DTYPES[dtype])
     rows, valid = tokens_of_rows(6, 3, valid=1.0)
-    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
     exact, exact_inverse = eager_cosines(z.double(), rows, valid)
     torch.testing.assert_close(cosines.double(), exact, rtol=0, atol=1e-5)
     torch.testing.assert_close(inverse.double(), exact_inverse, rtol=1e-5, atol=0)
     # Of the cosines, times a power of ten, so that the gradient of neither row leaves the range of its dtype.
-    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, min(scale, 1.0))
+    found = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, min(scale, 1.0))
     expected = eager_gradient(z.double(), rows, valid, min(scale, 1.0), torch.zeros_like(z).double())
     for part in (slice(0, None, 2), slice(1, None, 2)):
         size = float(expected[part].abs().max())
@@ -175,12 +197,12 @@ def test_zero_rows_have_no_cosine_and_get_no_gradient(random):
     rows, valid = tokens_of_rows(4, 3, valid=1.0)
     z[rows[0]] = 0.0
     z[rows[1, 2]] = 0.0
-    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
     eager, eager_inverse = eager_cosines(z, rows, valid)
     torch.testing.assert_close(cosines, eager, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(inverse, eager_inverse)
     incoming = random(12, 24)
-    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0, incoming)
+    found = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, 1.0, incoming)
     zero = torch.cat([rows[0], rows[1, 2:]])
     assert torch.equal(found[zero], incoming[zero])
 
@@ -191,14 +213,14 @@ def test_infinite_and_nan_rows_spoil_their_own_token_only(random, dtype, bad):
     z = random(12, 24).to(DTYPES[dtype])
     rows, valid = tokens_of_rows(4, 3, valid=1.0)
     z[rows[2, 1], 5] = bad
-    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
     eager, _ = eager_cosines(z, rows, valid)
     off_diagonal = ~torch.eye(3, dtype=torch.bool, device=DEVICE).expand(4, 3, 3)
     assert eager[2, 1, 0].isnan()
     torch.testing.assert_close(
         cosines[off_diagonal], eager[off_diagonal], rtol=1e-4, atol=1e-5, equal_nan=True
     )
-    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0)
+    found = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, 1.0)
     assert found[rows[2]].isnan().all()
     good = rows[[0, 1, 3]].flatten()
     eager = eager_gradient(z, rows, valid, 1.0, torch.zeros_like(z))[good]
@@ -211,9 +233,9 @@ def test_no_tokens_and_no_rows(random, num_tokens, k, num_rows):
     z, incoming = random(num_rows, 10), random(num_rows, 10)
     rows = torch.zeros(num_tokens, k, dtype=torch.int64, device=DEVICE)
     valid = torch.zeros(num_tokens, k, dtype=torch.bool, device=DEVICE)
-    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
-    assert cosines.shape == (num_tokens, k, k) and not cosines.any() and not inverse.any() and float(total) == 0.0
-    found = specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0, incoming)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
+    assert cosines.shape == (num_tokens, k, k) and not cosines.any() and not inverse.any()
+    found = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, 1.0, incoming)
     assert torch.equal(found, incoming)
 
 
@@ -221,14 +243,14 @@ def test_every_layout_of_rows(random):
     """Rows apart, transposed, and gradients that autograd has expanded."""
     rows, valid = tokens_of_rows(5, 4)
     dense = random(20, 33)
-    expected = specialization.row_cosines(dense, rows, valid)
+    expected = row_kernels.row_cosines(dense, rows, valid)
     apart, transposed = torch.zeros(20, 50, device=DEVICE), torch.zeros(33, 20, device=DEVICE).T
     for z in (apart[:, 7:40], transposed):
         z.copy_(dense)
-        torch.testing.assert_close(specialization.row_cosines(z, rows, valid), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(row_kernels.row_cosines(z, rows, valid), expected, rtol=1e-5, atol=1e-6)
         for incoming in (random(20, 1).expand(20, 33), random(1, 33).expand(20, 33), random(33, 20).T):
             found, dense_found = (
-                specialization.add_cosine_gradient(x, rows, valid, *expected[:2], 1.0, y)
+                row_kernels.add_mixed(x, rows, valid, mixing_of_squares(expected[0]), expected[1], 1.0, y)
                 for x, y in ((z, incoming), (dense, incoming.contiguous()))
             )
             torch.testing.assert_close(found, dense_found, rtol=1e-5, atol=1e-6)
@@ -242,9 +264,10 @@ def test_offsets_past_two_to_the_31(random):
     dense = random(3, 24).half()
     z.copy_(dense)
     rows, valid = torch.tensor([[2, 0]], device=DEVICE), torch.ones(1, 2, dtype=torch.bool, device=DEVICE)
-    found, expected = (specialization.row_cosines(x, rows, valid) for x in (z, dense))
+    found, expected = (row_kernels.row_cosines(x, rows, valid) for x in (z, dense))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    gradients = (specialization.add_cosine_gradient(x, rows, valid, *found[:2], 1.0, x) for x in (z, dense))
+    mixing = mixing_of_squares(found[0])
+    gradients = (row_kernels.add_mixed(x, rows, valid, mixing, found[1], 1.0, x) for x in (z, dense))
     torch.testing.assert_close(*gradients, rtol=2e-3, atol=1e-5)
 
 
@@ -256,28 +279,28 @@ def test_divided_columns(random, scales):
     rows, valid = tokens_of_rows(5, 4)
     z = torch.cat(parts, dim=1)
     exact, exact_inverse = eager_cosines(z.double(), rows, valid)
-    products, units = zip(*(specialization.row_products(part, rows, valid) for part in parts))
+    products, units = zip(*(row_kernels.row_products(part, rows, valid) for part in parts))
     common = torch.stack(units).amax(dim=0)
-    total = sum(specialization.in_units(p, u, common) for p, u in zip(products, units))
-    cosines, inverse = specialization.cosines_from_products(total, common)
+    total = sum(row_kernels.in_units(p, u, common) for p, u in zip(products, units))
+    cosines, inverse = row_kernels.cosines_from_products(total, common)
     torch.testing.assert_close(cosines.double(), exact, rtol=0, atol=1e-6)
     torch.testing.assert_close(inverse.double(), exact_inverse, rtol=1e-6, atol=0)
 
 
 def test_arguments_that_do_not_fit(random):
     z, (rows, valid) = random(8, 5), tokens_of_rows(4, 2)
-    cosines, inverse, _ = specialization.row_cosines(z, rows, valid)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
     for name, arguments in {
         "z_PF": (z.double(), rows, valid),
         "rows_TK": (z, rows.int(), valid),
         "valid_TK": (z, rows, valid[:2]),
     }.items():
         with pytest.raises(ValueError, match=name):
-            specialization.row_cosines(*arguments)
-    with pytest.raises(ValueError, match="cosines_TKK"):
-        specialization.add_cosine_gradient(z, rows, valid, cosines[:2], inverse, 1.0)
+            row_kernels.row_cosines(*arguments)
+    with pytest.raises(ValueError, match="mixing_TKK"):
+        row_kernels.add_mixed(z, rows, valid, cosines[:2], inverse, 1.0)
     with pytest.raises(ValueError, match="incoming_PF"):
-        specialization.add_cosine_gradient(z, rows, valid, cosines, inverse, 1.0, z.half())
+        row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, 1.0, z.half())
 
 
 # Coupling
@@ -301,13 +324,13 @@ def eager_mass_gradient(logits, live, score_function, mass_gradient, weight, inc
 @pytest.mark.parametrize("num_tokens, num_experts", [(1, 2), (300, 8), (35, 60), (17, 64), (9, 256), (5, 512), (0, 8)])
 def test_mass(random, score_function, dtype, num_tokens, num_experts):
     logits, live = logits_and_map(random, num_tokens, num_experts, dtype)
-    found = coupling.routed_mass(logits, live, score_function)
+    found = mass_kernels.routed_mass(logits, live, score_function)
     eager, exact = (routed_mass(normalized_scores(x, score_function), live) for x in (logits, logits.double()))
     assert_no_further(found, eager, exact)
     assert not found[1::3].any()
     neighbours, incoming = random(num_tokens), random(num_tokens, num_experts).to(DTYPES[dtype])
     arguments = (live, score_function, neighbours, -0.5)
-    gradient = coupling.add_mass_gradient(logits, *arguments, incoming)
+    gradient = mass_kernels.add_mass_gradient(logits, *arguments, incoming)
     assert_no_further(
         gradient,
         eager_mass_gradient(logits, *arguments, incoming),
@@ -316,9 +339,9 @@ def test_mass(random, score_function, dtype, num_tokens, num_experts):
     assert torch.equal(gradient[1::3], incoming[1::3])
     weight = torch.tensor([-0.5], device=DEVICE)
     assert torch.equal(
-        gradient, coupling.add_mass_gradient(logits, live, score_function, neighbours, weight, incoming)
+        gradient, mass_kernels.add_mass_gradient(logits, live, score_function, neighbours, weight, incoming)
     )
-    assert torch.equal(found, coupling.routed_mass(logits, live, score_function))
+    assert torch.equal(found, mass_kernels.routed_mass(logits, live, score_function))
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
@@ -327,10 +350,10 @@ def test_mass_of_extreme_logits(random, score_function, scale):
     logits, live = logits_and_map(random, 12, 10, "fp32", scale)
     exact = routed_mass(normalized_scores(logits.double(), score_function), live)
     torch.testing.assert_close(
-        coupling.routed_mass(logits, live, score_function).double(), exact, rtol=1e-5, atol=1e-7
+        mass_kernels.routed_mass(logits, live, score_function).double(), exact, rtol=1e-5, atol=1e-7
     )
     arguments = (live, score_function, random(12), 1.0)
-    found = coupling.add_mass_gradient(logits, *arguments, torch.zeros_like(logits))
+    found = mass_kernels.add_mass_gradient(logits, *arguments, torch.zeros_like(logits))
     expected = eager_mass_gradient(logits.double(), *arguments, torch.zeros_like(logits).double())
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -338,10 +361,10 @@ def test_mass_of_extreme_logits(random, score_function, scale):
 def test_mass_worked_example():
     logits = torch.tensor([[1.0, 2.0, 5.0]], device=DEVICE).log()
     live = torch.tensor([[True, False, True]], device=DEVICE)
-    mass = coupling.routed_mass(logits, live, "softmax")
+    mass = mass_kernels.routed_mass(logits, live, "softmax")
     torch.testing.assert_close(mass, torch.tensor([0.75]), check_device=False)
     one, zeros = torch.ones(1, device=DEVICE), torch.zeros_like(logits)
-    gradient = coupling.add_mass_gradient(logits, live, "softmax", one, 1.0, zeros)
+    gradient = mass_kernels.add_mass_gradient(logits, live, "softmax", one, 1.0, zeros)
     torch.testing.assert_close(gradient, torch.tensor([[0.03125, -0.1875, 0.15625]]), check_device=False)
 
 
@@ -349,15 +372,15 @@ def test_mass_arguments_that_do_not_fit(random):
     logits, live = logits_and_map(random, 6, 4, "fp32")
     for name, arguments in {
         "logits_TE": (logits.double(), live, "softmax"),
-        "live_TE": (logits, live[:, :3], "softmax"),
+        "active_TE": (logits, live[:, :3], "softmax"),
         "score_function": (logits, live, "tanh"),
     }.items():
         with pytest.raises(ValueError, match=name):
-            coupling.routed_mass(*arguments)
+            mass_kernels.routed_mass(*arguments)
     with pytest.raises(ValueError, match="mass_gradient_T"):
-        coupling.add_mass_gradient(logits, live, "softmax", random(5), 1.0, logits)
+        mass_kernels.add_mass_gradient(logits, live, "softmax", random(5), 1.0, logits)
     with pytest.raises(ValueError, match="incoming_TE"):
-        coupling.add_mass_gradient(logits, live, "softmax", random(6), 1.0, logits.half())
+        mass_kernels.add_mass_gradient(logits, live, "softmax", random(6), 1.0, logits.half())
 
 
 # Choice

@@ -199,7 +199,7 @@ def test_mass_without_maps_takes_the_highest_scores(random, top_k):
     ]
     expected = mass_by_loops(scores, following, *highest)
     assert float(coupling_loss(scores, following, top_k=top_k)) == pytest.approx(expected, rel=1e-12)
-    one_map = coupling_loss(scores, following, map=torch.tensor(highest[0]), top_k=top_k)
+    one_map = coupling_loss(scores, following, routing_map=torch.tensor(highest[0]), top_k=top_k)
     assert float(one_map) == pytest.approx(expected, rel=1e-12)
     assert torch.autograd.gradcheck(
         lambda s, n: coupling_loss(s, n, top_k=top_k), (scores.requires_grad_(), following.requires_grad_())
@@ -323,8 +323,8 @@ SCORES, MAP = torch.full((4, 5), 0.2), torch.ones(4, 5, dtype=torch.bool)
     "changes, name",
     [
         (dict(kind="product", top_k=2), "kind"),
-        (dict(), "map"),
-        (dict(map=MAP), "map_next"),
+        (dict(), "routing_map"),
+        (dict(routing_map=MAP), "routing_map_next"),
         (dict(kind="pathway"), "top_k"),
         (dict(kind="pathway", top_k=6), "top_k"),
         (dict(kind="pathway", top_k=0), "top_k"),
@@ -333,10 +333,10 @@ SCORES, MAP = torch.full((4, 5), 0.2), torch.ones(4, 5, dtype=torch.bool)
         (dict(scores=SCORES.long(), top_k=2), "scores"),
         (dict(scores_next=SCORES.long(), top_k=2), "scores_next"),
         (dict(scores_next=SCORES[:3], top_k=2), "scores_next"),
-        (dict(map=MAP[:, :4], map_next=MAP), "map"),
-        (dict(map=MAP.float(), map_next=MAP), "map"),
-        (dict(map=MAP, map_next=MAP[:3]), "map_next"),
-        (dict(map=MAP, map_next=MAP.long()), "map_next"),
+        (dict(routing_map=MAP[:, :4], routing_map_next=MAP), "routing_map"),
+        (dict(routing_map=MAP.float(), routing_map_next=MAP), "routing_map"),
+        (dict(routing_map=MAP, routing_map_next=MAP[:3]), "routing_map_next"),
+        (dict(routing_map=MAP, routing_map_next=MAP.long()), "routing_map_next"),
     ],
 )
 def test_coupling_names_the_bad_argument(changes, name):

@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
+from loss_names import LOSS_NAMES
 from torch import nn
 
 from megatron_moe_spec import SpecConfig
-from megatron_moe_spec.config import LOSS_NAMES
 
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 RECOMPUTATIONS = {

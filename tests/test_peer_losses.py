@@ -15,8 +15,8 @@ from megatron_moe_spec.losses import (
     router_noise,
     score_variance_loss,
 )
-from megatron_moe_spec.losses.orthogonality import squared_projection_gradient, squared_projection_sum
-from megatron_moe_spec.losses.specialization import pair_cosines, unit_vectors
+from megatron_moe_spec.losses.orthogonality import Orthogonality
+from megatron_moe_spec.losses.vectors import inverse, mixed, mixing_of, pair_cosines, unit_vectors
 
 
 def orthogonality_by_loops(x_TkH, valid_Tk=None) -> float:
@@ -153,17 +153,20 @@ def test_orthogonality_of_half_precision_accumulates_in_fp32(random, dtype):
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=2 * torch.finfo(dtype).eps, atol=spacing + 1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
-def test_closed_form_of_orthogonality(random, scale):
-    x, valid = scale * random(8, 4, 6), random(8, 4) > -1.0
+def test_mixing_is_the_gradient_of_orthogonality(random, scale, dtype):
+    """Of cosines and lengths by autograd, of the vectors by mixing their directions, as the taps do it."""
+    x, valid = (scale * random(8, 4, 6)).to(dtype), random(8, 4) > -1.0
     x[0, 1] = 0.0
     value, gradient = value_and_gradient(lambda x: orthogonality_loss(x, valid), x)
     units, inverse_lengths = unit_vectors(x, valid)
-    cosines = pair_cosines(units)
-    count = 8 * 4 * 3
-    torch.testing.assert_close(squared_projection_sum(inverse_lengths, cosines) / count, value)
-    closed = squared_projection_gradient(units, inverse_lengths, cosines) / count
-    torch.testing.assert_close(closed / scale, gradient / scale)
+    cosines, lengths = pair_cosines(units).requires_grad_(), inverse(inverse_lengths).requires_grad_()
+    loss = Orthogonality().token_losses(cosines, lengths, valid).sum() / 8
+    torch.testing.assert_close(loss, value)
+    mixing = mixing_of(cosines.detach(), lengths.detach(), *torch.autograd.grad(loss, (cosines, lengths)))
+    close = dict(rtol=1e-5, atol=1e-6) if dtype == torch.float32 else {}
+    torch.testing.assert_close(mixed(mixing, units, inverse_lengths) / scale, gradient / scale, **close)
 
 
 # Score variance

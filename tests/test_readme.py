@@ -1,10 +1,10 @@
 """The README says what the code does."""
 
 import re
-from dataclasses import fields
 from pathlib import Path
 
 from megatron_moe_spec import SpecConfig
+from megatron_moe_spec.losses.base import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 def test_table_of_flags():
     rows = re.findall(r"^\| `(--moe-[a-z-]+)` \| `(\w+)` \| `?(\w+)`? \|", README, re.M)
     assert rows == [(f.metadata["flag"], f.name, f"{f.default:g}" if isinstance(f.default, float) else str(f.default))
-                    for f in fields(SpecConfig)]  # fmt: skip
+                    for f in options_of(SpecConfig)]  # fmt: skip
 
 
 def test_files_and_targets_exist():
@@ -35,6 +35,6 @@ def test_other_documents_name_what_exists():
             assert (document.parent / link).is_file(), f"{document}: {link}"
         for path in re.findall(r"\b((?:examples|tests|configs)/[\w./-]+\.(?:py|sh|yaml))", text):
             assert (ROOT / path).is_file(), f"{document}: {path}"
-        flags = {field.metadata["flag"] for field in fields(SpecConfig)}
+        flags = {field.metadata["flag"] for field in options_of(SpecConfig)}
         for flag in re.findall(r"--moe-(?:spec|coupling|specialization)[\w-]*", text):
             assert flag in flags, f"{document}: {flag}"

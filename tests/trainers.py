@@ -8,12 +8,12 @@ import gc
 
 import torch
 import torch.nn.functional as F
+from loss_names import LOSS_NAMES
 from megatron_models import VOCABULARY
 from reference import Capture, pure_losses
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_moe_spec.config import LOSS_NAMES
 from megatron_moe_spec.integration import microbatch
 
 

@@ -7,7 +7,7 @@ from typing import Optional, Sequence, Union
 
 from torch import nn
 
-from megatron_moe_spec.config import LOSS_NAMES, SpecConfig
+from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.checks import check_supported
 from megatron_moe_spec.integration.compat import (
     FoundLayers,
@@ -17,10 +17,11 @@ from megatron_moe_spec.integration.compat import (
     require_megatron,
     token_group,
 )
-from megatron_moe_spec.integration.layer import LayerTap
+from megatron_moe_spec.integration.layer import LayerTaps
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
-from megatron_moe_spec.integration.pipeline import Carries, Stages
+from megatron_moe_spec.integration.pipeline import Carries
 from megatron_moe_spec.integration.recorder import Recorder
+from megatron_moe_spec.integration.stages import Stages
 
 logger = logging.getLogger(__name__)
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # MoE layers
@@ -40,7 +41,7 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
         model: the module that is called for each micro-batch, or the list of all model chunks of this rank that
             Megatron's ``get_model`` returns; before or after the DDP wrap, with or without adapters. GPT, hybrid or any
             other model with MoELayers.
-        config: which losses, how strongly.
+        config: which losses, how strongly: those of this package, and others in its ``extra_losses``.
         group: the ranks that hold the model, over which values are reduced to be logged; by default those of the
             model's own process groups.
 
@@ -94,16 +95,11 @@ class SpecHandle:
             for (chunk, found), carry in zip(chunks, self._carries.of_chunks)
         ]
         self._taps = [
-            LayerTap(index, first + index, layer, tracker, self.recorder)
+            LayerTaps(index, first + index, layer, tracker, self.recorder)
             for tracker, (_, found), first in zip(self._trackers, chunks, stages.first_layers)
             for index, layer in enumerate(found.taken.values())
         ]
-        self._expected = set(LOSS_NAMES) if self._layers else set()
-        if not any(
-            len(found.taken) > 1 or (found.taken and first > 0 and config.carries_messages)
-            for (_, found), first in zip(chunks, stages.first_layers)
-        ):
-            self._expected.discard("coupling_loss")  # other stages record the pairs
+        self._expected: set[str] = set().union(*(taps.records() for taps in self._taps))
         self._warned: set[str] = set()
         _attached.update(self._layers)
         logger.info("%s", self.describe())
@@ -123,7 +119,7 @@ class SpecHandle:
         A collective: call it once per optimizer step on every rank that holds the model. Synchronises with the device.
 
         Returns:
-            specialization_loss, coupling_loss and so on: floats, unscaled, means over micro-batches (those without
+            By the losses' names, floats: unscaled, means over micro-batches (those without
             tokens left out), layers (pairs) and data-parallel ranks; only those that are switched on or measured, and
             that were computed. In every ``metrics_interval``-th step also diagnostics: a dict of lists, ``layers`` and
             ``pairs``.

@@ -2,8 +2,10 @@
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
+import re
 import sys
 import weakref
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Callable, Union
 import torch
 from torch import Tensor, nn
 
-OLDEST_SUPPORTED = (0, 14)
+OLDEST_SUPPORTED = (0, 16, 1)
 
 
 def require_megatron() -> None:
@@ -35,9 +37,9 @@ def megatron_version() -> str:
     return version
 
 
-def _release(version: str) -> tuple[int, int]:
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
+def _release(version: str) -> tuple[int, ...]:
+    """(0, 16, 1) of "0.16.1", "0.16.1rc0" and "0.16.1+local"."""
+    return tuple(int(re.match(r"\d*", part)[0] or 0) for part in version.split(".")[:3])
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,36 @@ def has_adapted_weights(moe_layer: nn.Module) -> bool:
     experts = unwrapped(moe_layer.experts)
     owners = getattr(experts, "local_experts", [experts])
     modules = [moe_layer.router, *(getattr(owner, "linear_fc1", None) for owner in owners)]
-    return any(module is not None and unwrapped(module) is not module for module in modules)
+    return any(module is not None and has_adapter(module) for module in modules)
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether an adapter was put around a module."""
+    return unwrapped(module) is not module
+
+
+def has_grouped_experts(transformer_config) -> bool:
+    """Whether a layer's local experts are one module, by the flags; transformer-engine has it."""
+    wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
+    return wanted and importlib.util.find_spec("transformer_engine") is not None
+
+
+def describe_down_projections(transformer_config) -> str:
+    """Whose input z is."""
+    if has_grouped_experts(transformer_config):
+        return "input of linear_fc2 of all local experts (TEGroupedMLP)"
+    wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
+    why = " for want of transformer-engine" if wanted else ""
+    return f"input of each local expert's linear_fc2 (SequentialMLP{why})"
+
+
+def describe_dispatch(transformer_config) -> str:
+    """Where rows are, and what of them is on other ranks."""
+    ranks = transformer_config.expert_model_parallel_size
+    columns = transformer_config.expert_tensor_parallel_size or transformer_config.tensor_model_parallel_size
+    where = f"rows are returned from {ranks} expert-parallel ranks" if ranks > 1 else "every rank has all experts"
+    summed = f"; products are summed over {columns} expert-tensor-parallel ranks" if columns > 1 else ""
+    return f"{transformer_config.moe_token_dispatcher_type}; {where}{summed}"
 
 
 def shards_weights(chunk: nn.Module) -> bool:
@@ -369,19 +400,15 @@ def graphed_modules(config) -> Union[list[str], str]:
     return "everything" if {"full", "full_iteration"} & set(names) else names
 
 
-def backward_loss_scale(config) -> Union[Tensor, float]:
+def backward_loss_scale() -> Union[Tensor, float]:
     """The factor that Megatron applies to auxiliary losses in this backward pass.
 
     Loss scaling may be dynamic and the schedules set it after each forward: read it in backward.
     """
-    from megatron.core import __version__ as version
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     scale = MoEAuxLossAutoScaler.main_loss_backward_scale
-    scale = 1.0 if scale is None else scale
-    # Up to 0.15 the schedules leave out the context-parallel size, by which gradients are averaged later.
-    lacks_size = not config.calculate_per_token_loss and _release(version) < (0, 16)
-    return scale * config.context_parallel_size if lacks_size else scale
+    return 1.0 if scale is None else scale
 
 
 def training_modules():

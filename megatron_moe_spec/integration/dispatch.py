@@ -10,7 +10,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.parallel.collectives import gathered
+from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.rows import RowExchange
 
 
@@ -56,7 +56,7 @@ def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) ->
     # needs them: one all-gather of E numbers, and one host synchronisation.
     ranks, peers, local = dispatcher.ep_size, dispatcher.tp_size, dispatcher.num_local_experts
     own_E = dispatched_TE.unflatten(0, (peers, -1))[dispatcher.tp_rank].sum(dim=0)
-    rows_RSRL = gathered(own_E, dispatcher.tp_ep_group).view(ranks, peers, ranks, local)
+    rows_RSRL = all_gather(own_E, dispatcher.tp_ep_group).view(ranks, peers, ranks, local)
     rank = dispatcher.ep_group.rank()
     here_RSL = rows_RSRL[:, :, rank]
     order = _by_home(here_RSL.permute(2, 1, 0), num_rows)

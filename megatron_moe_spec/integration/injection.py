@@ -1,6 +1,7 @@
 """Adding a gradient to a tensor without touching its value."""
 
-from typing import Callable, Sequence
+from contextlib import contextmanager
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,3 +54,13 @@ def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callab
     complete. A gradient may be None.
     """
     return _AddWeightGradients.apply(x, gradients, *weights)
+
+
+@contextmanager
+def own_graph() -> Iterator[None]:
+    """Where a loss is differentiated: with gradients, and without the hooks on saved tensors of what surrounds it.
+
+    Those belong to checkpoints that are not reentrant, or to offloading.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield

@@ -10,21 +10,22 @@ from dataclasses import dataclass, field
 from typing import Iterator, Optional
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat import (
     around_schedules,
     leave_schedules,
-    pipeline_group,
     sequence_ranks,
     stage_module,
     with_received_shapes,
 )
-from megatron_moe_spec.integration.coupling import LayerRouting, pull_of_following
 from megatron_moe_spec.integration.hooks import MethodReplacement
 from megatron_moe_spec.integration.microbatch import MicroBatch
+from megatron_moe_spec.integration.routing import LayerRouting
+from megatron_moe_spec.integration.stages import Stages
+from megatron_moe_spec.integration.taps.pairs import pull_of_following
+from megatron_moe_spec.losses.base import PAIRS
 from megatron_moe_spec.parallel.carry import (
     Append,
     Strip,
@@ -39,66 +40,13 @@ from megatron_moe_spec.parallel.carry import (
 
 
 @dataclass(frozen=True)
-class Stages:
-    """The MoE layers of a model's (virtual) pipeline stages, in the order in which the model runs them.
-
-    Attributes:
-        num_layers: number of MoE layers of every stage.
-        own: which stages this rank's model chunks are.
-        num_experts: of a layer.
-    """
-
-    num_layers: list[int]
-    own: list[int]
-    num_experts: int
-
-    @classmethod
-    def of_model(
-        cls, chunks: list[nn.Module], layers_of_chunks: list[int], model_settings, config: SpecConfig
-    ) -> "Stages":
-        """A collective over the pipeline group where there is more than one stage.
-
-        Args:
-            chunks: all model chunks of this rank.
-            layers_of_chunks: number of MoE layers of each.
-            model_settings: the model's TransformerConfig; None where it has no MoE layer.
-            config: what the losses are, the same on all ranks.
-
-        Raises:
-            ValueError: a rank gives some of its chunks only, or another config than the others.
-        """
-        num_experts = getattr(model_settings, "num_moe_experts", None) or 0
-        num_stages = getattr(model_settings, "pipeline_model_parallel_size", 1)
-        if num_stages == 1:
-            return cls(layers_of_chunks, list(range(len(chunks))), num_experts)
-        expected = model_settings.virtual_pipeline_model_parallel_size or 1
-        if len(chunks) != expected:
-            raise ValueError(
-                f"attach() takes all model chunks of a rank at once, as get_model returns them: got {len(chunks)} of "
-                f"{expected} (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank)"
-            )
-        group = pipeline_group(chunks[0])
-        gathered = [None] * num_stages
-        dist.all_gather_object(gathered, (layers_of_chunks, config), group=group)
-        if any(other != config for _, other in gathered):
-            raise ValueError("attach() got another config on another pipeline stage: give every rank the same")
-        num_layers = [number for numbers in zip(*(layers for layers, _ in gathered)) for number in numbers]
-        return cls(num_layers, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts)
-
-    @property
-    def first_layers(self) -> list[int]:
-        """Number of MoE layers before each of this rank's chunks."""
-        return [sum(self.num_layers[:stage]) for stage in self.own]
-
-
-@dataclass(frozen=True)
 class MessageForm:
     """What a message holds for each token: m (mass) or its scores (pathway), and, where routing is to be measured,
     the experts that it was dispatched to, eight in a number."""
 
     kind: str
     num_experts: int
-    with_live: bool
+    with_active: bool
 
     @property
     def scores_width(self) -> int:
@@ -106,7 +54,7 @@ class MessageForm:
 
     @property
     def width(self) -> int:
-        return self.scores_width + (-(-self.num_experts // 8) if self.with_live else 0)
+        return self.scores_width + (-(-self.num_experts // 8) if self.with_active else 0)
 
     def packed_shape(self, shape, dtype: torch.dtype) -> tuple[int, int, int]:
         """Of hidden states [sequence, batch, hidden] with a message."""
@@ -115,15 +63,15 @@ class MessageForm:
 
     def of_routing(self, routing: LayerRouting) -> Tensor:
         parts = [routing.message.reshape(-1, self.scores_width).float()]
-        if self.with_live:
-            parts.append(bits_to_numbers(routing.live_TE))
+        if self.with_active:
+            parts.append(bits_to_numbers(routing.active_TE))
         return torch.cat(parts, dim=1)
 
     def to_routing(self, message_TW: Tensor) -> LayerRouting:
-        live_TE = None
-        if self.with_live:
-            live_TE = numbers_to_bits(message_TW[:, self.scores_width :], self.num_experts)
-        return LayerRouting(live_TE, 0, 0, message=self.to_pull(message_TW))
+        active_TE = None
+        if self.with_active:
+            active_TE = numbers_to_bits(message_TW[:, self.scores_width :], self.num_experts)
+        return LayerRouting(active_TE, 0, 0, message=self.to_pull(message_TW))
 
     def of_pull(self, pull: Tensor) -> Tensor:
         pull_TW = pull.reshape(-1, self.scores_width).float()
@@ -297,7 +245,7 @@ class _Step:
             return
         start = 0
         for micro_batch in self.micro_batches:
-            end = start + len(micro_batch.routing[-1].live_TE)
+            end = start + len(micro_batch.routing[-1].active_TE)
             micro_batch.pull_after = form.to_pull(pull_TW[start:end])
             start = end
 
@@ -353,7 +301,8 @@ class Carries:
         self._carries: list[StageCarry] = []
         if len(stages.num_layers) <= len(chunks) or not config.carries_messages:
             return
-        self._form = MessageForm(config.coupling_type, stages.num_experts, config.metrics_interval > 0)
+        (loss,) = (loss for loss in config.losses if loss.reads == PAIRS)
+        self._form = MessageForm(loss.kind, stages.num_experts, config.metrics_interval > 0)
         last = len(stages.num_layers) - 1
         self._carries = self.of_chunks = [
             StageCarry(chunk, self._form, stage == last, stages.num_layers[stage] > 0, first > 0)

@@ -6,11 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_spec.config import LOSS_NAMES, SpecConfig
+from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat import current_device
+from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics
-
-MEASURED_LOSSES = ("specialization_loss", "coupling_loss")
 
 
 class Recorder:
@@ -37,6 +36,7 @@ class Recorder:
         iteration: int = 0,
     ):
         self.config = config
+        self._names = [loss.name for loss in config.computed_losses]
         self._num_experts = num_experts
         self._num_shares = num_shares
         self._groups = groups
@@ -49,7 +49,7 @@ class Recorder:
         self.measuring = bool(interval) and (iteration + 1) % interval == 0
         self._device = current_device()
         # One row a loss: sum of its recorded values, and their number.
-        self._losses = torch.zeros(len(LOSS_NAMES), 2, dtype=torch.float64, device=self._device)
+        self._losses = torch.zeros(len(self._names), 2, dtype=torch.float64, device=self._device)
         self.recorded: set[str] = set()
         self._layers: list[LayerStatistics] = []
         self._pairs: list[PairStatistics] = []
@@ -62,32 +62,26 @@ class Recorder:
     def active(self) -> bool:
         return self.measuring or bool(self.config.trained_losses)
 
-    @property
-    def wants_specialization(self) -> bool:
-        return self.measuring or self.config.specialization_loss_coeff > 0
+    def wants(self, loss: Loss) -> bool:
+        """Whether a loss is to be computed in this step."""
+        return loss.coeff > 0 or (self.measuring and loss.measured)
 
-    @property
-    def wants_coupling(self) -> bool:
-        return self.measuring or self.config.coupling_loss_coeff > 0
-
-    def record_routing(self, layer: int, scores: Tensor, live: Tensor, num_tokens) -> None:
+    def measure_routing(self, layer: int, scores_TE: Tensor, active_TE: Tensor, num_tokens) -> None:
         if self.measuring:
-            self._layers[layer].add_routing(scores, live, num_tokens)
+            self._layers[layer].add_routing(scores_TE, active_TE, num_tokens)
 
-    def record_pair(self, layer: int, live: Tensor, live_next: Tensor, loss: Tensor, counts) -> None:
-        """Records the coupling of ``layer`` and the next MoE layer."""
-        self.record_loss("coupling_loss", loss, counts)
+    def measure_cosines(self, layer: int, cosines_TKK: Tensor, active_TK: Tensor) -> None:
         if self.measuring:
-            self._pairs[layer].add(live, live_next)
+            self._layers[layer].add_cosines(cosines_TKK, active_TK)
 
-    def record_cosines(self, layer: int, cosines: Tensor, valid: Tensor, loss: Tensor, counts) -> None:
-        self.record_loss("specialization_loss", loss, counts)
+    def measure_pair(self, layer: int, active_TE: Tensor, active_next_TE: Tensor) -> None:
+        """Of ``layer`` and the next MoE layer."""
         if self.measuring:
-            self._layers[layer].add_cosines(cosines, valid)
+            self._pairs[layer].add(active_TE, active_next_TE)
 
     def record_loss(self, name: str, value: Tensor, counts: Union[Tensor, bool]) -> None:
         """Records this rank's part of a loss of one layer (pair) and micro-batch; ``counts``: whether it has tokens."""
-        entry = self._losses[LOSS_NAMES.index(name)]
+        entry = self._losses[self._names.index(name)]
         entry[0] += value.detach() * counts
         entry[1] += 1.0 / self._num_shares * counts
         self.recorded.add(name)
@@ -100,8 +94,8 @@ class Recorder:
         """
         totals = self._summed(self._losses)
         means = (totals[:, 0] / totals[:, 1]).float()
-        wanted = {*self.config.trained_losses, *(MEASURED_LOSSES if self.measuring else ())}
-        return {name: one for name, *one in zip(LOSS_NAMES, means, totals[:, 1]) if name in wanted}
+        wanted = {loss.name for loss in self.config.computed_losses if self.wants(loss)}
+        return {name: one for name, *one in zip(self._names, means, totals[:, 1]) if name in wanted}
 
     def diagnostics(self) -> Optional[dict]:
         """The measures of this step, on every rank; None in a step that is not measured. A collective, too."""

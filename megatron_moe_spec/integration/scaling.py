@@ -20,7 +20,7 @@ def gradient_factor(config, num_tokens: Union[Tensor, int]) -> Union[Tensor, flo
         config: the layer's TransformerConfig.
         num_tokens: non-padding tokens of the micro-batch, over all ranks that share it.
     """
-    scale = backward_loss_scale(config)
+    scale = backward_loss_scale()
     return scale * num_tokens if config.calculate_per_token_loss else scale
 
 
@@ -39,4 +39,4 @@ def weight_gradient_factor(config, group_count: Union[Tensor, int], num_shares: 
             with ``--calculate-per-token-loss``, else 1; 0 for one without tokens.
         num_shares: ranks that share a micro-batch (tensor x context parallel).
     """
-    return backward_loss_scale(config) * group_count / num_shares
+    return backward_loss_scale() * group_count / num_shares

@@ -227,15 +227,10 @@ def _finite(value):
 
 
 def _describe(config: SpecConfig, metrics_file: Optional[MetricsFile]) -> str:
-    parts = [f"{_named(loss, config)} x {getattr(config, f'{loss}_coeff'):g}" for loss in config.trained_losses]
+    parts = [str(loss) for loss in config.losses if loss.coeff > 0]
     if metrics_file:
         parts.append(f"measured every {config.metrics_interval} iterations to {metrics_file}")
     return ", ".join(parts)
-
-
-def _named(loss: str, config: SpecConfig) -> str:
-    name = loss.replace("_", " ")
-    return f"{name} ({config.coupling_type})" if loss == "coupling_loss" else name
 
 
 def _scalars(diagnostics: dict) -> dict[str, float]:

@@ -1,12 +1,10 @@
 """Fused Triton kernels of the losses, for GPUs; their eager twins are in ``megatron_moe_spec.losses``.
 
-Importing this package does not import triton. ``specialization`` and ``coupling`` do.
+Importing this package does not import triton. Its modules ``rows`` and ``mass`` do.
 """
 
-import importlib
 import importlib.util
 import os
-from types import ModuleType
 
 import torch
 
@@ -52,7 +50,3 @@ def choose(kernels: str, device: torch.device) -> bool:
         raise ValueError(f"the Triton kernels cannot run: {reason} (set --moe-spec-kernels to auto or torch)")
     return not reason
 
-
-def load(name: str) -> ModuleType:
-    """The kernels of ``specialization`` or ``coupling``; imports triton."""
-    return importlib.import_module(f"megatron_moe_spec.kernels.{name}")

@@ -1,20 +1,58 @@
 """Cross-layer coupling loss (arXiv 2602.14159, Eq. 7): routing of adjacent MoE layers, jointly confident."""
 
-from typing import Optional
+from dataclasses import dataclass
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
 
+from megatron_moe_spec.losses.base import PAIRS, Loss, option
 from megatron_moe_spec.losses.scores import accumulation_dtype
 
 COUPLING_TYPES = ("mass", "pathway")
 
 
+@dataclass(frozen=True)
+class Coupling(Loss):
+    """See ``coupling_loss``. Its arithmetic across layers and ranks is that of its tap."""
+
+    name: ClassVar[str] = "coupling_loss"
+    reads: ClassVar[str] = PAIRS
+    measured: ClassVar[bool] = True
+
+    coeff: float = option(
+        0.0,
+        "--moe-coupling-loss-coeff",
+        "Weight of the cross-layer coupling loss: one minus the joint routing probability of the top-k "
+        "experts of adjacent MoE layers, summed over pairs of layers.",
+        paper="1e-3, Eq. 7",
+    )
+    kind: str = option(
+        "mass",
+        "--moe-coupling-type",
+        "mass: per token, the joint probability of the two layers' top-k sets. pathway: over the "
+        "micro-batch, the probability of each expert's top-k successors.",
+        choices=COUPLING_TYPES,
+    )
+    across_stages: str = option(
+        "exact",
+        "--moe-coupling-across-stages",
+        "Pairs of adjacent MoE layers in different pipeline stages. exact: their loss counts; what it needs travels "
+        "with the hidden states and their gradient. drop: their loss is left out.",
+        choices=("exact", "drop"),
+    )
+
+    @property
+    def carries_messages(self) -> bool:
+        """Whether routing travels between pipeline stages."""
+        return self.coeff > 0 and self.across_stages == "exact"
+
+
 def coupling_loss(
     scores: Tensor,
     scores_next: Tensor,
-    map: Optional[Tensor] = None,
-    map_next: Optional[Tensor] = None,
+    routing_map: Optional[Tensor] = None,
+    routing_map_next: Optional[Tensor] = None,
     kind: str = "mass",
     top_k: Optional[int] = None,
 ) -> Tensor:
@@ -26,10 +64,10 @@ def coupling_loss(
     Args:
         scores: [T, E] the layer's router scores, normalised over all experts (see ``normalized_scores``).
         scores_next: [T, E'] those of the next MoE layer, for the same tokens.
-        map: [T, E] bool, the experts each token was dispatched to (mass). Default: its ``top_k`` highest scores.
-        map_next: [T, E'] bool, likewise.
+        routing_map: [T, E] bool, the experts each token was dispatched to (mass). Default: its ``top_k`` highest scores.
+        routing_map_next: [T, E'] bool, likewise.
         kind: mass or pathway.
-        top_k: experts per token; needed by pathway, and by mass where a map is missing.
+        top_k: experts per token; needed by pathway, and by mass where a routing map is missing.
 
     Returns:
         Scalar in fp32 (fp64 for fp64 input).
@@ -47,20 +85,20 @@ def coupling_loss(
     scores, scores_next = scores.to(accumulation_dtype(scores)), scores_next.to(accumulation_dtype(scores_next))
     num_tokens = max(scores.shape[0], 1)
     if kind == "mass":
-        mass = routed_mass(scores, _dispatched("map", map, scores, top_k))
-        mass_next = routed_mass(scores_next, _dispatched("map_next", map_next, scores_next, top_k))
+        mass = routed_mass(scores, _dispatched("routing_map", routing_map, scores, top_k))
+        mass_next = routed_mass(scores_next, _dispatched("routing_map_next", routing_map_next, scores_next, top_k))
         return 1.0 - (mass * mass_next).sum() / num_tokens
     if kind == "pathway":
-        if map is not None or map_next is not None:
-            raise ValueError("map and map_next are for kind='mass'; kind='pathway' takes top_k alone")
+        if routing_map is not None or routing_map_next is not None:
+            raise ValueError("routing_map and routing_map_next are for kind='mass'; kind='pathway' takes top_k alone")
         joint = joint_scores(scores, scores_next, num_tokens)
         return 1.0 - (joint * strongest_successors(joint, _checked(top_k, joint))).sum()
     raise ValueError(f"kind must be one of {', '.join(COUPLING_TYPES)}; got {kind!r}")
 
 
-def routed_mass(scores: Tensor, map: Tensor) -> Tensor:
-    """[T] m(t) = sum over the dispatched experts of the scores [T, E], map [T, E] bool."""
-    return (scores * map).sum(dim=-1)
+def routed_mass(scores: Tensor, routing_map: Tensor) -> Tensor:
+    """[T] m(t) = sum over the dispatched experts, bool [T, E], of the scores [T, E]."""
+    return (scores * routing_map).sum(dim=-1)
 
 
 def joint_scores(scores: Tensor, scores_next: Tensor, num_tokens) -> Tensor:
@@ -80,11 +118,11 @@ def _checked(top_k: Optional[int], scores: Tensor) -> int:
     return top_k
 
 
-def _dispatched(name: str, map: Optional[Tensor], scores: Tensor, top_k: Optional[int]) -> Tensor:
-    if map is None:
+def _dispatched(name: str, routing_map: Optional[Tensor], scores: Tensor, top_k: Optional[int]) -> Tensor:
+    if routing_map is None:
         if top_k is None:
             raise ValueError(f"kind='mass' needs {name}, or top_k to take each token's highest scores")
         return strongest_successors(scores, _checked(top_k, scores))
-    if map.shape != scores.shape or map.dtype != torch.bool:
-        raise ValueError(f"{name} must be bool {list(scores.shape)}; got {map.dtype} {list(map.shape)}")
-    return map
+    if routing_map.shape != scores.shape or routing_map.dtype != torch.bool:
+        raise ValueError(f"{name} must be bool {list(scores.shape)}; got {routing_map.dtype} {list(routing_map.shape)}")
+    return routing_map

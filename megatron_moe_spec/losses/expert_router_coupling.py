@@ -1,12 +1,48 @@
 """Expert-router coupling loss, ERC (arXiv 2512.23447): a router row's own expert should answer it the loudest."""
 
+from dataclasses import dataclass
 from math import isfinite
-from typing import Callable, Optional
+from typing import Any, Callable, ClassVar, Iterator, Optional
 
 import torch
 from torch import Tensor
 
+from megatron_moe_spec.losses.base import EXPERT_WEIGHTS, Loss, option
 from megatron_moe_spec.losses.scores import accumulation_dtype
+
+
+@dataclass(frozen=True)
+class ExpertRouterCoupling(Loss):
+    """See ``expert_router_coupling_loss``. Its arithmetic across ranks is that of its tap."""
+
+    name: ClassVar[str] = "erc_loss"
+    reads: ClassVar[str] = EXPERT_WEIGHTS
+    title: ClassVar[str] = "ERC"  # type: ignore[misc]
+
+    coeff: float = option(
+        0.0,
+        "--moe-erc-loss-coeff",
+        "Weight of the expert-router coupling loss, ERC (arXiv 2512.23447): by how much a router row, taken as a "
+        "token, excites other experts more than its own, summed over MoE layers.",
+        paper="1",
+    )
+    alpha: float = option(
+        1.0,
+        "--moe-erc-alpha",
+        "ERC: the share of a router row's norm in its own expert that its norm in another expert may reach.",
+        paper="1",
+    )
+
+    def problems(self, transformer_config: Any) -> Iterator[str]:
+        if transformer_config.num_moe_experts < 2:
+            yield f"ERC compares experts (--num-experts is {transformer_config.num_moe_experts}; set it to 2 or more)"
+        if not transformer_config.gated_linear_unit:
+            yield (
+                "ERC is a loss of the experts' gates, which these experts lack "
+                f"(add --swiglu, or set {self.flag} to 0)"
+            )
+        if getattr(transformer_config, "moe_latent_size", None):
+            yield "ERC feeds router rows to the experts, which read another width here (remove --moe-latent-size)"
 
 
 def expert_router_coupling_loss(

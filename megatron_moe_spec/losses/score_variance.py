@@ -1,8 +1,32 @@
 """Score variance loss (arXiv 2505.22323, L_v): an expert's score should differ from token to token."""
 
+from dataclasses import dataclass
+from typing import ClassVar, Optional
+
 from torch import Tensor
 
-from megatron_moe_spec.losses.scores import accumulation_dtype
+from megatron_moe_spec.losses.base import ScoresLoss, option
+
+
+@dataclass(frozen=True)
+class ScoreVariance(ScoresLoss):
+    """See ``score_variance_loss``."""
+
+    name: ClassVar[str] = "score_variance_loss"
+
+    coeff: float = option(
+        0.0,
+        "--moe-score-variance-loss-coeff",
+        "Weight of the score variance loss (arXiv 2505.22323): minus the variance of the experts' scores over "
+        "the tokens of a micro-batch, summed over MoE layers.",
+        paper="1e-3",
+    )
+
+    def token_statistics(self, scores_TE: Tensor, active_TE: Tensor) -> Tensor:
+        return scores_TE
+
+    def token_losses(self, scores_TE: Tensor, active_TE: Tensor, mean: Optional[Tensor]) -> Tensor:
+        return -(scores_TE - mean).square().mean(dim=-1)
 
 
 def score_variance_loss(scores: Tensor) -> Tensor:
@@ -19,9 +43,4 @@ def score_variance_loss(scores: Tensor) -> Tensor:
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    if scores.dim() != 2 or not scores.is_floating_point():
-        raise ValueError(f"scores must be a floating-point tensor [T, E]; got {scores.dtype} {list(scores.shape)}")
-    scores = scores.to(accumulation_dtype(scores))
-    num_tokens = max(scores.shape[0], 1)
-    mean = scores.sum(dim=0) / num_tokens
-    return -(scores - mean).square().sum() / (num_tokens * max(scores.shape[1], 1))
+    return ScoreVariance().of_scores(scores)

@@ -1,11 +1,40 @@
 """Intra-layer specialization loss (arXiv 2602.14159, Eq. 5): experts that share a token should differ on it."""
 
-from typing import Callable, Optional
+from dataclasses import dataclass
+from typing import ClassVar, Optional
 
-import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.scores import accumulation_dtype
+from megatron_moe_spec.losses.base import ACTIVATIONS, RowsLoss, option
+
+
+@dataclass(frozen=True)
+class Specialization(RowsLoss):
+    """See ``specialization_loss``."""
+
+    name: ClassVar[str] = "specialization_loss"
+    reads: ClassVar[str] = ACTIVATIONS
+    measured: ClassVar[bool] = True
+    uses_lengths: ClassVar[bool] = False
+
+    coeff: float = option(
+        0.0,
+        "--moe-specialization-loss-coeff",
+        "Weight of the intra-layer specialization loss: the mean squared cosine similarity between the "
+        "activations of the experts that process the same token, summed over MoE layers.",
+        paper="2e-3",
+    )
+    token_stride: int = option(  # type: ignore[misc]
+        1,
+        "--moe-specialization-token-stride",
+        "Compute the specialization loss on every N-th token of each rank only, starting at another token each "
+        "micro-batch and step. Unbiased; cuts its cost, and its traffic under expert parallelism, N-fold.",
+        minimum=1,
+    )
+
+    def token_losses(self, cosines_TKK: Tensor, lengths_TK: Tensor, active_TK: Tensor) -> Tensor:
+        k = cosines_TKK.shape[1]
+        return cosines_TKK.square().sum(dim=(1, 2)) / (k * (k - 1))
 
 
 def specialization_loss(z: Tensor, valid: Optional[Tensor] = None) -> Tensor:
@@ -26,74 +55,4 @@ def specialization_loss(z: Tensor, valid: Optional[Tensor] = None) -> Tensor:
     Raises:
         ValueError: a shape or dtype does not fit, or k < 2.
     """
-    num_tokens, k, _ = checked_vectors("z", z, valid)
-    return squared_cosine_sum(pair_cosines(unit_vectors(z, valid)[0])) / (max(num_tokens, 1) * k * (k - 1))
-
-
-def checked_vectors(name: str, x: Tensor, valid: Optional[Tensor]) -> torch.Size:
-    """The shape [T, k, F] of the vectors of each token's k >= 2 experts; raises ValueError that names the argument."""
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor [T, k, F]; got {x.dtype} {list(x.shape)}")
-    if x.shape[1] < 2:
-        raise ValueError(f"{name} needs at least two experts per token (k >= 2) to compare them; got k = {x.shape[1]}")
-    if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(f"valid must be bool {list(x.shape[:2])}; got {valid.dtype} {list(valid.shape)}")
-    return x.shape
-
-
-def unit_vectors(
-    z: Tensor,
-    valid: Optional[Tensor] = None,
-    maximum: Callable[[Tensor], Tensor] = lambda x: x,
-    total: Callable[[Tensor], Tensor] = lambda x: x,
-) -> tuple[Tensor, Tensor]:
-    """Directions and inverse lengths of z, in the accumulation dtype; 0 for zero and for invalid vectors.
-
-    Dividing by the largest component first keeps the squares of very small and very large vectors in range.
-
-    Args:
-        z: [T, k, F].
-        valid: [T, k] bool or None.
-        maximum, total: where the F components are divided over ranks, reductions over these.
-
-    Returns:
-        Unit vectors [T, k, F] and 1 / |z| [T, k].
-    """
-    z = z.to(accumulation_dtype(z))
-    if valid is not None:
-        z = z.masked_fill(~valid.unsqueeze(-1), 0.0)
-    largest = z.detach().abs().amax(dim=-1, keepdim=True) if z.shape[-1] else z.new_zeros(*z.shape[:-1], 1)
-    largest = maximum(largest)
-    is_zero = largest == 0
-    scaled = z / largest.masked_fill(is_zero, 1.0)
-    # A zero vector gets length 1 before the root, whose gradient at 0 is infinite.
-    length = total(scaled.square().sum(dim=-1, keepdim=True)).masked_fill(is_zero, 1.0).sqrt()
-    inverse_length = (1.0 / length / largest.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
-    return scaled / length, inverse_length.squeeze(-1)
-
-
-def pair_cosines(units: Tensor) -> Tensor:
-    """[T, k, k] cosines between the k unit vectors [T, k, F] of each token, 0 on the diagonal."""
-    off_diagonal = 1.0 - torch.eye(units.shape[1], dtype=units.dtype, device=units.device)
-    return units @ units.transpose(1, 2) * off_diagonal
-
-
-def squared_cosine_sum(cosines: Tensor) -> Tensor:
-    """Sum over tokens and ordered pairs (each pair twice) of cos^2; divided by T k (k-1) it is the loss."""
-    return cosines.square().sum()
-
-
-def squared_cosine_gradient(units: Tensor, inverse_lengths: Tensor, cosines: Tensor) -> Tensor:
-    """Gradient of ``squared_cosine_sum`` with respect to z, in closed form.
-
-    d/dz_e = 4 / |z_e| * sum_v cos_ev (u_v - cos_ev u_e), orthogonal to z_e.
-
-    Args:
-        units: [T, k, F] and inverse_lengths: [T, k], from ``unit_vectors``.
-        cosines: [T, k, k] from ``pair_cosines``.
-
-    Returns:
-        [T, k, F].
-    """
-    mixing = cosines - torch.diag_embed(cosines.square().sum(dim=-1))
-    return 4.0 * inverse_lengths.unsqueeze(-1) * (mixing @ units)
+    return Specialization().of_vectors("z", z, valid)

@@ -26,17 +26,17 @@ class LayerStatistics:
         self.sums = torch.zeros(self._SCALARS + 2 * num_experts, dtype=torch.float64, device=device)
         self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add_routing(self, scores_TE: Tensor, live_TE: Tensor, num_tokens) -> None:
+    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens) -> None:
         """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts."""
         self.sums[0] += num_tokens
         self.sums[1] += entropy(scores_TE).sum()
-        self.sums[2] += (scores_TE * live_TE).sum()
-        self.sums[5:] += torch.cat([scores_TE.sum(0), live_TE.sum(0)])
+        self.sums[2] += (scores_TE * active_TE).sum()
+        self.sums[5:] += torch.cat([scores_TE.sum(0), active_TE.sum(0)])
 
-    def add_cosines(self, cosines_TKK: Tensor, valid_TK: Tensor) -> None:
+    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor) -> None:
         """Adds the cosines between the vectors of each token's experts."""
         magnitude = cosines_TKK.abs()
-        live = valid_TK.sum(dim=1)
+        live = active_TK.sum(dim=1)
         self.sums[3] += magnitude.sum()
         self.sums[4] += (live * (live - 1)).sum()
         if magnitude.numel():
@@ -70,9 +70,9 @@ class PairStatistics:
     def __init__(self, num_experts: int, num_experts_next: int, device: torch.device):
         self.sums = torch.zeros(2, num_experts, num_experts_next, dtype=torch.float64, device=device)
 
-    def add(self, live_TE: Tensor, live_next_TE: Tensor) -> None:
+    def add(self, active_TE: Tensor, active_next_TE: Tensor) -> None:
         """Adds a micro-batch's dispatched experts in both layers, [T, E] and [T, E'] bool."""
-        this, following = live_TE.double(), live_next_TE.double()
+        this, following = active_TE.double(), active_next_TE.double()
         # A generator of its own: measuring must not change the random numbers of training.
         generator = torch.Generator().manual_seed(len(this))
         shuffled = following[torch.randperm(len(this), generator=generator).to(following.device)]

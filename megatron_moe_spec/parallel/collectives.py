@@ -5,17 +5,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def summed(x: Tensor, group) -> Tensor:
-    """Sum of x over a group's ranks, on all of them."""
-    return _reduced(x, group, dist.ReduceOp.SUM)
+def all_reduce_sum(x: Tensor, group) -> Tensor:
+    """Sum of x over a group's ranks, on all of them; x itself stays as it is."""
+    return _all_reduce(x, group, dist.ReduceOp.SUM)
 
 
-def largest(x: Tensor, group) -> Tensor:
-    """Maximum of x over a group's ranks, on all of them."""
-    return _reduced(x, group, dist.ReduceOp.MAX)
+def all_reduce_max(x: Tensor, group) -> Tensor:
+    """Maximum of x over a group's ranks, on all of them; x itself stays as it is."""
+    return _all_reduce(x, group, dist.ReduceOp.MAX)
 
 
-def gathered(x: Tensor, group) -> Tensor:
+def all_gather(x: Tensor, group) -> Tensor:
     """The ranks' [n, ...], which have the same n, one after another: [ranks * n, ...]."""
     if group.size() == 1:
         return x
@@ -26,7 +26,7 @@ def gathered(x: Tensor, group) -> Tensor:
     return output
 
 
-def _reduced(x: Tensor, group, operation) -> Tensor:
+def _all_reduce(x: Tensor, group, operation) -> Tensor:
     if group.size() == 1:
         return x
     x = x.clone()

@@ -1,4 +1,4 @@
-"""Pairwise squared cosines of the experts of each token, on permuted rows of z; twin of ``losses.specialization``.
+"""Angles between the vectors of each token, and gradients through them, on permuted rows; twin of ``losses.vectors``.
 
 A program takes a tile of 16 (token, slot) pairs, that is 16 / K tokens with K padded to a power of two. It streams
 their rows once, wherever they lie, and forms the tile's 16 x 16 products on tensor cores; the K x K blocks on the
@@ -7,9 +7,10 @@ diagonal are the tokens' own. No copy of the gathered rows is made and there are
 Suffixes: P rows, F row size, T tokens, K experts per token.
 
 Worked example, one token with z = (3, 4) in row 1 and (4, 3) in row 0: products 24 off the diagonal and 25 on it,
-cosine 24 / 25 = 0.96, sum over both ordered pairs 2 * 0.96^2 = 1.8432. The gradient of that sum for the first vector
-is 4 / 5 * 0.96 * ((0.8, 0.6) - 0.96 * (0.6, 0.8)) = (0.172032, -0.129024), for the second the same with its
-components swapped.
+cosine 24 / 25 = 0.96. For the sum of the squared cosines over both ordered pairs, 2 * 0.96^2 = 1.8432, the mixing
+matrix is 4 * 0.96 = 3.84 off the diagonal and -4 * 0.96^2 = -3.6864 on it. The gradient for the first vector is
+1 / 5 * (3.84 * (0.8, 0.6) - 3.6864 * (0.6, 0.8)) = (0.172032, -0.129024), for the second the same with its components
+swapped.
 """
 
 from typing import Optional, Union
@@ -43,13 +44,13 @@ def _tile_rows(rows_ptr, valid_ptr, num_tokens, K: tl.constexpr, SLOTS: tl.const
 
 
 @triton.jit
-def _products(row_ptrs, live, F, scale, BLOCK_F: tl.constexpr, OPERAND: tl.constexpr, SCALED: tl.constexpr):
+def _products(row_ptrs, active, F, scale, BLOCK_F: tl.constexpr, OPERAND: tl.constexpr, SCALED: tl.constexpr):
     """[TILE, TILE] dot products of the rows, each times its scale where SCALED."""
     TILE: tl.constexpr = row_ptrs.shape[0]
     products = tl.zeros([TILE, TILE], tl.float32)
     for start in range(0, F, BLOCK_F):
         column = start + tl.arange(0, BLOCK_F)
-        x = tl.load(row_ptrs[:, None] + column[None, :], mask=live[:, None] & (column < F)[None, :], other=0.0)
+        x = tl.load(row_ptrs[:, None] + column[None, :], mask=active[:, None] & (column < F)[None, :], other=0.0)
         if SCALED:
             x = x.to(tl.float32) * scale[:, None]
         x = x.to(OPERAND)
@@ -58,13 +59,13 @@ def _products(row_ptrs, live, F, scale, BLOCK_F: tl.constexpr, OPERAND: tl.const
 
 
 @triton.jit
-def _powers(row_ptrs, live, F, BLOCK_F: tl.constexpr):
+def _powers(row_ptrs, active, F, BLOCK_F: tl.constexpr):
     """[TILE] the power of two at or below each row's largest component, between 2^-126 and 2^126."""
     TILE: tl.constexpr = row_ptrs.shape[0]
     largest = tl.zeros([TILE], tl.float32)
     for start in range(0, F, BLOCK_F):
         column = start + tl.arange(0, BLOCK_F)
-        x = tl.load(row_ptrs[:, None] + column[None, :], mask=live[:, None] & (column < F)[None, :], other=0.0)
+        x = tl.load(row_ptrs[:, None] + column[None, :], mask=active[:, None] & (column < F)[None, :], other=0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), axis=1))
     exponent = largest.to(tl.int32, bitcast=True) >> 23
     return (tl.minimum(tl.maximum(exponent, 1), 253) << 23).to(tl.float32, bitcast=True)
@@ -77,7 +78,6 @@ def _cosines_kernel(
     valid_ptr,  # bool [T, K]
     products_ptr,  # fp32 [T, K, K], out: cosines; products where PARTIAL
     lengths_ptr,  # fp32 [T, K], out: inverse lengths; the units of the products where PARTIAL
-    sums_ptr,  # fp32 [number of tiles], out: squared cosines; not written where PARTIAL
     num_tokens,
     F,
     row_stride,
@@ -89,18 +89,18 @@ def _cosines_kernel(
     WIDE_RANGE: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    token, slot, row, inside, live = _tile_rows(rows_ptr, valid_ptr, num_tokens, K, SLOTS, TILE)
+    token, slot, row, inside, active = _tile_rows(rows_ptr, valid_ptr, num_tokens, K, SLOTS, TILE)
     row_ptrs = z_ptr + row * row_stride
     diagonal = tl.arange(0, TILE)[:, None] == tl.arange(0, TILE)[None, :]
     power = tl.full([TILE], 1.0, tl.float32)
-    products = _products(row_ptrs, live, F, power, BLOCK_F, OPERAND, False)
+    products = _products(row_ptrs, active, F, power, BLOCK_F, OPERAND, False)
     if WIDE_RANGE:
         # Rare: a zero, infinite, NaN, tiny or huge row. Its squares may be out of range, so divide first.
         squares = tl.sum(tl.where(diagonal, products, 0.0), axis=1)
         in_range = (squares > _SMALLEST) & (squares < _LARGEST)
-        if tl.sum((live & (in_range == 0)).to(tl.int32), axis=0) > 0:
-            power = _powers(row_ptrs, live, F, BLOCK_F)
-            products = _products(row_ptrs, live, F, 1.0 / power, BLOCK_F, OPERAND, True)
+        if tl.sum((active & (in_range == 0)).to(tl.int32), axis=0) > 0:
+            power = _powers(row_ptrs, active, F, BLOCK_F)
+            products = _products(row_ptrs, active, F, 1.0 / power, BLOCK_F, OPERAND, True)
     own = (token[:, None] == token[None, :]) & inside[:, None] & inside[None, :]
     if PARTIAL:
         length_out = power
@@ -110,7 +110,6 @@ def _cosines_kernel(
         row_inverse = _inverse_root(tl.sum(tl.where(diagonal, products, 0.0), axis=1))
         product_out = tl.where(own & (diagonal == 0), products * row_inverse[:, None] * column_inverse[None, :], 0.0)
         length_out = row_inverse / power
-        tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.sum(product_out * product_out, axis=1), axis=0))
     tl.store(products_ptr + (token * K + slot)[:, None] * K + slot[None, :], product_out, mask=own)
     tl.store(lengths_ptr + token * K + slot, length_out, mask=inside)
 
@@ -123,11 +122,11 @@ def _inverse_root(squares):
 
 # Counts differ from step to step: compiled once for all of them.
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_rows"])
-def _gradient_kernel(
+def _mixing_kernel(
     z_ptr,  # bf16 | fp16 | fp32 [P, F]
     rows_ptr,  # int64 [T, K]
     valid_ptr,  # bool [T, K]
-    cosines_ptr,  # fp32 [T, K, K]
+    mixing_ptr,  # fp32 [T, K, K]
     lengths_ptr,  # fp32 [T, K] inverse lengths
     weight_ptr,  # fp32 [1]
     covered_ptr,  # bool [P + 1], whether a row is some token's
@@ -146,21 +145,19 @@ def _gradient_kernel(
     TWO_PARTS: tl.constexpr,
 ):
     if tl.program_id(0) < num_tiles:
-        token, slot, row, inside, live = _tile_rows(rows_ptr, valid_ptr, num_tokens, K, SLOTS, TILE)
+        token, slot, row, inside, active = _tile_rows(rows_ptr, valid_ptr, num_tokens, K, SLOTS, TILE)
         own = (token[:, None] == token[None, :]) & inside[:, None] & inside[None, :]
-        cosines = tl.load(cosines_ptr + (token * K + slot)[:, None] * K + slot[None, :], mask=own, other=0.0)
+        mixing = tl.load(mixing_ptr + (token * K + slot)[:, None] * K + slot[None, :], mask=own, other=0.0)
         inverse = tl.load(lengths_ptr + token * K + slot, mask=inside, other=0.0)
-        diagonal = tl.arange(0, TILE)[:, None] == tl.arange(0, TILE)[None, :]
-        mixing = cosines - tl.where(diagonal, tl.sum(cosines * cosines, axis=1)[:, None], 0.0)
         mixing = tl.where(own, mixing * inverse[None, :], 0.0)
         # The tensor cores' tf32 has 11 significant bits: it holds 16-bit z, and mixing in two parts.
         high = (mixing.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        factor = 4.0 * tl.load(weight_ptr) * inverse
+        factor = tl.load(weight_ptr) * inverse
         for start in range(0, F, BLOCK_F):
             column = start + tl.arange(0, BLOCK_F)
-            mask = live[:, None] & (column < F)[None, :]
+            mask = active[:, None] & (column < F)[None, :]
             z = tl.load(z_ptr + (row * z_stride)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-            # The cosines of a token with an infinite or NaN row are NaN; other tokens of the tile stay clear of it.
+            # The mixing of a token with an infinite or NaN row is NaN; other tokens of the tile stay clear of it.
             z = tl.where(tl.abs(z) < float("inf"), z, 0.0)
             if TWO_PARTS:
                 result = tl.dot(mixing - high, z, tl.dot(high, z, input_precision="tf32"), input_precision="tf32")
@@ -187,7 +184,7 @@ def _gradient_kernel(
                 tl.store(out_ptr + (row * F)[:, None] + column[None, :], result, mask=mask)
 
 
-def row_cosines(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def row_cosines(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines between the rows of each token, by one read of these rows.
 
     Args:
@@ -197,14 +194,13 @@ def row_cosines(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tensor
         valid_TK: bool, which of them are there.
 
     Returns:
-        Cosines [T, K, K], 0 on the diagonal and where there is no row; inverse lengths [T, K], 0 for zero rows; the
-        sum of the squared cosines over tokens and ordered pairs, a scalar. All fp32.
+        Cosines [T, K, K], 0 on the diagonal and where there is no row; inverse lengths [T, K], 0 for zero rows. Both
+        fp32.
 
     Raises:
         ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
-    cosines_TKK, inverse_lengths_TK, sums = _launch(z_PF, rows_TK, valid_TK, partial=False)
-    return cosines_TKK, inverse_lengths_TK, sums.sum()
+    return _launch(z_PF, rows_TK, valid_TK, partial=False)
 
 
 def row_products(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +214,7 @@ def row_products(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tenso
         unit is a power of two that keeps the squares of tiny and huge rows in range. To go on: take the largest units
         of all ranks, bring each rank's products to them by ``in_units``, sum, and call ``cosines_from_products``.
     """
-    return _launch(z_PF, rows_TK, valid_TK, partial=True)[:2]
+    return _launch(z_PF, rows_TK, valid_TK, partial=True)
 
 
 def in_units(products_TKK: Tensor, units_TK: Tensor, new_units_TK: Tensor) -> Tensor:
@@ -228,7 +224,7 @@ def in_units(products_TKK: Tensor, units_TK: Tensor, new_units_TK: Tensor) -> Te
 
 
 def cosines_from_products(products_TKK: Tensor, units_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two results of ``row_cosines``, from ``row_products``; eager, on small tensors."""
+    """The results of ``row_cosines``, from ``row_products``; eager, on small tensors."""
     squares_TK = products_TKK.diagonal(dim1=1, dim2=2)
     inverse_TK = torch.where(squares_TK == 0, 0.0, 1.0 / squares_TK.sqrt())
     off_diagonal = 1.0 - torch.eye(products_TKK.shape[1], device=products_TKK.device)
@@ -236,23 +232,26 @@ def cosines_from_products(products_TKK: Tensor, units_TK: Tensor) -> tuple[Tenso
     return cosines_TKK, inverse_TK / units_TK
 
 
-def add_cosine_gradient(
+def add_mixed(
     z_PF: Tensor,
     rows_TK: Tensor,
     valid_TK: Tensor,
-    cosines_TKK: Tensor,
+    mixing_TKK: Tensor,
     inverse_lengths_TK: Tensor,
     weight: Union[Tensor, float],
     incoming_PF: Optional[Tensor] = None,
 ) -> Tensor:
-    """incoming + weight * (gradient of the sum of squared cosines with respect to z), rounded once.
+    """incoming + weight * (each row's mix of the directions of its token's rows, over its length), rounded once.
+
+    Of the mixing matrices that ``losses.vectors.mixing_of`` makes, this is the gradient with respect to z.
 
     One read of the tokens' rows of z, one read of the incoming gradient, one write. Rows of no token keep their
     incoming gradient. The incoming tensor is left as it is, since autograd may have given it to others too.
 
     Args:
         z_PF, rows_TK, valid_TK: as given to ``row_cosines``.
-        cosines_TKK, inverse_lengths_TK: its results.
+        mixing_TKK: [T, K, K] fp32.
+        inverse_lengths_TK: from ``row_cosines``.
         weight: a number, or a tensor of one element, which is not read on the host.
         incoming_PF: [P, F] in the dtype of z; None: zeros.
 
@@ -264,10 +263,10 @@ def add_cosine_gradient(
     """
     _check(z_PF, rows_TK, valid_TK)
     num_tokens, k = rows_TK.shape
-    if cosines_TKK.shape != (num_tokens, k, k) or inverse_lengths_TK.shape != (num_tokens, k):
+    if mixing_TKK.shape != (num_tokens, k, k) or inverse_lengths_TK.shape != (num_tokens, k):
         raise ValueError(
-            f"cosines_TKK and inverse_lengths_TK must be of the tokens in rows_TK {list(rows_TK.shape)}; got "
-            f"{list(cosines_TKK.shape)} and {list(inverse_lengths_TK.shape)}"
+            f"mixing_TKK and inverse_lengths_TK must be of the tokens in rows_TK {list(rows_TK.shape)}; got "
+            f"{list(mixing_TKK.shape)} and {list(inverse_lengths_TK.shape)}"
         )
     if incoming_PF is not None:
         if incoming_PF.shape != z_PF.shape or incoming_PF.dtype != z_PF.dtype:
@@ -287,11 +286,11 @@ def add_cosine_gradient(
     covered = torch.zeros(num_rows + 1, dtype=torch.bool, device=z_PF.device)
     covered.index_fill_(0, rows_TK.masked_fill(~valid_TK, num_rows).flatten(), True)
     slots, tile, num_tiles = _tiling(num_tokens, k)
-    _gradient_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
+    _mixing_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
         z_PF,
         rows_TK.contiguous(),
         valid_TK.contiguous(),
-        cosines_TKK.contiguous(),
+        mixing_TKK.contiguous(),
         inverse_lengths_TK.contiguous(),
         weight.to(z_PF.device, torch.float32),
         covered,
@@ -312,13 +311,13 @@ def add_cosine_gradient(
     return out_PF.to(z_PF.dtype)
 
 
-def _launch(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor, partial: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _launch(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor, partial: bool) -> tuple[Tensor, Tensor]:
     _check(z_PF, rows_TK, valid_TK)
     z_PF = _with_dense_rows(z_PF)
     num_tokens, k = rows_TK.shape
     slots, tile, num_tiles = _tiling(num_tokens, k)
-    new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=z_PF.device)  # noqa: E731
-    products_TKK, lengths_TK, sums = new(num_tokens, k, k), new(num_tokens, k), new(num_tiles)
+    products_TKK = torch.empty(num_tokens, k, k, dtype=torch.float32, device=z_PF.device)
+    lengths_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=z_PF.device)
     if num_tiles:
         _cosines_kernel[(num_tiles,)](
             z_PF,
@@ -326,7 +325,6 @@ def _launch(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor, partial: bool) -> t
             valid_TK.contiguous(),
             products_TKK,
             lengths_TK,
-            sums,
             num_tokens,
             z_PF.shape[1],
             z_PF.stride(0),
@@ -338,7 +336,7 @@ def _launch(z_PF: Tensor, rows_TK: Tensor, valid_TK: Tensor, partial: bool) -> t
             PARTIAL=partial,
             **FORWARD[z_PF.element_size()],
         )
-    return products_TKK, lengths_TK, sums
+    return products_TKK, lengths_TK
 
 
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}

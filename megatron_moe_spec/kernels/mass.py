@@ -9,7 +9,7 @@ and [T, E], which the library does at the speed of the hardware, and which needs
 Suffixes: T tokens, E experts.
 
 Worked example, softmax of logits (log 1, log 2, log 5), experts 0 and 2 dispatched: scores (1/8, 2/8, 5/8), m = 3/4.
-dm / dlogits = s * (live - m) = (1/8 * 1/4, 1/4 * -3/4, 5/8 * 1/4) = (0.03125, -0.1875, 0.15625).
+dm / dlogits = s * (active - m) = (1/8 * 1/4, 1/4 * -3/4, 5/8 * 1/4) = (0.03125, -0.1875, 0.15625).
 """
 
 from typing import Union
@@ -28,15 +28,15 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit
-def _load(logits_ptr, live_ptr, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+def _load(logits_ptr, active_ptr, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
     """Token numbers [BLOCK_T]; offsets, mask, logits (0 beyond the last token), and which experts are dispatched to."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     offsets = token[:, None] * E + expert[None, :]
     mask = (token < num_tokens)[:, None] & (expert < E)[None, :]
     x = tl.load(logits_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    live = tl.load(live_ptr + offsets, mask=mask, other=0) != 0
-    return token, offsets, mask, x, live
+    active = tl.load(active_ptr + offsets, mask=mask, other=0) != 0
+    return token, offsets, mask, x, active
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _scores(x, E: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def _mass_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
-    live_ptr,  # bool [T, E]
+    active_ptr,  # bool [T, E]
     mass_ptr,  # fp32 [T], out
     num_tokens,
     E: tl.constexpr,
@@ -77,15 +77,15 @@ def _mass_kernel(
     BLOCK_E: tl.constexpr,
     SCORE_FUNCTION: tl.constexpr,
 ):
-    token, offsets, mask, x, live = _load(logits_ptr, live_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
+    token, offsets, mask, x, active = _load(logits_ptr, active_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
     scores, slope, total = _scores(x, E, SCORE_FUNCTION)
-    tl.store(mass_ptr + token, tl.sum(tl.where(live, scores, 0.0), axis=1) / total, mask=token < num_tokens)
+    tl.store(mass_ptr + token, tl.sum(tl.where(active, scores, 0.0), axis=1) / total, mask=token < num_tokens)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _mass_gradient_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
-    live_ptr,  # bool [T, E]
+    active_ptr,  # bool [T, E]
     mass_gradient_ptr,  # fp32 [T]
     weight_ptr,  # fp32 [1]
     incoming_ptr,  # dtype of the logits [T, E]
@@ -96,34 +96,34 @@ def _mass_gradient_kernel(
     BLOCK_E: tl.constexpr,
     SCORE_FUNCTION: tl.constexpr,
 ):
-    token, offsets, mask, x, live = _load(logits_ptr, live_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
+    token, offsets, mask, x, active = _load(logits_ptr, active_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
     incoming = tl.load(incoming_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     factor = tl.load(weight_ptr) * tl.load(mass_gradient_ptr + token, mask=token < num_tokens, other=0.0)
     scores, slope, total = _scores(x, E, SCORE_FUNCTION)
-    mass = tl.sum(tl.where(live, scores, 0.0), axis=1) / total
-    gradient = slope / total[:, None] * (factor[:, None] * (live.to(tl.float32) - mass[:, None]))
+    mass = tl.sum(tl.where(active, scores, 0.0), axis=1) / total
+    gradient = slope / total[:, None] * (factor[:, None] * (active.to(tl.float32) - mass[:, None]))
     tl.store(out_ptr + offsets, incoming + gradient, mask=mask)
 
 
-def routed_mass(logits_TE: Tensor, live_TE: Tensor, score_function: str) -> Tensor:
+def routed_mass(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> Tensor:
     """[T] m(t) in fp32.
 
     Args:
         logits_TE: router logits, fp32, bf16 or fp16.
-        live_TE: bool, the experts each token was dispatched to.
+        active_TE: bool, the experts each token was dispatched to.
         score_function: softmax, sigmoid or sqrtsoftplus.
 
     Raises:
         ValueError: a shape, dtype or option does not fit; the message names the argument.
     """
-    _check(logits_TE, live_TE, score_function)
+    _check(logits_TE, active_TE, score_function)
     num_tokens, num_experts = logits_TE.shape
     mass_T = torch.empty(num_tokens, dtype=torch.float32, device=logits_TE.device)
     if num_tokens:
         grid, blocks = _blocks(num_tokens, num_experts)
         _mass_kernel[grid](
             logits_TE.contiguous(),
-            live_TE.contiguous(),
+            active_TE.contiguous(),
             mass_T,
             num_tokens,
             E=num_experts,
@@ -135,7 +135,7 @@ def routed_mass(logits_TE: Tensor, live_TE: Tensor, score_function: str) -> Tens
 
 def add_mass_gradient(
     logits_TE: Tensor,
-    live_TE: Tensor,
+    active_TE: Tensor,
     score_function: str,
     mass_gradient_T: Tensor,
     weight: Union[Tensor, float],
@@ -144,7 +144,7 @@ def add_mass_gradient(
     """incoming + weight * sum_t mass_gradient(t) dm(t) / dlogits, rounded once.
 
     Args:
-        logits_TE, live_TE, score_function: as given to ``routed_mass``.
+        logits_TE, active_TE, score_function: as given to ``routed_mass``.
         mass_gradient_T: fp32.
         weight: a number, or a tensor of one element, which is not read on the host.
         incoming_TE: gradient of the logits, in their dtype; left as it is.
@@ -155,7 +155,7 @@ def add_mass_gradient(
     Raises:
         ValueError: as ``routed_mass``.
     """
-    _check(logits_TE, live_TE, score_function)
+    _check(logits_TE, active_TE, score_function)
     num_tokens, num_experts = logits_TE.shape
     if incoming_TE.shape != logits_TE.shape or incoming_TE.dtype != logits_TE.dtype:
         raise ValueError(
@@ -171,7 +171,7 @@ def add_mass_gradient(
         grid, blocks = _blocks(num_tokens, num_experts)
         _mass_gradient_kernel[grid](
             logits_TE.contiguous(),
-            live_TE.contiguous(),
+            active_TE.contiguous(),
             mass_gradient_T.float().contiguous(),
             weight.to(logits_TE.device, torch.float32),
             incoming_TE.contiguous(),
@@ -190,12 +190,12 @@ def _blocks(num_tokens: int, num_experts: int) -> tuple[tuple[int], dict]:
     return (triton.cdiv(num_tokens, block_t),), dict(BLOCK_T=block_t, BLOCK_E=block_e, num_warps=_WARPS)
 
 
-def _check(logits_TE: Tensor, live_TE: Tensor, score_function: str) -> None:
+def _check(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> None:
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(
             f"logits_TE must be fp32, bf16 or fp16 [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}"
         )
-    if live_TE.shape != logits_TE.shape or live_TE.dtype != torch.bool:
-        raise ValueError(f"live_TE must be bool {list(logits_TE.shape)}; got {live_TE.dtype} {list(live_TE.shape)}")
+    if active_TE.shape != logits_TE.shape or active_TE.dtype != torch.bool:
+        raise ValueError(f"active_TE must be bool {list(logits_TE.shape)}; got {active_TE.dtype} {list(active_TE.shape)}")
     if score_function not in SCORE_FUNCTIONS:
         raise ValueError(f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}; got {score_function!r}")

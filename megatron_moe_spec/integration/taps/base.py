@@ -1,0 +1,143 @@
+"""What a tap is: the one place in Megatron where losses read something of an MoE layer, and return its gradient."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Iterator, Optional, Sequence
+
+from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat import router_of, token_group
+from megatron_moe_spec.integration.microbatch import MicroBatch
+from megatron_moe_spec.integration.recorder import Recorder
+from megatron_moe_spec.integration.routing import LayerRouting
+from megatron_moe_spec.integration.stages import Stages
+from megatron_moe_spec.losses import Loss
+
+
+@dataclass(frozen=True)
+class TappedLayer:
+    """An MoE layer with losses.
+
+    Attributes:
+        module: Megatron's MoELayer.
+        local_index: number of the layer in its model chunk.
+        global_index: number of the layer in the model.
+        recorder: of the model.
+    """
+
+    module: nn.Module
+    local_index: int
+    global_index: int
+    recorder: Recorder
+
+    @property
+    def config(self) -> Any:
+        """Megatron's TransformerConfig of the layer."""
+        return self.module.config
+
+    @cached_property
+    def router(self) -> nn.Module:
+        return router_of(self.module)
+
+    @property
+    def dispatcher(self) -> Any:
+        return self.module.token_dispatcher
+
+    @cached_property
+    def token_group(self):
+        """The ranks that share a micro-batch."""
+        return token_group(self.module)
+
+
+@dataclass
+class RouterCall:
+    """One run of a layer's router in training.
+
+    Attributes:
+        micro_batch: that it serves.
+        logits: detached, [..., E].
+        padding_mask: bool, True for padding, in any shape; None: no padding.
+        routing, probs_TE, routing_map_TE: what it decided, without gradients; once it has run.
+    """
+
+    micro_batch: MicroBatch
+    logits: Tensor
+    padding_mask: Optional[Tensor]
+    routing: LayerRouting = field(init=False)
+    probs_TE: Tensor = field(init=False)
+    routing_map_TE: Tensor = field(init=False)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model before the losses are attached; of one that is not built yet, by its flags.
+
+    Attributes:
+        config: Megatron's TransformerConfig.
+        moe_layers: that are to have the losses; empty before they are built.
+        stages: the MoE layers of all pipeline stages.
+        kernels: ``SpecConfig.kernels``.
+        tensor_size, expert_tensor_size: numbers of tensor-parallel and of expert-tensor-parallel ranks.
+        shards_weights: whether FSDP leaves a rank shards of the weights.
+    """
+
+    config: Any
+    moe_layers: Sequence[nn.Module]
+    stages: Stages
+    kernels: str
+    tensor_size: int
+    expert_tensor_size: int
+    shards_weights: bool = False
+
+
+class Tap:
+    """Serves the losses that read one thing of one layer: adds their gradients, and records their values.
+
+    Values are recorded once a micro-batch: what the router decides in forward (in the first pass of a checkpoint), what
+    needs the experts' rows where gradients flow (in the recomputation of a checkpoint). A tap keeps to the order in
+    which its methods stand here.
+
+    Attributes:
+        title: what it reads, in the doctor's report.
+    """
+
+    title: ClassVar[str]
+
+    def __init__(self, losses: Sequence[Loss], layer: TappedLayer):
+        self.losses, self.layer = losses, layer
+        self.trained = [loss for loss in losses if loss.coeff > 0]
+
+    @classmethod
+    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+        """What it cannot read in a model, each with its remedy."""
+        return iter(())
+
+    @classmethod
+    def describe(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[tuple[str, str]]:
+        """What it would read in a model, as (name, text) of the doctor's report."""
+        return iter(())
+
+    def records(self) -> set[str]:
+        """Names of the losses that it records."""
+        return {loss.name for loss in self.losses}
+
+    def forget(self) -> None:
+        """A run of the layer begins. What the router does not announce by ``expect`` is left alone."""
+
+    def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
+        """Where gradients flow, before the router decides: the logits that it is to decide by, with the same values."""
+        return logits
+
+    def observe(self, call: RouterCall) -> None:
+        """Once a micro-batch, after the router has decided: records values."""
+
+    def tap_probs(self, probs: Tensor, call: RouterCall) -> Tensor:
+        """Where gradients flow, after the router has decided: the probabilities to go on with, with the same values."""
+        return probs
+
+    def detach(self) -> None:
+        """Removes its hooks."""
+
+    def wanted(self) -> list[Loss]:
+        """The losses to compute in this step."""
+        return [loss for loss in self.losses if self.layer.recorder.wants(loss)]

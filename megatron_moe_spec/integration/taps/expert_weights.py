@@ -1,0 +1,178 @@
+"""Tap of the weights of a layer's router and of its experts' first linear layers.
+
+Suffixes: E experts, L local experts, F gate rows on this rank, H hidden size.
+"""
+
+from functools import partial
+from typing import Callable, Iterator, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat import (
+    adds_to_main_gradient,
+    column_group,
+    delays_weight_gradients,
+    expert_first_weights,
+    expert_group,
+    gate_rows,
+    has_adapted_weights,
+)
+from megatron_moe_spec.integration.hooks import Hook
+from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
+from megatron_moe_spec.integration.scaling import weight_gradient_factor
+from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
+from megatron_moe_spec.integration.taps.router_weight import adapted, sharded
+from megatron_moe_spec.integration.taps.rows import quantization_problems
+from megatron_moe_spec.losses import Loss
+from megatron_moe_spec.losses.expert_router_coupling import (
+    ExpertRouterCoupling,
+    excess,
+    proxy_norms,
+    proxy_tokens,
+    router_noise,
+)
+from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_sum
+
+_ADAPTED = "the router or linear_fc1"
+
+
+class ExpertWeightsTap(Tap):
+    """Adds a loss's gradient to the weights of one layer's router and local experts.
+
+    Every rank computes the loss of all E experts from norms M [E, E], of which it has the columns of its own experts:
+    in forward one all-gather of E x E numbers over the expert-parallel group, and one all-reduce of E x L over the
+    expert-tensor-parallel group, whose ranks have F rows each of a gate. None in backward: a rank adds what its own
+    columns and rows give, for all ranks of the expert group (expert x expert tensor parallel).
+
+    The numbers of the layer and of the training step are the seed of the loss's noise.
+    """
+
+    title = "expert weights"
+
+    def __init__(self, losses: Sequence[Loss], layer: TappedLayer):
+        super().__init__(losses, layer)
+        (self._loss,) = losses
+        assert isinstance(self._loss, ExpertRouterCoupling)
+        self._expected: Optional[RouterCall] = None
+        self._hook = layer.module.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))
+
+    @classmethod
+    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+        (loss,), config = losses, model.config
+        if model.shards_weights:
+            yield sharded(loss)
+        if any(map(has_adapted_weights, model.moe_layers)):
+            yield adapted(loss, _ADAPTED)
+        if not all(expert_first_weights(layer) for layer in model.moe_layers):
+            yield (
+                f"{loss.title} needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
+                "--moe-use-legacy-grouped-gemm)"
+            )
+        if getattr(config, "overlap_moe_expert_parallel_comm", False):
+            yield (
+                f"{loss.title} joins a router to its experts in one backward pass, which the schedule of "
+                f"--overlap-moe-expert-parallel-comm splits (remove it, or set {loss.off})"
+            )
+        if delays_weight_gradients(config):
+            yield (
+                f"{loss.title} cannot add to weight gradients that are computed apart from the backward pass "
+                "(remove --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad)"
+            )
+        yield from quantization_problems(loss.title, config)
+
+    @classmethod
+    def describe(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[tuple[str, str]]:
+        yield "weights", "router, and gate rows of every expert's linear_fc1"
+
+    def detach(self) -> None:
+        self._hook.remove()
+
+    def forget(self) -> None:
+        self._expected = None
+
+    def tap_probs(self, probs: Tensor, call: RouterCall) -> Tensor:
+        self._expected = call
+        return probs
+
+    def tap_outputs(self, y: Tensor) -> Tensor:
+        """Returns the experts' outputs y; their backward adds the loss's gradient for one micro-batch to the weights.
+
+        When the experts have run, their weights are those of this step: where parameters are gathered while the model
+        runs (``--overlap-param-gather``), each module waits for its own just before it runs.
+        """
+        call, self._expected = self._expected, None
+        if call is None:
+            return y
+        if has_adapted_weights(self.layer.module):
+            raise RuntimeError(adapted(self._loss, _ADAPTED))
+        recorder, router = self.layer.recorder, self.layer.router.weight
+        experts = expert_first_weights(self.layer.module)
+        with torch.no_grad():
+            noise_EH = router_noise(router, seed=(recorder.iteration << 16) + self.layer.global_index)
+            norms_EE = self._norms(proxy_tokens(router, noise_EH), experts)
+        with own_graph():
+            norms_EE.requires_grad_()
+            loss = excess(norms_EE, self._loss.alpha)
+            (gradient_EE,) = torch.autograd.grad(loss, norms_EE)
+        recorder.record_loss(self._loss.name, loss / self.layer.token_group.size(), call.routing.counts)
+        slope_EE = (gradient_EE / norms_EE.detach()).masked_fill(norms_EE.detach() == 0, 0.0)
+        weight = partial(self._weight, self._group_count(call))
+        return add_weight_gradients(
+            y, [router, *experts], partial(self._gradients, noise_EH, self._of_local_experts(slope_EE), weight)
+        )
+
+    def _norms(self, proxies_EH: Tensor, experts: list[Tensor]) -> Tensor:
+        gates = [gate_rows(self.layer.module, weight).flatten(0, -2) for weight in experts]
+        norms_EL = proxy_norms(proxies_EH, gates, total=partial(all_reduce_sum, group=column_group(self.layer.dispatcher)))
+        return all_gather(norms_EL.T.contiguous(), self.layer.dispatcher.ep_group).T
+
+    def _of_local_experts(self, x_EE: Tensor) -> Tensor:
+        return x_EE.unflatten(1, (self.layer.dispatcher.ep_group.size(), -1))[:, self.layer.dispatcher.ep_group.rank()]
+
+    def _group_count(self, call: RouterCall) -> Tensor:
+        """What the micro-batches of the expert group's ranks count for together: tokens, or one where there are any.
+
+        Ranks may hold different numbers of tokens. One all-reduce of one number, for the first layer that asks.
+        """
+        micro_batch, routing = call.micro_batch, call.routing
+        if micro_batch.expert_group_count is None:
+            own = routing.num_tokens if self.layer.config.calculate_per_token_loss else routing.counts
+            own = torch.as_tensor(own, dtype=torch.float32, device=self.layer.router.weight.device)
+            micro_batch.expert_group_count = all_reduce_sum(own, expert_group(self.layer.dispatcher))
+        return micro_batch.expert_group_count
+
+    def _weight(self, group_count: Tensor):
+        factor = weight_gradient_factor(self.layer.config, group_count, self.layer.token_group.size())
+        return self._loss.coeff * factor
+
+    def _gradients(self, noise_EH: Tensor, slope_EL: Tensor, weight: Callable) -> list:
+        """Of the router's and of each local expert's weight, in closed form.
+
+        With a = R_i * d_i: dM_ij/dW_j = (W_j a) a^T / M_ij and dM_ij/da = W_j^T (W_j a) / M_ij.
+        """
+        router, experts = self.layer.router.weight, expert_first_weights(self.layer.module)
+        slope_EL = slope_EL * weight()
+        proxies_EH = proxy_tokens(router.detach(), noise_EH)
+        proxies_gradient_EH = torch.zeros_like(proxies_EH)
+        gradients = []
+        for slope_E, expert in zip(slope_EL.unbind(dim=1), experts):
+            gate_FH = gate_rows(self.layer.module, expert.detach()).flatten(0, -2).to(proxies_EH.dtype)
+            response_EF = proxies_EH @ gate_FH.T * slope_E.unsqueeze(-1)
+            proxies_gradient_EH += response_EF @ gate_FH
+            gradients.append(self._expert_gradient(expert, response_EF.T @ proxies_EH))
+        return [(proxies_gradient_EH * noise_EH).to(router.dtype), *gradients]
+
+    def _expert_gradient(self, expert: Tensor, gradient_FH: Tensor):
+        """Gradient of the whole weight; None where it has been added to where the linear layer adds its own."""
+        fused = adds_to_main_gradient(self.layer.config) and hasattr(expert, "main_grad")
+        whole = expert.main_grad if fused else torch.zeros_like(expert)
+        rows = gate_rows(self.layer.module, whole)
+        rows += gradient_FH.view(rows.shape)
+        return None if fused else whole
+
+
+def _tap_outputs(tap: ExpertWeightsTap, module: nn.Module, args, outputs):
+    """Forward hook of the experts, which return their outputs and a bias."""
+    y, *others = outputs
+    return (tap.tap_outputs(y), *others)

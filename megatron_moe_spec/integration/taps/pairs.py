@@ -1,0 +1,187 @@
+"""Tap of the routing of adjacent MoE layers, from the values that each layer leaves behind.
+
+A layer's gradient needs only its neighbours' values, so no autograd edge joins two layers: checkpointed layers
+and overlapped schedules need nothing special. Suffixes: T tokens, E experts.
+"""
+
+from functools import partial
+from typing import Iterator, Optional, Sequence, Union
+
+from torch import Tensor
+
+from megatron_moe_spec.integration.injection import add_gradient
+from megatron_moe_spec.integration.routing import LayerRouting, token_scores
+from megatron_moe_spec.integration.scaling import gradient_factor
+from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
+from megatron_moe_spec.kernels import choose
+from megatron_moe_spec.losses import Loss
+from megatron_moe_spec.losses.coupling import Coupling, joint_scores, routed_mass, strongest_successors
+from megatron_moe_spec.losses.scores import normalized_scores_gradient
+from megatron_moe_spec.parallel.collectives import all_reduce_sum
+
+
+class PairsTap(Tap):
+    """Couples a layer with the one before it, in its chunk or in the stage before.
+
+    Type pathway: one all-reduce of E x E numbers a pair, in forward.
+    """
+
+    title = "pairs"
+
+    def __init__(self, losses: Sequence[Loss], layer: TappedLayer):
+        super().__init__(losses, layer)
+        (self._loss,) = losses
+        assert isinstance(self._loss, Coupling)
+        # The kernels compute in fp32.
+        fused = choose(layer.recorder.config.kernels, layer.router.weight.device)
+        self._fused = fused and layer.config.moe_router_dtype != "fp64"
+
+    @classmethod
+    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+        for loss in losses:
+            if loss.coeff > 0:
+                yield from _layer_problems(loss, model)
+                yield from _precision_problems(model)
+            if loss.carries_messages and len(model.stages.num_layers) > len(model.stages.own):
+                yield from _message_problems(loss, model.config)
+
+    def records(self) -> set[str]:
+        from_before = self._loss.carries_messages and self.layer.global_index > 0
+        return super().records() if self.layer.local_index > 0 or from_before else set()
+
+    def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
+        return add_gradient(logits, partial(self._add_gradient, call)) if self.trained else logits
+
+    def observe(self, call: RouterCall) -> None:
+        if not self.wanted():
+            return
+        layer, routing, micro_batch, kind = self.layer, call.routing, call.micro_batch, self._loss.kind
+        routing.message = coupling_message(
+            kind, call.logits, layer.config.moe_router_score_function, call.padding_mask, routing.active_TE, self._fused
+        )
+        if layer.local_index == 0 and micro_batch.take_before is not None:
+            micro_batch.before, micro_batch.take_before = micro_batch.take_before(len(routing.active_TE)), None
+        previous = micro_batch.previous(layer.local_index)
+        if previous is None:
+            return
+        joined = self._joined_by_mass if kind == "mass" else self._joined_by_pathway
+        loss = 1.0 / layer.token_group.size() - joined(previous, routing)
+        layer.recorder.record_loss(self._loss.name, loss, routing.counts)
+        layer.recorder.measure_pair(layer.global_index - 1, previous.active_TE, routing.active_TE)
+
+    def _joined_by_mass(self, previous: LayerRouting, routing: LayerRouting) -> Tensor:
+        """This rank's part of the two layers' joint probability."""
+        return (previous.message * routing.message).sum() / routing.divisor
+
+    def _joined_by_pathway(self, previous: LayerRouting, routing: LayerRouting) -> Tensor:
+        """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
+        joint_EE = joint_scores(previous.message, routing.message, routing.divisor)
+        everywhere_EE = all_reduce_sum(joint_EE, self.layer.token_group)
+        previous.successors_EE = strongest_successors(everywhere_EE, self.layer.config.moe_router_topk)
+        return (joint_EE * previous.successors_EE).sum()
+
+    def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
+        micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.local_index
+        routing = micro_batch.routing[index]
+        pulls = []
+        if (previous := micro_batch.previous(index)) is not None:
+            pulls.append(pull_of_previous(kind, previous))
+        if (following := micro_batch.following(index)) is not None:
+            pulls.append(pull_of_following(kind, routing, following))
+        elif micro_batch.pull_after is not None:
+            pulls.append(micro_batch.pull_after)
+        if not pulls:  # the only MoE layer of a stage, and pairs across stages are dropped
+            return incoming
+        factor = self._loss.coeff * gradient_factor(self.layer.config, routing.num_tokens)
+        function = self.layer.config.moe_router_score_function
+        return add_logits_gradient(kind, routing, pulls, call.logits, function, factor, incoming, self._fused)
+
+
+def _layer_problems(loss: Coupling, model: ModelFacts) -> Iterator[str]:
+    stages = model.stages
+    if sum(stages.num_layers) < 2:
+        yield f"coupling needs two MoE layers, the model has one (set {loss.flag} to 0)"
+    elif loss.across_stages == "drop" and max(stages.num_layers) < 2:
+        yield (
+            "no pipeline stage has two MoE layers, so no pair of layers is left for coupling "
+            "(set --moe-coupling-across-stages exact)"
+        )
+
+
+def _precision_problems(model: ModelFacts) -> Iterator[str]:
+    if model.kernels == "triton" and model.config.moe_router_dtype == "fp64":
+        yield (
+            "the Triton kernels compute the coupling loss in fp32 "
+            "(set --moe-router-dtype fp32, or --moe-spec-kernels to auto or torch)"
+        )
+
+
+def _message_problems(loss: Coupling, transformer_config) -> Iterator[str]:
+    if getattr(transformer_config, "mtp_standalone", False):
+        yield (
+            "stages with MTP layers of their own send tensors of another shape "
+            "(set --moe-coupling-across-stages drop, or leave MTP layers in the last stage)"
+        )
+    if getattr(transformer_config, "overlap_moe_expert_parallel_comm", False):
+        yield (
+            "the schedule of --overlap-moe-expert-parallel-comm hands gradients past what carries the coupling of "
+            "layers in different pipeline stages (set --moe-coupling-across-stages drop)"
+        )
+
+
+def coupling_message(
+    kind: str, logits: Tensor, score_function: str, padding_mask: Optional[Tensor], active_TE: Tensor, fused: bool
+) -> Tensor:
+    """What the neighbours of a layer need of it, see ``LayerRouting``; ``fused``: by the Triton kernels."""
+    if fused and kind == "mass":
+        from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
+
+        return fused_mass(logits.reshape(-1, logits.shape[-1]), active_TE, score_function)
+    scores_TE = token_scores(logits, score_function, padding_mask)
+    return routed_mass(scores_TE, active_TE) if kind == "mass" else scores_TE
+
+
+def pull_of_previous(kind: str, previous: LayerRouting) -> Tensor:
+    """-T times the gradient of the loss of ``previous`` and this layer with respect to this layer's scores.
+
+    [T], the same for every dispatched expert (mass), or [T, E] (pathway).
+    """
+    if kind == "mass":
+        return previous.message
+    return previous.message @ previous.successors_EE.to(previous.message.dtype)
+
+
+def pull_of_following(kind: str, this: LayerRouting, following: LayerRouting) -> Tensor:
+    """The same for the loss of this layer and ``following``."""
+    if kind == "mass":
+        return following.message
+    return following.message @ this.successors_EE.T.to(following.message.dtype)
+
+
+def add_logits_gradient(
+    kind: str,
+    this: LayerRouting,
+    pulls: list[Tensor],
+    logits: Tensor,
+    score_function: str,
+    factor: Union[Tensor, float],
+    incoming: Tensor,
+    fused: bool,
+) -> Tensor:
+    """incoming + factor * gradient of the (at most two) pair losses of a layer with respect to its logits.
+
+    Args:
+        pulls: of the neighbours, see ``pull_of_previous``.
+        incoming: the logits' gradient so far, in their shape.
+        fused: by the Triton kernels.
+    """
+    pull, weight = sum(pulls), -factor / this.divisor
+    logits_TE = logits.reshape(-1, logits.shape[-1])
+    if fused and kind == "mass":
+        from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
+
+        incoming_TE = incoming.reshape(logits_TE.shape)
+        return add_mass_gradient(logits_TE, this.active_TE, score_function, pull, weight, incoming_TE).view(logits.shape)
+    scores_gradient_TE = this.active_TE * pull.unsqueeze(-1) if kind == "mass" else pull
+    gradient_TE = normalized_scores_gradient(logits_TE, score_function, scores_gradient_TE * weight)
+    return incoming + gradient_TE.view(logits.shape).to(incoming.dtype)

@@ -1,0 +1,64 @@
+"""Tap of a router's weight."""
+
+from functools import partial
+from typing import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_moe_spec.integration.compat import has_adapter
+from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
+from megatron_moe_spec.integration.scaling import weight_gradient_factor
+from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap
+from megatron_moe_spec.losses import Loss, RouterWeightLoss
+
+
+class RouterWeightTap(Tap):
+    """Every rank computes the losses of its copy of the weight, and counts as a share of its micro-batch."""
+
+    title = "router weight"
+    losses: list[RouterWeightLoss]
+    trained: list[RouterWeightLoss]
+
+    @classmethod
+    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+        for loss in losses:
+            if model.shards_weights:
+                yield sharded(loss)
+            if any(has_adapter(layer.router) for layer in model.moe_layers):
+                yield adapted(loss, "the router")
+
+    def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
+        # When the router has its logits its weight is that of this step, also where parameters are gathered while the
+        # model runs (--overlap-param-gather).
+        if not self.trained:
+            return logits
+        if has_adapter(self.layer.module.router):
+            raise RuntimeError(adapted(self.trained[0], "the router"))
+        return add_weight_gradients(logits, [self.layer.router.weight], partial(self._gradients, call))
+
+    def observe(self, call: RouterCall) -> None:
+        for loss in self.wanted():
+            value = loss.of_weight(self.layer.router.weight.detach()) / self.layer.token_group.size()
+            self.layer.recorder.record_loss(loss.name, value, call.routing.counts)
+
+    def _gradients(self, call: RouterCall) -> list[Tensor]:
+        weight = self.layer.router.weight.detach().requires_grad_()
+        with own_graph():
+            total = sum(loss.coeff * loss.of_weight(weight) for loss in self.trained)
+            (gradient,) = torch.autograd.grad(total, weight)
+        routing, config = call.routing, self.layer.config
+        count = routing.num_tokens if config.calculate_per_token_loss else routing.counts
+        factor = weight_gradient_factor(config, count, self.layer.token_group.size())
+        return [(gradient * factor).to(weight.dtype)]
+
+
+def sharded(loss: Loss) -> str:
+    return f"{loss.title} reads whole weights, of which FSDP leaves a rank shards (set {loss.off})"
+
+
+def adapted(loss: Loss, what: str) -> str:
+    return (
+        f"{loss.title} is a loss of the model's own weights, which adapters around {what} leave as they are "
+        f"(set {loss.off}, or adapt other modules)"
+    )

@@ -1,0 +1,254 @@
+"""Taps of the rows that experts compute: their activations z before, and their outputs y after, the down projection.
+
+Rows lie permuted by expert, and may belong to the tokens of other ranks. Both are weighted by the router's probability
+p: Megatron multiplies what enters the down projection, and its bias, by it. Suffixes: T tokens, E experts, K experts
+per token, P rows, D components of a row.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Iterator, Optional, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat import (
+    column_group,
+    describe_dispatch,
+    describe_down_projections,
+    expert_down_projections,
+)
+from megatron_moe_spec.integration.dispatch import exchanges_rows, row_exchange
+from megatron_moe_spec.integration.hooks import Hook
+from megatron_moe_spec.integration.injection import add_gradient, own_graph
+from megatron_moe_spec.integration.routing import LayerRouting
+from megatron_moe_spec.integration.scaling import gradient_factor
+from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
+from megatron_moe_spec.kernels import choose
+from megatron_moe_spec.losses import Loss, RowsLoss
+from megatron_moe_spec.losses.vectors import mixing_of
+from megatron_moe_spec.parallel.collectives import all_gather
+from megatron_moe_spec.parallel.token_rows import TokenRows, token_experts
+
+
+@dataclass
+class _Run:
+    """One run of the experts that the router has announced.
+
+    Attributes:
+        rows: of the tokens that are used.
+        tokens: which of this rank's they are.
+        routing: the router's decision.
+        probs_TK: p of each vector, 1 where there is none; None where no loss asks for lengths.
+        probs_gradients: with respect to p of this rank's tokens; one, once the experts have run.
+    """
+
+    rows: TokenRows
+    tokens: slice
+    routing: LayerRouting
+    probs_TK: Optional[Tensor] = None
+    probs_gradients: list[Tensor] = field(default_factory=list)
+
+
+class RowsTap(Tap):
+    """Compares the vectors of each token, differentiates the losses of their angles and lengths, and adds the gradient.
+
+    The vectors are the rows without p: lengths are divided by it. What a loss says of lengths would reach p by way of
+    the rows; p gets the opposite, so that nothing of these losses reaches the router.
+
+    What each rank keeps for backward are the rows, by reference, and K x K numbers a token.
+    """
+
+    losses: list[RowsLoss]
+    trained: list[RowsLoss]
+    _num_parts = 1
+
+    def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
+        super().__init__(losses, layer)
+        self._fused = choose(layer.recorder.config.kernels, layer.router.weight.device)
+        self._stride = losses[0].token_stride
+        self._run: Optional[_Run] = None
+        self._hooks = self._register()
+
+    def _register(self) -> list:
+        raise NotImplementedError
+
+    @classmethod
+    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+        config, names = model.config, " and ".join(loss.title for loss in losses)
+        if getattr(config, "use_transformer_engine_op_fuser", False):
+            yield f"the fused experts do not hand out the rows for {names} (remove --use-transformer-engine-op-fuser)"
+        elif getattr(config, "moe_use_legacy_grouped_gemm", False) or not all(
+            map(expert_down_projections, model.moe_layers)
+        ):
+            yield (
+                f"the legacy GroupedMLP does not hand out the rows for {names} "
+                "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
+            )
+        if getattr(config, "moe_token_dispatcher_type", "allgather") == "flex":
+            yield (
+                f"the flex dispatcher does not tell which token a row belongs to, which {names} must know "
+                "(set --moe-token-dispatcher-type alltoall)"
+            )
+        yield from quantization_problems(names, config)
+
+    @classmethod
+    def describe(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[tuple[str, str]]:
+        yield f"{cls.title} tap", cls._place(model.config)
+        yield "dispatcher", describe_dispatch(model.config)
+
+    @classmethod
+    def _place(cls, transformer_config) -> str:
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def forget(self) -> None:
+        self._run = None
+
+    def tap_probs(self, probs: Tensor, call: RouterCall) -> Tensor:
+        wanted = self.wanted()
+        if not wanted:
+            return probs
+        dispatcher, top_k = self.layer.dispatcher, self.layer.config.moe_router_topk
+        tokens = slice((self.layer.recorder.iteration + call.micro_batch.number) % self._stride, None, self._stride)
+        rows = TokenRows(
+            call.routing_map_TE,
+            call.routing.active_TE,
+            top_k,
+            tokens,
+            self._num_parts,
+            column_group(dispatcher),
+            on_other_ranks=exchanges_rows(dispatcher),
+            fused=self._fused,
+        )
+        self._run = run = _Run(rows, tokens, call.routing)
+        if not any(loss.uses_lengths for loss in wanted):
+            return probs
+        experts_TK, active_TK = token_experts(call.routing.active_TE[tokens], top_k)
+        probs_TK = call.probs_TE[tokens].gather(1, experts_TK).masked_fill(~active_TK, 1.0)
+        run.probs_TK = all_gather(probs_TK, column_group(dispatcher))
+        return add_gradient(probs, partial(self._add_probs_gradient, run)) if self.trained else probs
+
+    def tap_rows(self, part: int, rows_PD: Tensor) -> Tensor:
+        """Takes part of the layer's rows; returns what the model is to go on with instead."""
+        run = self._run
+        if run is None:
+            return rows_PD
+        run.rows.add(rows_PD)
+        if run.rows.complete:
+            with torch.no_grad():
+                run.rows.compare(row_exchange(self.layer.dispatcher, run.rows.dispatched_TE, run.rows.num_rows))
+                self._evaluate(run)
+            self._run = None
+        return add_gradient(rows_PD, partial(self._add_gradient, run, part)) if self.trained else rows_PD
+
+    def _evaluate(self, run: _Run) -> None:
+        """Records the losses, and leaves what backward needs of them."""
+        rows, routing, recorder = run.rows, run.routing, self.layer.recorder
+        cosines_TKK, lengths_TK, active_TK = rows.cosines_TKK, rows.lengths_TK, rows.active_TK
+        if recorder.measuring and any(loss.measured for loss in self.losses):
+            recorder.measure_cosines(self.layer.global_index, cosines_TKK[rows.own], active_TK[rows.own])
+        if run.probs_TK is not None:
+            lengths_TK = lengths_TK / run.probs_TK.to(lengths_TK.dtype)
+        has_some_T = active_TK.any(dim=1)
+        total = cosines_TKK.new_zeros(())
+        with own_graph():
+            variables = cosines_TKK.requires_grad_(), lengths_TK.requires_grad_()
+            for loss in self.wanted():
+                losses_T = loss.token_losses(cosines_TKK, lengths_TK if loss.uses_lengths else None, active_TK)
+                losses_T = torch.where(has_some_T, losses_T, 0.0)
+                value = losses_T.detach()[rows.own].sum() * self._stride / routing.divisor
+                recorder.record_loss(loss.name, value, routing.counts)
+                if loss.coeff > 0:
+                    total = total + loss.coeff * losses_T.sum()
+            if not self.trained:
+                return
+            gradients = torch.autograd.grad(total, variables, allow_unused=True, materialize_grads=True)
+        of_cosines_TKK, of_lengths_TK = gradients
+        cosines_TKK, lengths_TK = cosines_TKK.detach(), lengths_TK.detach()
+        rows.keep_mixing(mixing_of(cosines_TKK, lengths_TK, of_cosines_TKK, of_lengths_TK))
+        if run.probs_TK is not None:
+            of_probs_TK = -of_lengths_TK * lengths_TK / run.probs_TK.to(lengths_TK.dtype)
+            run.probs_gradients.append(of_probs_TK[rows.own])
+
+    def _add_gradient(self, run: _Run, part: int, incoming: Tensor) -> Tensor:
+        return run.rows.add_gradient(part, self._weight(run.routing), incoming)
+
+    def _add_probs_gradient(self, run: _Run, incoming: Tensor) -> Tensor:
+        gradient_TK = run.probs_gradients.pop() * self._weight(run.routing)
+        experts_TK, _ = token_experts(run.routing.active_TE[run.tokens], self.layer.config.moe_router_topk)
+        gradient_TE = torch.zeros(incoming.shape, dtype=gradient_TK.dtype, device=incoming.device)
+        gradient_TE[run.tokens].scatter_add_(1, experts_TK, gradient_TK)
+        return incoming + gradient_TE.to(incoming.dtype)
+
+    def _weight(self, routing: LayerRouting):
+        """Makes a sum over the used tokens a mean over all, as this rank's gradient has to count; in backward."""
+        return self._stride / routing.divisor * gradient_factor(self.layer.config, routing.num_tokens)
+
+
+class ActivationsTap(RowsTap):
+    """p z, at the input of the down projections."""
+
+    title = "activation"
+
+    def _register(self) -> list:
+        projections = expert_down_projections(self.layer.module)
+        self._num_parts = len(projections)
+        return [
+            module.register_forward_pre_hook(Hook(partial(_tap_activations, self, part)))
+            for part, module in enumerate(projections)
+        ]
+
+    @classmethod
+    def _place(cls, transformer_config) -> str:
+        return describe_down_projections(transformer_config)
+
+    @classmethod
+    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+        yield from super().problems(losses, model)
+        if model.expert_tensor_size > model.tensor_size:
+            yield (
+                f"{losses[0].title} needs experts to be split over ranks that share their tokens: "
+                f"--expert-tensor-parallel-size {model.expert_tensor_size} is larger than "
+                f"--tensor-model-parallel-size {model.tensor_size}"
+            )
+
+
+class OutputsTap(RowsTap):
+    """y = p x, at the output of the experts."""
+
+    title = "output"
+
+    def _register(self) -> list:
+        return [self.layer.module.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))]
+
+    @classmethod
+    def _place(cls, transformer_config) -> str:
+        return "output of a layer's experts"
+
+    @classmethod
+    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+        yield from super().problems(losses, model)
+        if model.expert_tensor_size > 1:
+            yield (
+                f"{losses[0].title} needs whole expert outputs, of which expert tensor parallelism leaves a rank one "
+                f"summand (--expert-tensor-parallel-size is {model.expert_tensor_size}; set it to 1)"
+            )
+
+
+def quantization_problems(names: str, transformer_config) -> Iterator[str]:
+    if getattr(transformer_config, "fp8", None) or getattr(transformer_config, "fp4", None):
+        yield f"quantized experts are not supported yet, for {names} (remove --fp8-format / --fp4-format)"
+
+
+def _tap_activations(tap: ActivationsTap, part: int, module: nn.Module, args):
+    """Forward pre-hook of ``linear_fc2``, whose first input is p * z, in permuted rows."""
+    return (tap.tap_rows(part, args[0]), *args[1:])
+
+
+def _tap_outputs(tap: OutputsTap, module: nn.Module, args, outputs):
+    """Forward hook of the experts, which return (p * x, no bias)."""
+    return (tap.tap_rows(0, outputs[0]), *outputs[1:])

@@ -1,0 +1,74 @@
+"""Tap of a router's scores, normalised over all experts. Suffixes: T tokens of this rank, E experts."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_moe_spec.integration.injection import add_gradient, own_graph
+from megatron_moe_spec.integration.routing import LayerRouting, of_tokens
+from megatron_moe_spec.integration.scaling import gradient_factor
+from megatron_moe_spec.integration.taps.base import RouterCall, Tap
+from megatron_moe_spec.losses import ScoresLoss
+from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
+from megatron_moe_spec.parallel.collectives import all_reduce_sum
+
+
+class ScoresTap(Tap):
+    """One node on the logits, and one normalisation each way, for all losses of the scores.
+
+    A loss that needs means over the tokens of the micro-batch costs two all-reduces of their size in forward; none in
+    backward.
+    """
+
+    title = "scores"
+    losses: list[ScoresLoss]
+    trained: list[ScoresLoss]
+
+    def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
+        return add_gradient(logits, partial(self._add_gradient, call)) if self.trained else logits
+
+    def observe(self, call: RouterCall) -> None:
+        routing, scores_TE = call.routing, self._scores(call.logits)
+        for loss in self.wanted():
+            value = self._observe(loss, scores_TE, routing, call.padding_mask)
+            self.layer.recorder.record_loss(loss.name, value / routing.divisor, routing.counts)
+
+    def _observe(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
+        """This rank's sum over its tokens; keeps the means that it needs, and the gradient with respect to them."""
+        statistics = loss.token_statistics(scores_TE, routing.active_TE)
+        if statistics is None:
+            return of_tokens(loss.token_losses(scores_TE, routing.active_TE, None), padding_mask).sum()
+        group = self.layer.token_group
+        mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.divisor
+        with own_graph():
+            mean.requires_grad_()
+            total = of_tokens(loss.token_losses(scores_TE, routing.active_TE, mean), padding_mask).sum()
+            (of_mean,) = torch.autograd.grad(total, mean, allow_unused=True, materialize_grads=True)
+        of_mean = all_reduce_sum(of_mean, group) / routing.divisor
+        routing.means[loss.name] = mean.detach(), of_mean
+        return total.detach()
+
+    def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
+        # A recomputation has the means of the first pass.
+        routing = call.micro_batch.routing[self.layer.local_index]
+        logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
+        with own_graph():
+            scores_TE = self._scores(logits_TE).requires_grad_()
+            total = sum(self._weighted(loss, scores_TE, routing, call.padding_mask) for loss in self.trained)
+            (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
+        factor = gradient_factor(self.layer.config, routing.num_tokens) / routing.divisor
+        function = self.layer.config.moe_router_score_function
+        gradient_TE = normalized_scores_gradient(logits_TE, function, scores_gradient_TE * factor)
+        return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)
+
+    def _weighted(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
+        mean, of_mean = routing.means.get(loss.name, (None, None))
+        total = of_tokens(loss.token_losses(scores_TE, routing.active_TE, mean), padding_mask).sum()
+        if of_mean is not None:
+            total = total + (loss.token_statistics(scores_TE, routing.active_TE) * of_mean).sum()
+        return loss.coeff * total
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        function = self.layer.config.moe_router_score_function
+        return normalized_scores(logits.reshape(-1, logits.shape[-1]), function)

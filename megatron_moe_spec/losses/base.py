@@ -1,0 +1,233 @@
+"""What a loss is: a frozen dataclass that declares its options, what it reads of an MoE layer, and its arithmetic.
+
+A loss knows neither Megatron, nor triton, nor other ranks: that is for the tap of what it reads
+(``megatron_moe_spec.integration.taps``). To add one, derive from one of the classes below that end in ``Loss``; give it
+a ``name`` and a ``coeff`` made by ``option``.
+
+Suffixes: T tokens, E experts, K = ``moe_router_topk`` experts of a token, D components of a vector, H hidden size.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, ClassVar, Iterator, Optional, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_moe_spec.losses.scores import accumulation_dtype
+from megatron_moe_spec.losses.vectors import checked_vectors, pair_cosines, unit_vectors
+
+# What a loss may read of an MoE layer.
+ACTIVATIONS = "activations"  # z, of the experts of each token: SwiGLU outputs, before the down projection
+OUTPUTS = "outputs"  # x, of the experts of each token: after the down projection, without the router's probability
+SCORES = "scores"  # of the router, normalised over all experts
+PAIRS = "pairs of layers"  # the routing of adjacent MoE layers
+ROUTER_WEIGHT = "router weight"
+EXPERT_WEIGHTS = "expert weights"  # together with the router's
+
+
+def option(default, flag: str, help: str, choices: Optional[Sequence[str]] = None, minimum: float = 0, paper: str = ""):
+    """A dataclass field that is a command-line flag, and a field of ``SpecConfig``.
+
+    Args:
+        default: a float, an int or a string, which also is the option's type.
+        flag: starts with ``--moe-``. The field of ``SpecConfig`` has its name without that.
+        help: what ``--help`` and the documentation say.
+        choices: of a string.
+        minimum: of a number.
+        paper: the value in the paper, and where it stands there.
+    """
+    metadata = {"flag": flag, "help": help, "choices": choices, "minimum": minimum, "paper": paper}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def options_of(owner) -> list[dataclasses.Field]:
+    """The options of a dataclass, or of an instance of one."""
+    return [one for one in dataclasses.fields(owner) if "flag" in one.metadata]
+
+
+def config_field(one: dataclasses.Field) -> str:
+    """The field of ``SpecConfig`` that holds an option."""
+    return one.metadata["flag"].removeprefix("--moe-").removeprefix("spec-").replace("-", "_")
+
+
+def check_options(owner) -> None:
+    """Raises ValueError that names the field of ``SpecConfig`` and the flag of an option without a fitting value."""
+    for one in options_of(owner):
+        value, choices, minimum = getattr(owner, one.name), one.metadata["choices"], one.metadata["minimum"]
+        name = f"{config_field(one)} ({one.metadata['flag']})"
+        if choices:
+            if value not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        else:
+            _check_number(name, value, type(one.default), minimum)
+
+
+def _check_number(name: str, value: Any, kind: type, minimum: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number; got {value!r}")
+    if kind is int and not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number; got {value!r}")
+    if not isfinite(value) or value < minimum:
+        least = f"at least {minimum}" if minimum else "not negative"
+        raise ValueError(f"{name} must be finite and {least}; got {value!r}")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss of every MoE layer, or of every pair of adjacent ones. Derive from one of the classes below.
+
+    Attributes:
+        name: in the logs; ends in ``_loss``.
+        reads: what it reads of a layer; one of the constants above.
+        measured: whether it is computed and logged in steps of ``metrics_interval``, too, if its coefficient is 0.
+        coeff: its weight; the loss trains if that is above 0.
+    """
+
+    name: ClassVar[str]
+    reads: ClassVar[str]
+    measured: ClassVar[bool] = False
+    coeff: float
+
+    def __post_init__(self):
+        check_options(self)
+        if not any(one.name == "coeff" for one in options_of(self)):
+            _check_number(f"coeff of {self.name}", self.coeff, float, 0)
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return self.name.removesuffix("_loss").replace("_", " ")
+
+    def __str__(self) -> str:
+        """Like "coupling (mass, exact) x 0.001": its options but the coefficient, if they are words or not default."""
+        others = [(one, getattr(self, one.name)) for one in options_of(self) if one.name != "coeff"]
+        words = [str(value) for one, value in others if one.metadata["choices"]]
+        numbers = [f"{one.name} {value:g}" for one, value in others if not one.metadata["choices"] and value != one.default]
+        shown = f" ({', '.join(words + numbers)})" if words + numbers else ""
+        return f"{self.title}{shown} x {self.coeff:g}"
+
+    @property
+    def flag(self) -> str:
+        """Of its coefficient."""
+        return next((one.metadata["flag"] for one in options_of(self) if one.name == "coeff"), f"{self.name}'s coeff")
+
+    @property
+    def carries_messages(self) -> bool:
+        """Whether it needs the routing of layers in other pipeline stages."""
+        return False
+
+    def problems(self, transformer_config: Any) -> Iterator[str]:
+        """What its arithmetic lacks in a model, each with its remedy. What cannot be read says the tap.
+
+        Args:
+            transformer_config: Megatron's TransformerConfig of an MoE layer.
+        """
+        return iter(())
+
+    @property
+    def off(self) -> str:
+        """What to set so that it is not computed."""
+        return f"{self.flag} to 0" if not self.measured else f"{self.flag} and --moe-spec-metrics-interval to 0"
+
+
+@dataclass(frozen=True)
+class RowsLoss(Loss):
+    """A loss of the angles between, and the lengths of, the vectors that the experts of a token compute.
+
+    Derived classes set ``reads`` to ACTIVATIONS or OUTPUTS. The tap differentiates ``token_losses``, and has the
+    kernels, the exchange of rows with other ranks and the stride over tokens.
+
+    Attributes:
+        token_stride: use every N-th token only.
+        uses_lengths: whether ``token_losses`` uses the vectors' lengths. If not, it gets None for them.
+    """
+
+    token_stride: ClassVar[int] = 1
+    uses_lengths: ClassVar[bool] = True
+
+    def token_losses(self, cosines_TKK: Tensor, lengths_TK: Tensor, active_TK: Tensor) -> Tensor:
+        """[T] the loss of each token. Differentiable; each token's depends on that token's values alone.
+
+        Args:
+            cosines_TKK: between the vectors of a token; 0 on the diagonal, of zero vectors, and where there is none.
+            lengths_TK: of the vectors; 0 where there is none.
+            active_TK: bool, which there are: a token may have fewer than K experts. Tokens without any count as 0.
+        """
+        raise NotImplementedError
+
+    def problems(self, transformer_config: Any) -> Iterator[str]:
+        if transformer_config.moe_router_topk < 2:
+            yield (
+                f"{self.title} compares the experts of a token and needs at least two "
+                f"(--moe-router-topk is {transformer_config.moe_router_topk}; set it to 2 or more, or {self.off})"
+            )
+
+    def of_vectors(self, name: str, x: Tensor, valid: Optional[Tensor] = None) -> Tensor:
+        """The loss of the vectors [T, K, D] themselves, see ``token_mean``; ``name`` is that of x in errors.
+
+        Raises:
+            ValueError: a shape or dtype does not fit, or K < 2.
+        """
+        checked_vectors(name, x, valid)
+        active = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
+        x = x.to(accumulation_dtype(x)).masked_fill(~active.unsqueeze(-1), 0.0)
+        units, _ = unit_vectors(x)
+        # |x| as <x, u>, whose gradient is u: in range wherever x is.
+        lengths = (x * units.detach()).sum(dim=-1)
+        return token_mean(self.token_losses(pair_cosines(units), lengths, active))
+
+
+@dataclass(frozen=True)
+class ScoresLoss(Loss):
+    """A loss of each token's router scores, and, if it says so, of means over the tokens of the micro-batch."""
+
+    reads: ClassVar[str] = SCORES
+
+    def token_statistics(self, scores_TE: Tensor, active_TE: Tensor) -> Optional[Tensor]:
+        """[T, ...] what of each token ``token_losses`` needs the mean of; None: nothing. Differentiable."""
+        return None
+
+    def token_losses(self, scores_TE: Tensor, active_TE: Tensor, mean: Optional[Tensor]) -> Tensor:
+        """[T] the loss of each token. Differentiable, also through ``mean``.
+
+        Args:
+            scores_TE: the router's, each row summing to 1, in fp32.
+            active_TE: bool, the experts that the token was dispatched to.
+            mean: of ``token_statistics`` over all tokens of the micro-batch, wherever they are.
+        """
+        raise NotImplementedError
+
+    def of_scores(self, scores: Tensor, active: Optional[Tensor] = None) -> Tensor:
+        """The loss of scores [T, E], as on one rank; ``active``: none by default.
+
+        Raises:
+            ValueError: a shape or dtype does not fit.
+        """
+        if scores.dim() != 2 or not scores.is_floating_point():
+            raise ValueError(f"scores must be a floating-point tensor [T, E]; got {scores.dtype} {list(scores.shape)}")
+        scores = scores.to(accumulation_dtype(scores))
+        active = torch.zeros_like(scores, dtype=torch.bool) if active is None else active
+        statistics = self.token_statistics(scores, active)
+        mean = None if statistics is None else token_mean(statistics)
+        return token_mean(self.token_losses(scores, active, mean))
+
+
+@dataclass(frozen=True)
+class RouterWeightLoss(Loss):
+    """A loss of the router's weight alone."""
+
+    reads: ClassVar[str] = ROUTER_WEIGHT
+
+    def of_weight(self, router_weight_EH: Tensor) -> Tensor:
+        """Scalar; differentiable."""
+        raise NotImplementedError
+
+
+THIRD_PARTY = (RowsLoss, ScoresLoss, RouterWeightLoss)  # what losses of other packages may derive from
+
+
+def token_mean(x: Tensor) -> Tensor:
+    """Mean over the first dimension; 0 of nothing."""
+    return x.sum(dim=0) / max(len(x), 1)

@@ -1,0 +1,90 @@
+"""Directions and lengths of the vectors that the experts of a token compute, and gradients through them.
+
+Suffixes: T tokens, K experts of a token, D components of a vector.
+"""
+
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+from megatron_moe_spec.losses.scores import accumulation_dtype
+
+
+def checked_vectors(name: str, x: Tensor, valid: Optional[Tensor]) -> torch.Size:
+    """The shape [T, K, D] of the vectors of each token's k >= 2 experts; raises ValueError that names the argument."""
+    if x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor [T, K, D]; got {x.dtype} {list(x.shape)}")
+    if x.shape[1] < 2:
+        raise ValueError(f"{name} needs at least two experts per token (k >= 2) to compare them; got k = {x.shape[1]}")
+    if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
+        raise ValueError(f"valid must be bool {list(x.shape[:2])}; got {valid.dtype} {list(valid.shape)}")
+    return x.shape
+
+
+def unit_vectors(
+    z: Tensor,
+    valid: Optional[Tensor] = None,
+    maximum: Callable[[Tensor], Tensor] = lambda x: x,
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> tuple[Tensor, Tensor]:
+    """Directions and inverse lengths of z, in the accumulation dtype; 0 for zero and for invalid vectors.
+
+    Dividing by the largest component first keeps the squares of very small and very large vectors in range.
+
+    Args:
+        z: [T, K, D].
+        valid: [T, K] bool or None.
+        maximum, total: where the D components are divided over ranks, reductions over these.
+
+    Returns:
+        Unit vectors [T, K, D] and 1 / |z| [T, K].
+    """
+    z = z.to(accumulation_dtype(z))
+    if valid is not None:
+        z = z.masked_fill(~valid.unsqueeze(-1), 0.0)
+    largest = z.detach().abs().amax(dim=-1, keepdim=True) if z.shape[-1] else z.new_zeros(*z.shape[:-1], 1)
+    largest = maximum(largest)
+    is_zero = largest == 0
+    scaled = z / largest.masked_fill(is_zero, 1.0)
+    # A zero vector gets length 1 before the root, whose gradient at 0 is infinite.
+    length = total(scaled.square().sum(dim=-1, keepdim=True)).masked_fill(is_zero, 1.0).sqrt()
+    inverse_length = (1.0 / length / largest.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
+    return scaled / length, inverse_length.squeeze(-1)
+
+
+def pair_cosines(units: Tensor) -> Tensor:
+    """[T, K, K] cosines between the k unit vectors [T, K, D] of each token, 0 on the diagonal."""
+    off_diagonal = 1.0 - torch.eye(units.shape[1], dtype=units.dtype, device=units.device)
+    return units @ units.transpose(1, 2) * off_diagonal
+
+
+def inverse(x: Tensor) -> Tensor:
+    """1 / x, and 0 for 0: lengths of inverse lengths, and the other way."""
+    is_zero = x == 0
+    return (1.0 / x.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
+
+
+def mixing_of(cosines_TKK: Tensor, lengths_TK: Tensor, of_cosines_TKK: Tensor, of_lengths_TK: Tensor) -> Tensor:
+    """How the gradient with respect to the vectors mixes their directions; see ``mixed``.
+
+    d/dx_e = 1 / |x_e| * (sum_v (G_ev + G_ve) (u_v - cos_ev u_e)) + g_e u_e, for G and g the gradients with respect to
+    cosines and lengths, and u the directions.
+
+    Args:
+        cosines_TKK: from ``pair_cosines``.
+        lengths_TK: of the vectors.
+        of_cosines_TKK, of_lengths_TK: the gradients with respect to these.
+
+    Returns:
+        [T, K, K] |x_e| times the weight of u_v in the gradient with respect to x_e.
+    """
+    off_diagonal = 1.0 - torch.eye(cosines_TKK.shape[1], dtype=cosines_TKK.dtype, device=cosines_TKK.device)
+    both = (of_cosines_TKK + of_cosines_TKK.transpose(1, 2)) * off_diagonal
+    own = of_lengths_TK * lengths_TK - (both * cosines_TKK).sum(dim=-1)
+    return both + torch.diag_embed(own)
+
+
+def mixed(mixing_TKK: Tensor, units_TKD: Tensor, inverse_lengths_TK: Tensor) -> Tensor:
+    """[T, K, D] the gradient with respect to the vectors, from ``mixing_of`` and ``unit_vectors``."""
+    return inverse_lengths_TK.unsqueeze(-1) * (mixing_TKK @ units_TKD)

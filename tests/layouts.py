@@ -75,6 +75,7 @@ def whole_gradients(chunks: list, gradients: list[dict]) -> dict:
 def run(sizes: dict, case: dict) -> dict:
     import megatron_models
     from megatron.core import parallel_state
+    from other_losses import losses_of_ones_own
 
     from megatron_moe_spec import SpecConfig, attach
 
@@ -85,7 +86,8 @@ def run(sizes: dict, case: dict) -> dict:
     chunks = megatron_models.build_chunks(**settings)
     for chunk in chunks:
         draw_weights(chunk)
-    handle = attach(chunks, SpecConfig(**case["config"]))
+    own = losses_of_ones_own(case["own"]) if case["own"] is not None else ()
+    handle = attach(chunks, SpecConfig(extra_losses=own, **case["config"]))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = megatron_models.micro_batches(GLOBAL_BATCH, padding=case["padding"])
     if case["one_sequence"]:

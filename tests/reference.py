@@ -56,18 +56,17 @@ class Capture:
             del layer.router.routing
 
 
-def pure_losses(capture: Capture, is_token, kind: str, alpha: float = 1.0, extra_losses=()) -> dict[str, list]:
+def pure_losses(capture: Capture, is_token, config: SpecConfig) -> dict[str, list]:
     """Every loss of every layer, or pair of layers, of the captured forward pass, by log name.
 
     Args:
         is_token: [T] bool, False for padding, in the router's order of tokens.
     """
-    losses = SpecConfig(coupling_type=kind, erc_alpha=alpha, extra_losses=extra_losses).losses
-    values = {loss.name: [] for loss in losses}
+    values = {}
     layers = [
         _seen(layer, number, seen, is_token) for number, (layer, seen) in enumerate(zip(capture.layers, capture.seen))
     ]
-    for loss in losses:
+    for loss in config.losses:
         if loss.reads == PAIRS:
             values[loss.name] = [_of_pair(loss, this, following) for this, following in zip(layers, layers[1:])]
         else:
@@ -137,17 +136,11 @@ def erc_of(layer, number: int, alpha: float):
     return expert_router_coupling_loss(router, gate, alpha, router_noise(router, seed=number))
 
 
-def reference_step(
-    model, batches, coefficients: dict, kind: str, alpha: float, extra_losses=()
-) -> tuple[dict, dict]:
-    """Gradients by name of the auxiliary losses alone, and their logged values.
-
-    Args:
-        coefficients: by log name; 0 where there is none.
-    """
+def reference_step(model, batches, config: SpecConfig) -> tuple[dict, dict]:
+    """Gradients by name of the auxiliary losses alone, and their logged values."""
     for weight in model.parameters():
         weight.grad = None
-    coefficients = {**coefficients, **{loss.name: loss.coeff for loss in extra_losses}}
+    coefficients = {loss.name: loss.coeff for loss in config.losses}
     logged = {}
     per_token = model.config.calculate_per_token_loss
     counts = [batch.get("padding_mask", torch.zeros_like(batch["tokens"], dtype=torch.bool)) for batch in batches]
@@ -157,9 +150,9 @@ def reference_step(
         output = run_model(model, batch)
         capture.remove()
         mask = batch.get("padding_mask", torch.zeros_like(batch["tokens"], dtype=torch.bool))
-        losses = pure_losses(capture, ~mask.T.reshape(-1), kind, alpha, extra_losses)
+        losses = pure_losses(capture, ~mask.T.reshape(-1), config)
         weight = count / sum(counts) if per_token else 1.0 / len(batches)
-        total = sum(coefficients.get(name, 0.0) * sum(values) for name, values in losses.items())
+        total = sum(coefficients[name] * sum(values) for name, values in losses.items())
         (total * weight + 0.0 * output.sum()).backward()
         for name, values in losses.items():
             logged.setdefault(name, []).extend(value.detach() for value in values)

@@ -5,6 +5,8 @@ import inspect
 
 import pytest
 import torch
+from loss_names import BOTH, LOSS_NAMES, PEERS
+from other_losses import losses_of_ones_own
 
 FULL = dict(recompute_granularity="full", recompute_num_layers=1)
 SELECTIVE = dict(recompute_granularity="selective")
@@ -101,18 +103,15 @@ def _fields(settings: dict) -> dict:
     return settings
 
 
-BOTH = {"specialization_loss": 1.0, "coupling_loss": 1.0}
-PEERS = {"orthogonality_loss": 1.0, "score_variance_loss": 1.0, "erc_loss": 1.0}
-
-
 def _compare(
     settings: dict,
     data: dict,
     kind: str = "mass",
-    coefficients=BOTH,
+    names=BOTH,
     build="build_model",
-    alpha=1.0,
-    kernels="torch",
+    coefficients=None,
+    extra_losses=(),
+    options=None,
     **step,
 ):
     import megatron_models
@@ -122,15 +121,15 @@ def _compare(
 
     batches = megatron_models.micro_batches(3, **data)
     plain = {k: v for k, v in settings.items() if k not in RECOMPUTE_FIELDS}
-    expected, expected_values = reference_step(
-        getattr(megatron_models, build)(**plain), batches, coefficients, kind, alpha
-    )
+    weights = coefficients or dict.fromkeys(names, 1.0)
+    fields = {"kernels": "torch", **(options or {}), **{f"{name}_coeff": weight for name, weight in weights.items()}}
+    config = SpecConfig(coupling_type=kind, extra_losses=extra_losses, **fields)
+    expected, expected_values = reference_step(getattr(megatron_models, build)(**plain), batches, config)
     model = getattr(megatron_models, build)(**settings)
-    weights = {f"{name}_coeff": coefficient for name, coefficient in coefficients.items()}
-    handle = attach(model, SpecConfig(coupling_type=kind, erc_alpha=alpha, kernels=kernels, **weights))
+    handle = attach(model, config)
     found = megatron_models.train_step(model, batches, **step)
     values = handle.metrics()
-    assert values.keys() == {name for name, coefficient in coefficients.items() if coefficient}
+    assert values.keys() == set(config.trained_losses)
     for name, value in values.items():
         assert value == pytest.approx(expected_values[name], rel=1e-5), name
     scale = max(float(g.norm()) for g in expected.values())
@@ -151,18 +150,28 @@ def test_gradients_equal_autograd(megatron, mode, kind):
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_of_the_peers_equal_autograd(megatron, mode):
     settings, data = MODES[mode]
-    _compare(_fields(settings), data, coefficients=PEERS)
+    _compare(_fields(settings), data, names=PEERS)
 
 
-@pytest.mark.parametrize("name", [*BOTH, *PEERS])
+@pytest.mark.parametrize("name", LOSS_NAMES)
 def test_each_loss_alone(megatron, name):
-    _compare({}, {}, coefficients={name: 1.0})
+    _compare({}, {}, names=[name])
 
 
 @pytest.mark.parametrize("settings", [{}, dict(moe_grouped_gemm=True)])
 def test_all_losses_together(megatron, settings):
-    coefficients = dict(zip([*BOTH, *PEERS], (1.0, 0.5, 0.1, 2.0, 0.3)))
-    _compare(settings, dict(padding=True), coefficients=coefficients, alpha=0.7)
+    coefficients = {name: (1.0, 0.5, 0.1, 2.0, 0.3)[i % 5] for i, name in enumerate(LOSS_NAMES)}
+    options = dict(erc_alpha=0.7, router_orthogonality_type="absolute")
+    _compare(settings, dict(padding=True), coefficients=coefficients, options=options)
+
+
+@pytest.mark.parametrize("mode", ["sequential_alltoall", "grouped_full_recompute", "per_token_loss_padding_mask"])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_losses_of_ones_own(megatron, mode, kernels):
+    if kernels == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    settings, data = MODES[mode]
+    _compare(settings, data, names=[], extra_losses=losses_of_ones_own(1.0), options=dict(kernels=kernels))
 
 
 @pytest.mark.parametrize("mode", TRITON_MODES)
@@ -170,11 +179,12 @@ def test_gradients_of_the_kernels(megatron, mode):
     """Under Triton's interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
     settings, data = MODES[mode]
-    _compare(_fields(settings), data, "mass", kernels="triton")
+    names = [*BOTH, "orthogonality_loss"]
+    _compare(_fields(settings), data, "mass", names=names, options=dict(kernels="triton"))
 
 
 def test_gradient_scaler_is_read_in_backward(megatron):
-    _compare({}, {}, coefficients={**BOTH, **PEERS}, scale=1024.0)
+    _compare({}, {}, names=LOSS_NAMES, scale=1024.0)
 
 
 @pytest.mark.parametrize("kind", ["mass", "pathway"])

@@ -1,12 +1,14 @@
 """The hooks leave the model as it is, and touch only training passes."""
 
+import loss_names
 import pytest
 import torch
+from loss_names import coefficients
 
 from megatron_moe_spec import SpecConfig
 
 BOTH = SpecConfig(specialization_loss_coeff=1.0, coupling_loss_coeff=1.0, metrics_interval=1)
-PEERS = SpecConfig(orthogonality_loss_coeff=1.0, score_variance_loss_coeff=1.0, erc_loss_coeff=1.0)
+PEERS = SpecConfig(**coefficients(loss_names.PEERS))
 of_all_losses = pytest.mark.parametrize("config", [BOTH, PEERS], ids=["both", "peers"])
 FULL_RECOMPUTE = dict(
     recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1

@@ -5,7 +5,11 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from loss_names import BOTH, PEERS, PEERS_WITHOUT_OUTPUTS, coefficients
+from other_losses import losses_of_ones_own
 from processes import HAS_MEGATRON, needs_megatron, torchrun
+
+from megatron_moe_spec import SpecConfig
 
 pytestmark = needs_megatron
 
@@ -46,10 +50,10 @@ if HAS_MEGATRON and version("megatron-core").startswith("0.16."):
     # And a part of the others will do.
     for name in ("TP2+SP, ETP1", "CP2", "EP4", "TP2+SP, ETP1, CP2, EP4", "PP2+EP2", "PP2+VPP2, TP2+SP, ETP1, EP2"):
         del LAYOUTS[name]
-BOTH = ("specialization_loss", "coupling_loss")
-PEERS = ("orthogonality_loss", "score_variance_loss", "erc_loss")
 # Where rows stay, come home, and are divided by columns too. Triton's interpreter is slow.
 KERNEL_LAYOUTS = ("one process", "EP2", "TP2+SP, ETP2, EP2")
+# Weights are not joined to the experts' run under combined 1F1B.
+PEERS_OF_TOKENS = tuple(name for name in PEERS if name != "erc_loss")
 PIPELINES = ("one process", *(name for name in LAYOUTS if "PP" in name))
 ONE_OF_EACH = ("one process", "DP2", "EP2", "TP2+SP, ETP2", "CP2", "PP2+VPP2", "TP2+SP, ETP2, EP2")
 # name -> what the model and its data are like; compared with one process, of the model "like" where one is named.
@@ -92,8 +96,15 @@ MODELS = {
         losses=PEERS, model={**PER_TOKEN, **FULL_RECOMPUTE}, padding=True, without="per-token loss, padding"
     ),
     # What expert tensor parallelism leaves of them.
-    "score variance and ERC, per-token loss, padding": dict(
-        losses=PEERS[1:], model=PER_TOKEN, padding=True, without="per-token loss, padding"
+    "peers but of outputs, per-token loss, padding": dict(
+        losses=PEERS_WITHOUT_OUTPUTS, model=PER_TOKEN, padding=True, without="per-token loss, padding"
+    ),
+    "losses of one's own, per-token loss, full recompute": dict(
+        losses=(),
+        own=True,
+        model={**PER_TOKEN, **FULL_RECOMPUTE},
+        without="per-token loss",
+        layouts=("one process", "EP2", "TP2+SP, ETP2", "PP2", "CP2"),
     ),
     "Triton kernels": dict(kernels="triton", like="plain", layouts=KERNEL_LAYOUTS),
     "Triton kernels, token stride": dict(kernels="triton", stride=3, like="plain", layouts=KERNEL_LAYOUTS[:2]),
@@ -102,7 +113,7 @@ MODELS = {
 
 def _case(properties: dict, coefficient: float) -> dict:
     config = dict(
-        **{f"{name}_coeff": coefficient for name in properties.get("losses", BOTH)},
+        **coefficients(properties.get("losses", BOTH), coefficient),
         coupling_type=properties.get("coupling_type", "mass"),
         coupling_across_stages=properties.get("across_stages", "exact"),
         specialization_token_stride=properties.get("stride", 1),
@@ -114,6 +125,7 @@ def _case(properties: dict, coefficient: float) -> dict:
         padding=properties.get("padding", False),
         one_sequence=properties.get("one_sequence", False),
         bf16=properties.get("bf16", False),
+        own=coefficient if properties.get("own") else None,
         config=config,
     )
 
@@ -128,7 +140,7 @@ def _fits(layout: str, model: str) -> bool:
     if {TP, PP} <= LAYOUTS[layout][1].keys() and MODELS[model].get("padding"):
         return False  # Megatron divides padding masks among sequence-parallel ranks in the first stage alone
     if LAYOUTS[layout][1].get(ETP, 1) == 1:
-        return MODELS[model].get("losses") != PEERS[1:] or layout == "one process"
+        return MODELS[model].get("losses") != PEERS_WITHOUT_OUTPUTS or layout == "one process"
     # The grouped linears of these tests know no expert tensor parallelism, nor does the orthogonality loss.
     return "grouped" not in model and MODELS[model].get("losses") != PEERS
 
@@ -197,7 +209,8 @@ def _without_pairs_across_stages(result: dict, layout: str) -> dict:
 def test_layout_trains_as_one_process(jobs, record_property, layout, model):
     like = MODELS[model].get("like", model)
     expected, found = jobs.result("one process", like, 1.0), jobs.result(layout, model, 1.0)
-    losses = {*BOTH, *MODELS[model].get("losses", ())}
+    own_names = {loss.name for loss in losses_of_ones_own(1.0)} if MODELS[model].get("own") else set()
+    losses = {*BOTH, *MODELS[model].get("losses", ()), *own_names}
     if PP in LAYOUTS[layout][1] and MODELS[model].get("losses", BOTH) != BOTH:
         expected = _without_pairs_across_stages(expected, layout)
         found["losses"].pop("coupling_loss", None)  # of the pairs within stages
@@ -265,7 +278,7 @@ def test_pairs_across_stages_are_dropped_on_request(jobs, megatron):
         megatron_models.run_model(model, batch)
         capture.remove()
         is_token = torch.ones(batch["tokens"].numel(), dtype=torch.bool)
-        pairs = pure_losses(capture, is_token, "mass")["coupling_loss"]
+        pairs = pure_losses(capture, is_token, SpecConfig(coupling_loss_coeff=1.0))["coupling_loss"]
         losses += [float(pairs[0]), float(pairs[2])]
     assert found["losses"]["coupling_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
     exact = jobs.result("PP2", "plain", 1.0)
@@ -281,7 +294,7 @@ def test_overlapped_forward_and_backward(jobs, layout, layers):
             dict(
                 bf16=True,
                 across_stages=across,
-                losses=(*BOTH, *PEERS[:2]),
+                losses=(*BOTH, *PEERS_OF_TOKENS),
                 model=dict(num_layers=layers, **overlap),
             ),
             1.0,

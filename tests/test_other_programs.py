@@ -358,11 +358,10 @@ def _padded(mm, *sizes: int) -> list[dict]:
 def test_a_micro_batch_of_padding_counts_for_nothing(mm, trainers, sizes, per_token, kind, recompute):
     from reference import reference_step
 
-    coefficients = dict.fromkeys(LOSS_NAMES, 1.0)
     batches = _padded(mm, *sizes)
     full = [batch for batch, size in zip(batches, sizes) if size]
     model = mm.build_model(calculate_per_token_loss=per_token)
-    expected, values = reference_step(model, full, coefficients, kind, 1.0)
+    expected, values = reference_step(model, full, losses(coupling_type=kind))
     factor = 1.0 if per_token else len(full) / len(batches)
     model = mm.build_model(calculate_per_token_loss=per_token, **(FULL if recompute else {}))
     handle = attach(model, losses(coupling_type=kind, metrics_interval=1))
@@ -419,9 +418,8 @@ def test_micro_batches_of_different_lengths(mm, any_length, per_token, kind, rec
     from reference import reference_step
 
     batches = any_length.tokens_of(4, 12, 7)
-    coefficients = dict.fromkeys(LOSS_NAMES, 1.0)
     model = mm.build_model(calculate_per_token_loss=per_token)
-    expected, values = reference_step(model, batches, coefficients, kind, 1.0)
+    expected, values = reference_step(model, batches, losses(coupling_type=kind))
     model = mm.build_model(calculate_per_token_loss=per_token, **RECOMPUTATIONS[recomputation])
     if recomputation == "around layers":
         any_length.checkpoint_layers(model)
@@ -595,8 +593,8 @@ def test_router_dtype(mm, trainers, dtype, recompute, name):
     from reference import reference_step
 
     names = LOSS_NAMES if name == "all" else [name]
-    coefficients, batches = dict.fromkeys(names, 1.0), mm.micro_batches(2)
-    expected, values = reference_step(mm.build_model(**DTYPES[dtype]), batches, coefficients, "mass", 1.0)
+    batches = mm.micro_batches(2)
+    expected, values = reference_step(mm.build_model(**DTYPES[dtype]), batches, losses(*names))
     model = mm.build_model(**DTYPES[dtype], **(FULL if recompute else {}))
     handle = attach(model, losses(*names))
     found = mm.train_step(model, batches)

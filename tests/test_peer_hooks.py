@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import loss_names
 import pytest
 import torch
+from loss_names import coefficients
 
 from megatron_moe_spec import SpecConfig
 
-PEERS = SpecConfig(orthogonality_loss_coeff=1.0, score_variance_loss_coeff=1.0, erc_loss_coeff=1.0)
+PEERS = SpecConfig(**coefficients(loss_names.PEERS))
 ORTHOGONALITY, ERC = SpecConfig(orthogonality_loss_coeff=1.0), SpecConfig(erc_loss_coeff=1.0)
 
 

@@ -8,12 +8,13 @@ import gc
 
 import torch
 import torch.nn.functional as F
-from loss_names import LOSS_NAMES
+from loss_names import LOSS_NAMES, coefficients
 from megatron_models import VOCABULARY
 from reference import Capture, pure_losses
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_moe_spec import SpecConfig
 from megatron_moe_spec.integration import microbatch
 
 
@@ -42,7 +43,8 @@ def by_autograd(model, batches: list[dict], main_loss, kind: str, names=LOSS_NAM
         capture = Capture(model)
         outputs.append(run(model, batch))
         capture.remove()
-        losses = pure_losses(capture, torch.ones(batch["tokens"].numel(), dtype=torch.bool), kind)
+        config = SpecConfig(coupling_type=kind, **coefficients(names))
+        losses = pure_losses(capture, torch.ones(batch["tokens"].numel(), dtype=torch.bool), config)
         for name in names:
             total = total + sum(losses[name])
             values[name] += [float(loss) for loss in losses[name]]

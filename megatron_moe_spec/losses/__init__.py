@@ -11,6 +11,7 @@ from megatron_moe_spec.losses.expert_router_coupling import (
     router_noise,
 )
 from megatron_moe_spec.losses.orthogonality import Orthogonality, orthogonality_loss
+from megatron_moe_spec.losses.router_orthogonality import RouterOrthogonality, router_orthogonality_loss
 from megatron_moe_spec.losses.score_variance import ScoreVariance, score_variance_loss
 from megatron_moe_spec.losses.specialization import Specialization, specialization_loss
 
@@ -20,19 +21,5 @@ LOSSES: tuple[type[Loss], ...] = (
     Orthogonality,
     ScoreVariance,
     ExpertRouterCoupling,
+    RouterOrthogonality,
 )
-
-__all__ = [
-    "LOSSES",
-    "Loss",
-    "RouterWeightLoss",
-    "RowsLoss",
-    "ScoresLoss",
-    "coupling_loss",
-    "expert_router_coupling_loss",
-    "option",
-    "orthogonality_loss",
-    "router_noise",
-    "score_variance_loss",
-    "specialization_loss",
-]

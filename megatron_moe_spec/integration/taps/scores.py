@@ -66,7 +66,8 @@ class ScoresTap(Tap):
         mean, of_mean = routing.means.get(loss.name, (None, None))
         total = of_tokens(loss.token_losses(scores_TE, routing.active_TE, mean), padding_mask).sum()
         if of_mean is not None:
-            total = total + (loss.token_statistics(scores_TE, routing.active_TE) * of_mean).sum()
+            statistics = of_tokens(loss.token_statistics(scores_TE, routing.active_TE), padding_mask)
+            total = total + (statistics * of_mean).sum()
         return loss.coeff * total
 
     def _scores(self, logits: Tensor) -> Tensor:

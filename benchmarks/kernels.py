@@ -29,15 +29,11 @@ from common import (  # noqa: E402
     write,
 )
 
-from megatron_moe_spec.kernels import coupling, specialization  # noqa: E402
+from megatron_moe_spec.kernels import mass as mass_kernels  # noqa: E402
+from megatron_moe_spec.kernels import rows as row_kernels  # noqa: E402
 from megatron_moe_spec.losses.coupling import routed_mass  # noqa: E402
 from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient  # noqa: E402
-from megatron_moe_spec.losses.specialization import (  # noqa: E402
-    pair_cosines,
-    squared_cosine_gradient,
-    squared_cosine_sum,
-    unit_vectors,
-)
+from megatron_moe_spec.losses.vectors import mixed, mixing_of, pair_cosines, unit_vectors  # noqa: E402
 
 WEIGHT = 0.25
 
@@ -59,13 +55,12 @@ class Operation:
 
 def eager_cosines(z, rows, valid):
     units, inverse = unit_vectors(z[rows], valid)
-    cosines = pair_cosines(units)
-    return cosines, inverse, squared_cosine_sum(cosines)
+    return pair_cosines(units), inverse
 
 
-def eager_cosine_gradient(z, rows, valid, cosines, inverse, weight, incoming):
+def eager_mix(z, rows, valid, mixing, inverse, weight, incoming):
     units = z[rows].to(inverse.dtype) * inverse.unsqueeze(-1)
-    gradient = squared_cosine_gradient(units, inverse, cosines) * weight
+    gradient = mixed(mixing, units, inverse) * weight
     total = gradient.new_zeros(z.shape).index_add_(0, rows.flatten(), gradient.flatten(0, 1))
     return incoming + total.to(incoming.dtype)
 
@@ -89,22 +84,24 @@ def operations(shape, num_tokens: int, dtype=torch.bfloat16) -> list[Operation]:
     rows = row[live].view(num_tokens, shape.top_k)
     valid = torch.ones_like(rows, dtype=torch.bool)
     z, incoming = (torch.randn(num_tokens * shape.top_k, shape.ffn, dtype=dtype, **options) for _ in range(2))
-    cosines, inverse, total = specialization.row_cosines(z, rows, valid)
-    mass, mass_incoming = coupling.routed_mass(logits, live, shape.score_function), torch.randn_like(logits)
+    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
+    no_lengths = torch.zeros_like(inverse)
+    mixing = mixing_of(cosines, no_lengths, 2.0 * cosines, no_lengths)  # of the sum of the squared cosines
+    mass, mass_incoming = mass_kernels.routed_mass(logits, live, shape.score_function), torch.randn_like(logits)
     of_logits = (logits, live, shape.score_function)
     return [
-        Operation("cosines", specialization.row_cosines, eager_cosines, (z, rows, valid), (cosines, inverse, total)),
+        Operation("cosines", row_kernels.row_cosines, eager_cosines, (z, rows, valid), (cosines, inverse)),
         Operation(
             "cosines gradient",
-            specialization.add_cosine_gradient,
-            eager_cosine_gradient,
-            (z, rows, valid, cosines, inverse, WEIGHT, incoming),
+            row_kernels.add_mixed,
+            eager_mix,
+            (z, rows, valid, mixing, inverse, WEIGHT, incoming),
             (z,),
         ),
-        Operation("mass", coupling.routed_mass, eager_mass, of_logits, (mass,)),
+        Operation("mass", mass_kernels.routed_mass, eager_mass, of_logits, (mass,)),
         Operation(
             "mass gradient",
-            coupling.add_mass_gradient,
+            mass_kernels.add_mass_gradient,
             eager_mass_gradient,
             (*of_logits, mass, WEIGHT, mass_incoming),
             (logits,),

@@ -21,7 +21,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from megatron_moe_spec.kernels import coupling, specialization  # noqa: E402
+from megatron_moe_spec.kernels import mass as mass_kernels  # noqa: E402
+from megatron_moe_spec.kernels import rows as row_kernels  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -98,10 +99,10 @@ def offset_products(kernel) -> dict:
 def _row_operations(dtype: str, k: int, F: int) -> list:
     z = torch.zeros(16 * k, F, dtype=getattr(torch, dtype))
     rows, valid = torch.arange(16 * k).view(16, k), torch.ones(16, k, dtype=torch.bool)
-    cosines, lengths = torch.zeros(16, k, k), torch.zeros(16, k)
+    mixing, lengths = torch.zeros(16, k, k), torch.zeros(16, k)
     return [
-        lambda: specialization.row_cosines(z, rows, valid),
-        lambda: specialization.add_cosine_gradient(z, rows, valid, cosines, lengths, 1.0, z),
+        lambda: row_kernels.row_cosines(z, rows, valid),
+        lambda: row_kernels.add_mixed(z, rows, valid, mixing, lengths, 1.0, z),
     ]
 
 
@@ -109,8 +110,8 @@ def _logits_operations(dtype: str, experts: int, function: str) -> list:
     logits = torch.zeros(16, experts, dtype=getattr(torch, dtype))
     live = logits > 0
     return [
-        lambda: coupling.routed_mass(logits, live, function),
-        lambda: coupling.add_mass_gradient(logits, live, function, torch.zeros(16), 1.0, logits),
+        lambda: mass_kernels.routed_mass(logits, live, function),
+        lambda: mass_kernels.add_mass_gradient(logits, live, function, torch.zeros(16), 1.0, logits),
     ]
 
 

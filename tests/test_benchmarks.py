@@ -44,8 +44,8 @@ def test_a_wrong_kernel_is_not_timed(tmp_path):
 import sys
 sys.argv = ["kernels.py", "--smoke", "--output", {str(tmp_path)!r}]
 import kernels
-right = kernels.coupling.routed_mass
-kernels.coupling.routed_mass = lambda *inputs: right(*inputs) * 1.001
+right = kernels.mass_kernels.routed_mass
+kernels.mass_kernels.routed_mass = lambda *inputs: right(*inputs) * 1.001
 sys.exit(kernels.main())
 """,
     )

@@ -14,7 +14,7 @@ from processes import ROOT
 pytest.importorskip("triton", reason="triton is not installed")
 
 # Of 255 that a thread can have. A multiprocessor's 65536 go around 2048 threads with 32 each.
-MOST_REGISTERS = {"cosines_kernel": 168, "gradient_kernel": 144, "mass_kernel": 64, "mass_gradient_kernel": 128}
+MOST_REGISTERS = {"cosines_kernel": 168, "mixing_kernel": 144, "mass_kernel": 64, "mass_gradient_kernel": 128}
 
 
 def _python(code: str, *arguments) -> None:
@@ -57,8 +57,8 @@ def test_spills_would_be_seen():
     _python(
         """
 import offline
-from megatron_moe_spec.kernels import specialization
-specialization.FORWARD[2] = dict(BLOCK_F=128, num_warps=1, num_stages=3, maxnreg=32)
+from megatron_moe_spec.kernels import rows
+rows.FORWARD[2] = dict(BLOCK_F=128, num_warps=1, num_stages=3, maxnreg=32)
 operation = offline._row_operations("bfloat16", 8, 768)[0]
 ((name, kernel),) = offline.compiled(90, operation)
 assert offline.resources(kernel)["spilled_bytes"] > 0, offline.resources(kernel)

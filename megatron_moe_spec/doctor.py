@@ -46,7 +46,7 @@ def _examine(argv: list[str], device) -> int:
     """Prints what would be used with a training run's flags, and the verdict."""
     from megatron_moe_spec.arguments import spec_config_from_args
     from megatron_moe_spec.integration.checks import facts_of_flags, unsupported_settings
-    from megatron_moe_spec.integration.compat import moe_layers_of_stages
+    from megatron_moe_spec.integration.compat.settings import moe_layers_of_stages
     from megatron_moe_spec.integration.stages import Stages
 
     try:
@@ -123,7 +123,7 @@ def _do_without_gpu() -> None:
 
 
 def _megatron() -> str:
-    from megatron_moe_spec.integration.compat import megatron_version
+    from megatron_moe_spec.integration.compat.release import megatron_version
 
     try:
         with _silence():
@@ -158,7 +158,8 @@ def _gpu() -> str:
 def _missing(wants_training: bool) -> Optional[str]:
     """What has to be installed first."""
     try:
-        from megatron_moe_spec.integration.compat import require_megatron, training_modules
+        from megatron_moe_spec.integration.compat.release import require_megatron
+        from megatron_moe_spec.integration.compat.settings import training_modules
 
         require_megatron()
         if wants_training:
@@ -175,7 +176,7 @@ class _NotTaken(Exception):
 
 def _settings(flags: list[str]):
     from megatron_moe_spec.arguments import add_moe_spec_args
-    from megatron_moe_spec.integration.compat import settings_of_flags
+    from megatron_moe_spec.integration.compat.settings import settings_of_flags
     from megatron_moe_spec.losses.installed import installed_losses
 
     installed_losses()  # their faults are ours to tell, not Megatron's

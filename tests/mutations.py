@@ -102,7 +102,7 @@ MUTATIONS = [
     ),
     (
         "ERC's gradient lost where linear layers accumulate theirs",
-        "integration/compat.py",
+        "integration/compat/experts.py",
         "return config.gradient_accumulation_fusion",
         "return False",
         "tests/test_peer_hooks.py::test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates",

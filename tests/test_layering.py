@@ -1,9 +1,11 @@
 """Each part of the package imports only from the parts above it."""
 
 import ast
+import re
 from pathlib import Path
 
 import megatron_moe_spec
+from megatron_moe_spec.losses import LOSSES
 
 ROOT = Path(megatron_moe_spec.__file__).parent
 ORDER = ["losses", "config", "metrics", "kernels", "parallel", "integration", "arguments", "cpu", "launch", "doctor"]
@@ -52,9 +54,9 @@ def test_only_integration_knows_megatron():
 
 
 def test_megatron_symbols_are_named_in_compat_alone():
-    """Apart from the CPU backend, which patches Megatron and is not used in training on GPUs."""
+    """Apart from the CPU back end, which patches Megatron and is not used in training on GPUs."""
     for part, file in _files():
-        if part == "integration" and file.name != "compat.py":
+        if part == "integration" and file.parent.name != "compat":
             assert not [n for n in _imports(file) if n.split(".")[0] == "megatron"], file
 
 
@@ -62,6 +64,18 @@ def test_the_cpu_backend_serves_the_command_line_alone():
     for part, file in _files():
         if part not in ("cpu", "launch", "doctor"):
             assert not [n for n in _imports(file) if n.startswith("megatron_moe_spec.cpu")], file
+
+
+def test_only_losses_and_the_taps_of_one_loss_name_a_loss():
+    """What runs taps, records, reports and refuses serves losses that it does not know."""
+    words = {word for loss in LOSSES for word in (loss.__name__, loss.name, loss.name.removesuffix("_loss"))}
+    pattern = re.compile(r"\b(" + "|".join(words) + r")\b", re.IGNORECASE)
+    generic = ["doctor.py", "arguments.py", "config.py"] + [
+        f"integration/{name}.py"
+        for name in ("checks", "injection", "layer", "microbatch", "recorder", "routing", "scaling", "stages")
+    ] + [f"integration/taps/{name}.py" for name in ("__init__", "base", "router_weight", "rows", "scores")]
+    for name in generic:
+        assert not pattern.search((ROOT / name).read_text()), name
 
 
 def test_losses_need_neither_triton_nor_distributed():

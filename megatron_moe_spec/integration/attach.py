@@ -9,14 +9,9 @@ from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.checks import check_supported
-from megatron_moe_spec.integration.compat import (
-    FoundLayers,
-    model_config,
-    model_ranks,
-    moe_layers,
-    require_megatron,
-    token_group,
-)
+from megatron_moe_spec.integration.compat.groups import model_ranks, token_group
+from megatron_moe_spec.integration.compat.models import FoundLayers, model_config, moe_layers
+from megatron_moe_spec.integration.compat.release import require_megatron
 from megatron_moe_spec.integration.layer import LayerTaps
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
 from megatron_moe_spec.integration.pipeline import Carries

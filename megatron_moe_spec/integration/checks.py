@@ -5,13 +5,9 @@ from typing import Iterator, Optional
 import torch
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat import (
-    column_group,
-    graphed_modules,
-    process_groups,
-    router_of,
-    shards_weights,
-)
+from megatron_moe_spec.integration.compat.groups import column_group, process_groups
+from megatron_moe_spec.integration.compat.models import router_of, shards_weights
+from megatron_moe_spec.integration.compat.settings import graphed_modules
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import ModelFacts
@@ -49,7 +45,7 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
     if whole and moe_layers and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
         problems.append("the whole model is frozen: attach to the one that is trained")
     if problems:
-        raise ValueError("the MoE specialization losses cannot be attached: " + "; ".join(dict.fromkeys(problems)))
+        raise ValueError("the auxiliary losses cannot be attached: " + "; ".join(dict.fromkeys(problems)))
 
 
 def facts_of_flags(transformer_config, stages: Stages, config: SpecConfig) -> ModelFacts:

@@ -8,7 +8,8 @@ from typing import Iterator, Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat import follow_checkpoints, stage_module
+from megatron_moe_spec.integration.compat.checkpoints import follow_checkpoints
+from megatron_moe_spec.integration.compat.models import stage_module
 from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
 
 

@@ -13,13 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat import (
-    around_schedules,
-    leave_schedules,
-    sequence_ranks,
-    stage_module,
-    with_received_shapes,
-)
+from megatron_moe_spec.integration.compat.groups import sequence_ranks
+from megatron_moe_spec.integration.compat.models import stage_module
+from megatron_moe_spec.integration.compat.schedules import around_schedules, leave_schedules, with_received_shapes
 from megatron_moe_spec.integration.hooks import MethodReplacement
 from megatron_moe_spec.integration.microbatch import MicroBatch
 from megatron_moe_spec.integration.routing import LayerRouting

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat import current_device
+from megatron_moe_spec.integration.compat.release import current_device
 from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics
 

@@ -4,7 +4,7 @@ from typing import Union
 
 from torch import Tensor
 
-from megatron_moe_spec.integration.compat import backward_loss_scale
+from megatron_moe_spec.integration.compat.schedules import backward_loss_scale
 
 
 def gradient_factor(config, num_tokens: Union[Tensor, int]) -> Union[Tensor, float]:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat import pipeline_group
+from megatron_moe_spec.integration.compat.groups import pipeline_group
 
 
 @dataclass(frozen=True)

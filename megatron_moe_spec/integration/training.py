@@ -17,7 +17,9 @@ import torch.distributed as dist
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.attach import SpecHandle, attach
-from megatron_moe_spec.integration.compat import around_schedules, require_megatron, training_modules, training_writers
+from megatron_moe_spec.integration.compat.release import require_megatron
+from megatron_moe_spec.integration.compat.schedules import around_schedules
+from megatron_moe_spec.integration.compat.settings import training_modules, training_writers
 
 METRICS_FILE = "moe_spec_metrics.jsonl"
 NEVER_ATTACHED = (

@@ -1,4 +1,4 @@
-"""Bringing rows that lie with their experts home to the ranks that hold their tokens, and gradients back."""
+"""Returning the rows of experts to the ranks that hold their tokens, and gradients to the experts."""
 
 from typing import Optional, Sequence
 
@@ -34,7 +34,7 @@ class RowExchange:
         """The exchange of some rows only. One all-to-all of a byte a row, and one host synchronisation.
 
         Args:
-            chosen: bool, which rows of this rank's tokens, in the order of ``to_home``.
+            chosen: bool, which rows of this rank's tokens, in the order of ``to_tokens``.
         """
         order = torch.arange(self._num_rows, device=chosen.device) if self._order is None else self._order
         chosen_there = self.to_experts(chosen.to(torch.uint8))[order].bool()
@@ -43,7 +43,7 @@ class RowExchange:
         ranks = len(self._rows_for)
         return RowExchange(order[chosen_there], self._num_rows, numbers[:ranks], numbers[ranks:], self._group)
 
-    def to_home(self, x_PF: Tensor) -> Tensor:
+    def to_tokens(self, x_PF: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""
         x_PF = x_PF if self._order is None else x_PF[self._order]
         return self._all_to_all(x_PF, self._rows_for, self._rows_from)

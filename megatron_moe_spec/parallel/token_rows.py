@@ -198,7 +198,7 @@ class TokenRows:
     def _rows(self) -> Tensor:
         """[P, D] the rows of the group's tokens."""
         rows_PD = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
-        return rows_PD if self._exchange is None else self._exchange.to_home(rows_PD)
+        return rows_PD if self._exchange is None else self._exchange.to_tokens(rows_PD)
 
     def _vectors(self, rows_PD: Tensor) -> Tensor:
         """[T, K, D] each token's rows; any row where a token has none."""

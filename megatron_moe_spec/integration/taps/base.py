@@ -6,7 +6,8 @@ from typing import Any, ClassVar, Iterator, Optional, Sequence
 
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat import router_of, token_group
+from megatron_moe_spec.integration.compat.groups import token_group
+from megatron_moe_spec.integration.compat.models import router_of
 from megatron_moe_spec.integration.microbatch import MicroBatch
 from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.routing import LayerRouting

@@ -9,15 +9,14 @@ from typing import Callable, Iterator, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat import (
+from megatron_moe_spec.integration.compat.experts import (
     adds_to_main_gradient,
-    column_group,
     delays_weight_gradients,
     expert_first_weights,
-    expert_group,
     gate_rows,
     has_adapted_weights,
 )
+from megatron_moe_spec.integration.compat.groups import column_group, expert_group
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
 from megatron_moe_spec.integration.scaling import weight_gradient_factor

@@ -6,7 +6,7 @@ from typing import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.integration.compat import has_adapter
+from megatron_moe_spec.integration.compat.experts import has_adapter
 from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
 from megatron_moe_spec.integration.scaling import weight_gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap

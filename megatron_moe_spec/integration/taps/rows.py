@@ -12,13 +12,10 @@ from typing import Iterator, Optional, Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat import (
-    column_group,
-    describe_dispatch,
-    describe_down_projections,
-    expert_down_projections,
-)
-from megatron_moe_spec.integration.dispatch import exchanges_rows, row_exchange
+from megatron_moe_spec.integration.compat.dispatch import describe_dispatch
+from megatron_moe_spec.integration.compat.experts import describe_down_projections, expert_down_projections
+from megatron_moe_spec.integration.compat.groups import column_group
+from megatron_moe_spec.integration.compat.dispatch import exchanges_rows, row_exchange
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_gradient, own_graph
 from megatron_moe_spec.integration.routing import LayerRouting

@@ -1,0 +1,79 @@
+"""The experts of an MoE layer: their linear layers, and their weights' gradients."""
+
+import importlib.util
+
+from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat.models import unwrapped
+
+
+def expert_down_projections(moe_layer: nn.Module) -> list[nn.Module]:
+    """The modules whose input is z: one ``linear_fc2`` for all local experts, or one for each.
+
+    Empty for the legacy GroupedMLP, which has no such module.
+    """
+    experts = unwrapped(moe_layer.experts)
+    if hasattr(experts, "local_experts"):
+        return [expert.linear_fc2 for expert in experts.local_experts]
+    return [experts.linear_fc2] if hasattr(experts, "linear_fc2") else []
+
+
+def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:
+    """``linear_fc1``'s weight [2 F, H] of every local expert; empty where there is no such weight for each."""
+    experts = unwrapped(moe_layer.experts)
+    if hasattr(experts, "local_experts"):
+        weights = [getattr(unwrapped(expert.linear_fc1), "weight", None) for expert in experts.local_experts]
+    else:
+        linear = unwrapped(experts.linear_fc1) if hasattr(experts, "linear_fc1") else None
+        weights = [getattr(linear, f"weight{i}", None) for i in range(moe_layer.num_local_experts)]
+    return [] if any(weight is None for weight in weights) else weights
+
+
+def has_adapted_weights(moe_layer: nn.Module) -> bool:
+    """Whether adapters were put around the router, or around what reads the experts' first weights."""
+    experts = unwrapped(moe_layer.experts)
+    owners = getattr(experts, "local_experts", [experts])
+    modules = [moe_layer.router, *(getattr(owner, "linear_fc1", None) for owner in owners)]
+    return any(module is not None and has_adapter(module) for module in modules)
+
+
+def has_adapter(module: nn.Module) -> bool:
+    """Whether an adapter was put around a module."""
+    return unwrapped(module) is not module
+
+
+def has_grouped_experts(transformer_config) -> bool:
+    """Whether a layer's local experts are one module, by the flags; transformer-engine has it."""
+    wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
+    return wanted and importlib.util.find_spec("transformer_engine") is not None
+
+
+def describe_down_projections(transformer_config) -> str:
+    """Whose input z is."""
+    if has_grouped_experts(transformer_config):
+        return "input of linear_fc2 of all local experts (TEGroupedMLP)"
+    wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
+    why = " for want of transformer-engine" if wanted else ""
+    return f"input of each local expert's linear_fc2 (SequentialMLP{why})"
+
+
+def gate_rows(moe_layer: nn.Module, weight: Tensor) -> Tensor:
+    """The rows of an expert's ``linear_fc1`` weight [2 F, H] that make its gate, as a view [..., H] of F rows.
+
+    They are its first half, or every other block of rows where TEGroupedMLP interleaves gate and linear units.
+    """
+    size = getattr(moe_layer.config, "moe_mlp_glu_interleave_size", None)
+    if size is None or hasattr(unwrapped(moe_layer.experts), "local_experts"):
+        size = len(weight) // 2
+    return weight.view(-1, 2, size, weight.shape[-1])[:, 0]
+
+
+def adds_to_main_gradient(config) -> bool:
+    """Whether linear layers write their weight's gradient into ``main_grad``, past ``Tensor.grad``."""
+    return config.gradient_accumulation_fusion
+
+
+def delays_weight_gradients(config) -> bool:
+    """Whether some weights' gradients are computed apart from the backward pass."""
+    names = ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad")
+    return any(getattr(config, name, False) for name in names)

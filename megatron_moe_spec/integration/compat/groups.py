@@ -1,0 +1,50 @@
+"""Process groups of a model, and of its MoE layers."""
+
+from torch import nn
+
+from megatron_moe_spec.integration.compat.models import router_of, stage_module
+
+
+def pipeline_group(chunk: nn.Module):
+    """The ranks of the pipeline stages."""
+    return process_groups(chunk).pp
+
+
+def process_groups(chunk: nn.Module):
+    """A model's own ProcessGroupCollection, or that of the job."""
+    groups = getattr(stage_module(chunk), "pg_collection", None)
+    if groups is None:
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "pp", "tp_dp_cp"])
+    return groups
+
+
+def model_ranks(chunk: nn.Module) -> list:
+    """Groups by which a sum over one, then over the next, is a sum over all ranks that hold the model."""
+    groups = process_groups(chunk)
+    found = [getattr(groups, name, None) for name in ("tp_dp_cp", "pp")]
+    if found[0] is None:
+        found[:1] = [getattr(groups, name, None) for name in ("tp", "dp_cp")]
+    return [group for group in found if group is not None]
+
+
+def sequence_ranks(chunk: nn.Module) -> int:
+    """Number of ranks that a sequence is divided over between layers."""
+    groups = process_groups(chunk)
+    return groups.cp.size() * (groups.tp.size() if stage_module(chunk).config.sequence_parallel else 1)
+
+
+def token_group(moe_layer: nn.Module):
+    """The ranks among which a micro-batch's tokens are divided: tensor (sequence) x context parallel."""
+    return router_of(moe_layer).tp_cp_group
+
+
+def column_group(dispatcher):
+    """The ranks over which the columns of an expert's activations are divided: expert tensor parallel."""
+    return dispatcher.tp_group
+
+
+def expert_group(dispatcher):
+    """The ranks that hold the parts of one set of experts: expert x expert tensor parallel."""
+    return dispatcher.tp_ep_group

@@ -1,0 +1,103 @@
+"""Megatron's models, their MoE layers and routers, and what is put around them."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class FoundLayers:
+    """MoE layers below a model chunk, by name, in the order in which the model runs them.
+
+    Attributes:
+        taken: those that the chunk's own decoder runs.
+        left_out: the others, and why.
+    """
+
+    taken: dict[str, nn.Module]
+    left_out: dict[str, str]
+
+
+def moe_layers(chunk: nn.Module) -> FoundLayers:
+    """The MoE layers that a chunk trains, and those that only lie in it: of MTP, of a teacher, of an average, ...
+
+    A Megatron model has a ``decoder``. Where the chunk is no such model itself, it is the one model in it that is not
+    frozen. A chunk without any such model is taken for a decoder as it is.
+
+    Raises:
+        ValueError: it cannot be told which of several models in the chunk is trained, or none is.
+    """
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    stage = stage_module(chunk)
+    names = {name: layer for name, layer in chunk.named_modules() if isinstance(layer, MoELayer)}
+    model = _trained_model(stage, set(names.values()))
+    own = set(model._modules.get("decoder", model).modules())
+    taken, left_out = {}, {}
+    for name, layer in names.items():
+        if "mtp" in name.split("."):
+            left_out[name] = "it belongs to multi-token prediction"
+        elif layer not in own:
+            left_out[name] = "it is not in the decoder of the trained model"
+        else:
+            taken[name] = layer
+    return FoundLayers(taken, left_out)
+
+
+def _trained_model(stage: nn.Module, layers: set[nn.Module]) -> nn.Module:
+    if "decoder" in stage._modules:
+        return stage
+    models, inside = {}, set()
+    for name, module in stage.named_modules():
+        if module not in inside and "decoder" in module._modules and layers & set(module.modules()):
+            models[name] = module
+            inside |= set(module.modules())
+    if not models:
+        return stage
+    trained = {name: model for name, model in models.items() if any(p.requires_grad for p in model.parameters())}
+    if len(trained) != 1:
+        found = "no model that is trained" if not trained else f"several models: {', '.join(trained)}"
+        raise ValueError(
+            f"a module given to attach() holds {found} (of {', '.join(models)}): give it the trained one itself, or "
+            "freeze the others by requires_grad_(False)"
+        )
+    return next(iter(trained.values()))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What adapters (LoRA) were put around."""
+    while (inner := next(filter(None, (getattr(module, name, None) for name in _WRAPPED)), None)) is not None:
+        module = inner
+    return module
+
+
+_WRAPPED = ("to_wrap", "base_layer")  # Megatron-Bridge and NeMo; PEFT and ms-swift
+
+
+def router_of(moe_layer: nn.Module) -> nn.Module:
+    return unwrapped(moe_layer.router)
+
+
+def model_config(chunks: list[nn.Module]):
+    """The TransformerConfig of a model; None where nothing in it has one."""
+    stage = stage_module(chunks[0])
+    if hasattr(stage, "config"):
+        return stage.config
+    return next((layer.config for chunk in chunks for layer in moe_layers(chunk).taken.values()), None)
+
+
+def stage_module(chunk: nn.Module) -> nn.Module:
+    """The model inside the wrappers (Float16Module, DDP) of a model chunk: what gets a pipeline stage's input."""
+    while not hasattr(chunk, "pre_process") and isinstance(getattr(chunk, "module", None), nn.Module):
+        chunk = chunk.module
+    return chunk
+
+
+def shards_weights(chunk: nn.Module) -> bool:
+    """Whether each rank holds a shard of each weight (FSDP), and whole weights come and go."""
+    names = ("FullyShardedDataParallel", "TorchFullyShardedDataParallel", "FSDPModule")
+    wrappers = [chunk]
+    while isinstance(getattr(wrappers[-1], "module", None), nn.Module):
+        wrappers.append(wrappers[-1].module)
+    named = any(base.__name__ in names for module in wrappers for base in type(module).__mro__)
+    return named or any(hasattr(weight, "device_mesh") for weight in chunk.parameters())

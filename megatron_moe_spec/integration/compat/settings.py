@@ -1,0 +1,104 @@
+"""Megatron's training program: its flags, its TransformerConfig, its writers."""
+
+import math
+import os
+import sys
+from typing import Callable, Union
+
+
+def graphed_modules(config) -> Union[list[str], str]:
+    """Names of what CUDA graphs capture: a list of module kinds, "everything", or an empty list."""
+    implementation = getattr(config, "cuda_graph_impl", "none")
+    if getattr(config, "enable_cuda_graph", False) or getattr(config, "external_cuda_graph", False):
+        return "everything"
+    if implementation in (None, "none"):
+        return []
+    scope = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
+    if not scope or scope == "full":
+        return "everything"
+    names = scope.split(",") if isinstance(scope, str) else [getattr(s, "name", s) for s in scope]
+    return "everything" if {"full", "full_iteration"} & set(names) else names
+
+
+def training_modules():
+    """megatron.training.arguments and megatron.training.training.
+
+    Raises:
+        ImportError: Megatron's training program is not there, as with the megatron-core wheel 0.16, or lacks a package
+            that it needs, as 0.17 and 0.18 do without PyYAML.
+    """
+    try:
+        from megatron.training import arguments, training
+    except ImportError as error:
+        remedy = "run a script inside a Megatron-LM checkout, or install megatron-core >= 0.17"
+        if error.name and error.name.split(".")[0] != "megatron":
+            remedy = f"it needs a package that is not installed: {error.name}"
+        raise ImportError(f"megatron.training cannot be imported ({error}): {remedy}") from error
+    return arguments, training
+
+
+def settings_of_flags(flags: list[str], add_arguments: Callable):
+    """Megatron's validated arguments and its TransformerConfig for a command line; no process group is needed.
+
+    Where torchrun has not set WORLD_SIZE, the job is as small as the layout allows.
+
+    Raises:
+        ImportError: see ``training_modules``.
+        SystemExit: the parser does not know a flag or its value; it has written why to standard error.
+        AssertionError, ValueError and others: Megatron does not accept the combination.
+    """
+    arguments, _ = training_modules()
+    argv, sys.argv = sys.argv, [sys.argv[0], *flags]
+    try:
+        args = arguments.parse_args(add_arguments)
+    finally:
+        sys.argv = argv
+    if "WORLD_SIZE" not in os.environ:
+        dense = args.tensor_model_parallel_size * args.context_parallel_size
+        columns = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+        experts = args.expert_model_parallel_size * columns
+        args.world_size = math.lcm(dense, experts) * args.pipeline_model_parallel_size
+    arguments.validate_args(args)
+    return args, arguments.core_transformer_config_from_args(args)
+
+
+def moe_layers_of_stages(args, config) -> list[int]:
+    """Number of MoE layers in each (virtual) pipeline stage, MTP layers left out, as Megatron will divide them.
+
+    Args:
+        args, config: from ``settings_of_flags``.
+    """
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    if not config.num_moe_experts:
+        return [0]
+    pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
+    if pattern and "|" in pattern:
+        return [stage.count("E") for stage in pattern.split("/")[0].split("|")]
+    frequency = config.moe_layer_freq
+    if pattern:
+        has_experts = [layer == "E" for layer in pattern.split("/")[0]]
+    elif isinstance(frequency, int):
+        has_experts = [layer % frequency == 0 for layer in range(config.num_layers)]
+    else:
+        has_experts = list(map(bool, frequency))
+    ranks, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
+    layout = config.pipeline_model_parallel_layout
+    numbers, end = [], 0
+    for chunk in range(chunks or 1):
+        for rank in range(ranks):
+            if layout is not None:
+                layers = layout.layout[rank][chunk].count(LayerType.decoder)
+            else:
+                layers = get_num_layers_to_build(config, chunk if chunks else None, rank)
+            numbers.append(sum(has_experts[end : end + layers]))
+            end += layers
+    return numbers
+
+
+def training_writers():
+    """Megatron's TensorBoard and W&B writers; None where there is none, as on all ranks but the last."""
+    from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+    return get_tensorboard_writer(), get_wandb_writer()

@@ -51,7 +51,7 @@ def add_moe_spec_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
 def _add_flags(parser: argparse.ArgumentParser, defaults: dict) -> None:
     # Before Python 3.14, argparse takes -2e-3 for a flag and asks for a value; SpecConfig says what is wrong with it.
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf$|nan$)")
-    group = parser.add_argument_group("MoE expert specialization")
+    group = parser.add_argument_group("auxiliary losses for MoE experts (megatron_moe_spec)")
     for name, setting in _settings().items():
         option = setting.option
         paper = f" Paper: {option.metadata['paper']}." if option.metadata["paper"] else ""

@@ -534,13 +534,16 @@ ADAPTED = [
     (["linear_fc2"], "to_wrap", True),
     (["router", "linear_fc1", "linear_fc2"], "base_layer", False),
 ]
+# Losses of the weights that adapters leave as they are.
+REFUSED_WITH_ADAPTERS = {"router": ["erc_loss", "router_orthogonality_loss"], "linear_fc1": ["erc_loss"]}
 orders = pytest.mark.parametrize("order", ["attach, adapt", "adapt, attach"])
 
 
 @orders
 @pytest.mark.parametrize("names, attribute, recompute", ADAPTED)
 def test_adapted_model_trains_as_with_merged_weights(mm, trainers, names, attribute, order, recompute):
-    own = LOSS_NAMES if names == ["linear_fc2"] else WITHOUT_ERC
+    refused = {loss for module in names for loss in REFUSED_WITH_ADAPTERS.get(module, ())}
+    own = [name for name in LOSS_NAMES if name not in refused]
     batches = trainers.tokens_of(8, 8)
     merged = mm.build_model()
     trainers.merge(merged, names)
@@ -558,18 +561,19 @@ def test_adapted_model_trains_as_with_merged_weights(mm, trainers, names, attrib
 
 
 @orders
-@pytest.mark.parametrize("name, attribute", [("router", "to_wrap"), ("linear_fc1", "base_layer")])
-def test_erc_of_adapted_weights_is_refused_by_name(mm, trainers, name, attribute, order):
+@pytest.mark.parametrize("attribute", ["to_wrap", "base_layer"])
+@pytest.mark.parametrize("name, loss", [(name, loss) for name, found in REFUSED_WITH_ADAPTERS.items() for loss in found])
+def test_a_loss_of_adapted_weights_is_refused_by_name(mm, trainers, name, loss, attribute, order):
     model = mm.build_model()
-    config = losses("erc_loss")
+    config, flag = losses(loss), f"--moe-{loss.replace('_', '-')}-coeff to 0"
     if order == "adapt, attach":
         trainers.adapt(model, [name], attribute)
-        with pytest.raises(ValueError, match="--moe-erc-loss-coeff"):
+        with pytest.raises(ValueError, match=flag):
             attach(model, config)
     else:
         attach(model, config)
         trainers.adapt(model, [name], attribute)
-        with pytest.raises(RuntimeError, match="--moe-erc-loss-coeff"):
+        with pytest.raises(RuntimeError, match=flag):
             trainers.run(model, *trainers.tokens_of(8))
 
 

@@ -65,7 +65,7 @@ def test_metrics_alone_send_nothing_between_stages(programs):
 
 @pytest.mark.parametrize(
     "names",
-    [("specialization", "coupling"), ("orthogonality", "score_variance"), ("erc",)],
+    [("specialization", "coupling"), ("orthogonality", "score_variance"), ("erc",), ("router_orthogonality",)],
     ids=lambda names: names[-1],
 )
 def test_ranks_with_different_numbers_of_tokens(programs, names):

@@ -5,9 +5,13 @@ import sys
 import types
 
 import pytest
+import torch
+from loss_names import coefficients
 
 from megatron_moe_spec import SpecConfig
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
+from megatron_moe_spec.losses import LOSSES
+from megatron_moe_spec.losses.base import EXPERT_WEIGHTS, ROUTER_WEIGHT
 
 SPECIALIZATION = SpecConfig(specialization_loss_coeff=1.0)
 COUPLING = SpecConfig(coupling_loss_coeff=1.0)
@@ -31,6 +35,8 @@ ERC = SpecConfig(erc_loss_coeff=1.0)
         ("score_variance_loss_coeff", float("inf"), "--moe-score-variance-loss-coeff"),
         ("erc_loss_coeff", "1", "--moe-erc-loss-coeff"),
         ("erc_alpha", -0.5, "--moe-erc-alpha"),
+        ("router_orthogonality_loss_coeff", -1.0, "--moe-router-orthogonality-loss-coeff"),
+        ("router_orthogonality_type", "cubed", "--moe-router-orthogonality-type"),
         ("kernels", "cuda", "--moe-spec-kernels"),
         ("metrics_interval", -1, "--moe-spec-metrics-interval"),
     ],
@@ -47,7 +53,9 @@ def test_flags_become_the_config():
         "--moe-specialization-loss-coeff 2e-3 --moe-specialization-token-stride 4 --moe-coupling-loss-coeff 1e-3 "
         "--moe-coupling-type pathway --moe-coupling-across-stages drop "
         "--moe-orthogonality-loss-coeff 1e-4 --moe-score-variance-loss-coeff 5e-3 "
-        "--moe-erc-loss-coeff 0.5 --moe-erc-alpha 0.7 --moe-spec-kernels torch --moe-spec-metrics-interval 10".split()
+        "--moe-erc-loss-coeff 0.5 --moe-erc-alpha 0.7 "
+        "--moe-router-orthogonality-loss-coeff 0.01 --moe-router-orthogonality-type absolute "
+        "--moe-spec-kernels torch --moe-spec-metrics-interval 10".split()
     )
     assert spec_config_from_args(args) == SpecConfig(
         specialization_loss_coeff=2e-3,
@@ -59,6 +67,8 @@ def test_flags_become_the_config():
         score_variance_loss_coeff=5e-3,
         erc_loss_coeff=0.5,
         erc_alpha=0.7,
+        router_orthogonality_loss_coeff=0.01,
+        router_orthogonality_type="absolute",
         kernels="torch",
         metrics_interval=10,
     )
@@ -168,7 +178,6 @@ def test_settings_that_matter_to_other_losses_only_are_allowed(megatron):
 
 def test_experts_without_weights_of_their_own_are_refused_by_erc(megatron):
     import megatron_models
-    import torch
 
     from megatron_moe_spec import attach
 
@@ -201,7 +210,6 @@ def test_cuda_graphs_of_attention_alone_are_allowed(megatron):
 def test_legacy_grouped_gemm_is_refused(megatron):
     """Its experts are two bare weights: there is no down-projection module to tap."""
     import megatron_models
-    import torch
 
     from megatron_moe_spec import attach
 
@@ -215,12 +223,29 @@ def test_legacy_grouped_gemm_is_refused(megatron):
 
 
 def test_model_without_moe_layers_is_refused(megatron):
-    import torch
-
     from megatron_moe_spec import attach
 
     with pytest.raises(ValueError, match="--num-experts"):
         attach(torch.nn.Linear(2, 2), SPECIALIZATION)
+
+
+class FullyShardedDataParallel(torch.nn.Module):
+    """By its name a wrapper that leaves each rank a shard of each weight."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("name", [loss.name for loss in LOSSES if loss.reads in (ROUTER_WEIGHT, EXPERT_WEIGHTS)])
+def test_sharded_weights_are_refused(megatron, name):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    with pytest.raises(ValueError, match=f"FSDP.*--moe-{name.replace('_', '-')}-coeff to 0"):
+        attach(FullyShardedDataParallel(megatron_models.build_model()), SpecConfig(**coefficients([name])))
+    attach(FullyShardedDataParallel(megatron_models.build_model()), SPECIALIZATION)
 
 
 def test_every_problem_is_listed_at_once(megatron):
@@ -246,8 +271,6 @@ def test_attach_twice_is_refused(megatron):
 
 
 def test_missing_megatron_is_named(monkeypatch):
-    import torch
-
     from megatron_moe_spec import attach
 
     monkeypatch.setitem(sys.modules, "megatron.core", None)
@@ -256,12 +279,10 @@ def test_missing_megatron_is_named(monkeypatch):
 
 
 def test_old_megatron_is_named(monkeypatch):
-    import torch
-
     from megatron_moe_spec import attach
 
     old = types.ModuleType("megatron.core")
-    old.__version__ = "0.12.1"
+    old.__version__ = "0.16.0"
     monkeypatch.setitem(sys.modules, "megatron.core", old)
-    with pytest.raises(ImportError, match="0.12.1 is too old"):
+    with pytest.raises(ImportError, match="0.16.0 is too old: 0.16.1 or newer"):
         attach(torch.nn.Linear(2, 2), SPECIALIZATION)

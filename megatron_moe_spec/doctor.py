@@ -23,8 +23,9 @@ exit status: 0 usable, 1 refused or missing, 2 Megatron itself does not take the
 """
 
 
-def main(argv: list[str]) -> int:
-    """Prints the report for Megatron's flags; returns the exit status."""
+def main(argv: Optional[list[str]] = None) -> int:
+    """Prints the report for Megatron's flags, by default those of the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (["-h"], ["--help"]):
         print(_USAGE, end="")
         return USABLE
@@ -60,13 +61,13 @@ def _examine(argv: list[str], device) -> int:
         asked = spec_config_from_args(args, argv)
     except ValueError as error:
         return _verdict([str(error)])
-    config = asked if asked.enabled else _of_the_paper()
+    spec = asked if asked.enabled else _of_the_paper()
     numbers = moe_layers_of_stages(args, transformer_config)
     stages = Stages(numbers, [0], transformer_config.num_moe_experts or 0)
-    facts = facts_of_flags(transformer_config, stages, config)
+    facts = facts_of_flags(transformer_config, stages, spec)
     if sum(numbers):
-        _print_section("would be used", _used(facts, config, asked.enabled, device))
-    return _verdict(unsupported_settings(facts, config, device))
+        _print_section("would be used", _used(facts, spec, asked.enabled, device))
+    return _verdict(unsupported_settings(facts, spec, device))
 
 
 def _of_the_paper():
@@ -197,30 +198,30 @@ def _silence():
         yield printed
 
 
-def _used(facts, config, asked: bool, device) -> Iterator[tuple[str, str]]:
+def _used(facts, spec, asked: bool, device) -> Iterator[tuple[str, str]]:
     from megatron_moe_spec.integration.taps import by_tap
 
-    transformer_config, stages = facts.config, facts.stages
-    losses = ", ".join(str(loss) for loss in config.losses if loss.coeff > 0) or "none, measuring alone"
+    transformer_config, stages = facts.transformer_config, facts.stages
+    losses = ", ".join(str(loss) for loss in spec.losses if loss.coeff > 0) or "none, measuring alone"
     yield "losses", losses + ("" if asked else " (assumed: no flag of this package was given)")
     number = f"{sum(stages.num_layers)} of {transformer_config.num_layers}"
     spread = f", by pipeline stage {stages.num_layers}" if len(stages.num_layers) > 1 else ""
     experts = f"{transformer_config.num_moe_experts} experts, {transformer_config.moe_router_topk} for each token"
     yield "MoE layers", f"{number}, {experts}{spread}"
     yield "router tap", "TopKRouter.routing"
-    rows = [row for tap, losses in by_tap(config.computed_losses) for row in tap.describe(losses, facts)]
+    rows = [row for tap, losses in by_tap(spec.computed_losses) for row in tap.describe(losses, facts)]
     yield from dict.fromkeys(rows)
-    yield "kernels", _kernels(config, device)
+    yield "kernels", _kernels(spec, device)
 
 
-def _kernels(config, device) -> str:
+def _kernels(spec, device) -> str:
     from megatron_moe_spec.kernels import choose, unavailable
 
-    if config.kernels != "torch" and not unavailable(device):
-        return "Triton" if choose(config.kernels, device) else "eager PyTorch"
-    why = "" if config.kernels == "torch" else f" (Triton cannot run: {unavailable(device)})"
+    if spec.kernels != "torch" and not unavailable(device):
+        return "Triton" if choose(spec.kernels, device) else "eager PyTorch"
+    why = "" if spec.kernels == "torch" else f" (Triton cannot run: {unavailable(device)})"
     return f"eager PyTorch{why}"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

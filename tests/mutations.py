@@ -18,15 +18,15 @@ MUTATIONS = [
     (
         "context-parallel factor left out",
         "integration/scaling.py",
-        "return scale * num_tokens if config.calculate_per_token_loss else scale",
-        "return scale * num_tokens if config.calculate_per_token_loss else scale / config.context_parallel_size",
+        "return scale * num_tokens if transformer_config.calculate_per_token_loss else scale",
+        "return scale * num_tokens if transformer_config.calculate_per_token_loss else scale / transformer_config.context_parallel_size",
         f"{LAYOUT}[CP2-plain]",
     ),
     (
         "tensor x context parallel factor left out",
         "integration/scaling.py",
-        "return scale * num_tokens if config.calculate_per_token_loss else scale",
-        "return scale * num_tokens / config.tensor_model_parallel_size if config.calculate_per_token_loss else scale",
+        "return scale * num_tokens if transformer_config.calculate_per_token_loss else scale",
+        "return scale * num_tokens / transformer_config.tensor_model_parallel_size if transformer_config.calculate_per_token_loss else scale",
         f"{LAYOUT}[TP2+SP, ETP2-per-token loss]",
     ),
     (
@@ -103,7 +103,7 @@ MUTATIONS = [
     (
         "ERC's gradient lost where linear layers accumulate theirs",
         "integration/compat/experts.py",
-        "return config.gradient_accumulation_fusion",
+        "return transformer_config.gradient_accumulation_fusion",
         "return False",
         "tests/test_peer_hooks.py::test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates",
     ),
@@ -131,8 +131,8 @@ MUTATIONS = [
     (
         "router's weight counted by every rank of a micro-batch",
         "integration/taps/router_weight.py",
-        "factor = weight_gradient_factor(config, count, self.layer.token_group.size())",
-        "factor = weight_gradient_factor(config, count, 1)",
+        "factor = weight_gradient_factor(transformer_config, count, self.layer.token_group.size())",
+        "factor = weight_gradient_factor(transformer_config, count, 1)",
         f"{LAYOUT}[TP2+SP, ETP2-peers but of outputs, per-token loss, padding]",
     ),
     (

@@ -55,9 +55,9 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
     found = [moe_layers(chunk) for chunk in chunks]
     if any(layer in _attached for one in found for layer in one.taken.values()):
         raise RuntimeError("the losses are attached to this model already: call detach() on the first handle")
-    model_settings = model_config(chunks)
-    stages = Stages.of_model(chunks, [len(one.taken) for one in found], model_settings, config)
-    check_supported(chunks, model_settings, [layer for one in found for layer in one.taken.values()], stages, config)
+    transformer_config = model_config(chunks)
+    stages = Stages.of_model(chunks, [len(one.taken) for one in found], transformer_config, config)
+    check_supported(chunks, transformer_config, [layer for one in found for layer in one.taken.values()], stages, config)
     groups = [group] if group is not None else model_ranks(chunks[0])
     SpecHandle.ever_attached = True
     return SpecHandle(config, list(zip(chunks, found)), stages, groups)

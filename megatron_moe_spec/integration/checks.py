@@ -14,7 +14,7 @@ from megatron_moe_spec.integration.taps.base import ModelFacts
 from megatron_moe_spec.kernels import choose
 
 
-def check_supported(chunks: list, transformer_config, moe_layers: list, stages: Stages, config: SpecConfig) -> None:
+def check_supported(chunks: list, transformer_config, moe_layers: list, stages: Stages, spec: SpecConfig) -> None:
     """Raises ValueError that lists everything about the model that is not supported, with its remedy.
 
     Args:
@@ -22,7 +22,7 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         transformer_config: the model's TransformerConfig.
         moe_layers: every MoE layer of these chunks that is to have the losses.
         stages: those of all pipeline stages.
-        config: the losses.
+        spec: the losses.
     """
     device = router_of(moe_layers[0]).weight.device if moe_layers else None
     # Once there are layers their process groups count, whatever the settings say; and a layer may have settings of its own.
@@ -31,15 +31,15 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
     problems = []
     for one in settings.values():
         facts = ModelFacts(
-            config=one,
+            transformer_config=one,
             moe_layers=moe_layers,
             stages=stages,
-            kernels=config.kernels,
+            kernels=spec.kernels,
             tensor_size=process_groups(chunks[0]).tp.size() if moe_layers else 1,
             expert_tensor_size=max(sizes, default=1),
             shards_weights=any(map(shards_weights, chunks)),
         )
-        problems += _problems(facts, config, device)
+        problems += _problems(facts, spec, device)
     # Of a pipeline, one stage may be frozen.
     whole = len(stages.own) == len(stages.num_layers)
     if whole and moe_layers and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
@@ -48,32 +48,32 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         raise ValueError("the auxiliary losses cannot be attached: " + "; ".join(dict.fromkeys(problems)))
 
 
-def facts_of_flags(transformer_config, stages: Stages, config: SpecConfig) -> ModelFacts:
+def facts_of_flags(transformer_config, stages: Stages, spec: SpecConfig) -> ModelFacts:
     """What is known of a model before one is built."""
     tensor_size = transformer_config.tensor_model_parallel_size
     return ModelFacts(
-        config=transformer_config,
+        transformer_config=transformer_config,
         moe_layers=[],
         stages=stages,
-        kernels=config.kernels,
+        kernels=spec.kernels,
         tensor_size=tensor_size,
         expert_tensor_size=transformer_config.expert_tensor_parallel_size or tensor_size,
     )
 
 
-def unsupported_settings(facts: ModelFacts, config: SpecConfig, device: Optional[torch.device]) -> list[str]:
+def unsupported_settings(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device]) -> list[str]:
     """What ``check_supported`` will say of a model on a device, as far as it can be told before one is built."""
-    return list(_problems(facts, config, device))
+    return list(_problems(facts, spec, device))
 
 
-def _problems(facts: ModelFacts, config: SpecConfig, device: Optional[torch.device]) -> Iterator[str]:
-    transformer_config = facts.config
+def _problems(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device]) -> Iterator[str]:
+    transformer_config = facts.transformer_config
     if not any(facts.stages.num_layers):
         yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
         return
     if device is not None:
         try:
-            choose(config.kernels, device)
+            choose(spec.kernels, device)
         except ValueError as error:
             yield str(error)
     if getattr(transformer_config, "transformer_impl", None) == "inference_optimized":
@@ -84,7 +84,7 @@ def _problems(facts: ModelFacts, config: SpecConfig, device: Optional[torch.devi
             "CUDA graphs over routers or experts skip the hooks when they are replayed "
             "(remove --cuda-graph-impl, or capture attention alone: --cuda-graph-scope attn)"
         )
-    for loss in config.computed_losses:
+    for loss in spec.computed_losses:
         yield from loss.problems(transformer_config)
-    for tap, losses in by_tap(config.computed_losses):
+    for tap, losses in by_tap(spec.computed_losses):
         yield from tap.problems(losses, facts)

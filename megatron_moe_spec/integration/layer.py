@@ -26,7 +26,7 @@ class LayerTaps:
     ):
         self._layer = layer = TappedLayer(module, local_index, global_index, recorder)
         self._tracker, self._recorder = tracker, recorder
-        self._taps = [tap(losses, layer) for tap, losses in by_tap(recorder.config.computed_losses)]
+        self._taps = [tap(losses, layer) for tap, losses in by_tap(recorder.spec.computed_losses)]
         self._method = MethodReplacement(layer.router, "routing", partial(_route, self))
 
     def records(self) -> set[str]:
@@ -67,7 +67,7 @@ class LayerTaps:
             raise RuntimeError(f"MoE layer {layer.global_index} ran twice in one forward of the attached model")
         call.micro_batch.routing[layer.local_index] = routing
         if self._recorder.measuring:
-            scores_TE = token_scores(call.logits, layer.config.moe_router_score_function, call.padding_mask)
+            scores_TE = token_scores(call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask)
             self._recorder.measure_routing(
                 layer.global_index, scores_TE, routing.active_TE, routing.num_local_tokens
             )

@@ -289,16 +289,16 @@ class Carries:
     Args:
         chunks: the chunks.
         stages: of the whole model.
-        config: the losses.
+        spec: the losses.
     """
 
-    def __init__(self, chunks: list[nn.Module], stages: Stages, config: SpecConfig):
+    def __init__(self, chunks: list[nn.Module], stages: Stages, spec: SpecConfig):
         self.of_chunks: list[Optional[StageCarry]] = [None] * len(chunks)
         self._carries: list[StageCarry] = []
-        if len(stages.num_layers) <= len(chunks) or not config.carries_messages:
+        if len(stages.num_layers) <= len(chunks) or not spec.carries_messages:
             return
-        (loss,) = (loss for loss in config.losses if loss.reads == PAIRS)
-        self._form = MessageForm(loss.kind, stages.num_experts, config.metrics_interval > 0)
+        (loss,) = (loss for loss in spec.losses if loss.reads == PAIRS)
+        self._form = MessageForm(loss.kind, stages.num_experts, spec.metrics_interval > 0)
         last = len(stages.num_layers) - 1
         self._carries = self.of_chunks = [
             StageCarry(chunk, self._form, stage == last, stages.num_layers[stage] > 0, first > 0)

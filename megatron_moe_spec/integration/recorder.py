@@ -16,7 +16,7 @@ class Recorder:
     """Collects what the layer taps of one model see during a training step.
 
     Attributes:
-        config: the settings.
+        spec: the settings.
         iteration: number of the last finished training step.
         recorded: log names of the losses that this rank has recorded in this step.
         measuring: whether this step's routing and overlap are measured for the diagnostics.
@@ -29,14 +29,14 @@ class Recorder:
 
     def __init__(
         self,
-        config: SpecConfig,
+        spec: SpecConfig,
         num_experts: list[int],
         num_shares: int = 1,
         groups: Sequence = (),
         iteration: int = 0,
     ):
-        self.config = config
-        self._names = [loss.name for loss in config.computed_losses]
+        self.spec = spec
+        self._names = [loss.name for loss in spec.computed_losses]
         self._num_experts = num_experts
         self._num_shares = num_shares
         self._groups = groups
@@ -45,7 +45,7 @@ class Recorder:
     def begin_after(self, iteration: int) -> None:
         """Starts the step after ``iteration``, with nothing recorded."""
         self.iteration = iteration
-        interval = self.config.metrics_interval
+        interval = self.spec.metrics_interval
         self.measuring = bool(interval) and (iteration + 1) % interval == 0
         self._device = current_device()
         # One row a loss: sum of its recorded values, and their number.
@@ -60,7 +60,7 @@ class Recorder:
 
     @property
     def active(self) -> bool:
-        return self.measuring or bool(self.config.trained_losses)
+        return self.measuring or bool(self.spec.trained_losses)
 
     def wants(self, loss: Loss) -> bool:
         """Whether a loss is to be computed in this step."""
@@ -94,7 +94,7 @@ class Recorder:
         """
         totals = self._summed(self._losses)
         means = (totals[:, 0] / totals[:, 1]).float()
-        wanted = {loss.name for loss in self.config.computed_losses if self.wants(loss)}
+        wanted = {loss.name for loss in self.spec.computed_losses if self.wants(loss)}
         return {name: one for name, *one in zip(self._names, means, totals[:, 1]) if name in wanted}
 
     def diagnostics(self) -> Optional[dict]:

@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_moe_spec.integration.compat.schedules import backward_loss_scale
 
 
-def gradient_factor(config, num_tokens: Union[Tensor, int]) -> Union[Tensor, float]:
+def gradient_factor(transformer_config, num_tokens: Union[Tensor, int]) -> Union[Tensor, float]:
     """Factor on the gradient of this rank's part of a loss. Call it in backward.
 
     The parts sum, over the ranks that share a micro-batch, to a mean over the micro-batch's tokens. Megatron sums
@@ -17,14 +17,14 @@ def gradient_factor(config, num_tokens: Union[Tensor, int]) -> Union[Tensor, flo
     them by the global number of tokens instead, so a micro-batch's loss is weighted by its own number.
 
     Args:
-        config: the layer's TransformerConfig.
+        transformer_config: the layer's TransformerConfig.
         num_tokens: non-padding tokens of the micro-batch, over all ranks that share it.
     """
     scale = backward_loss_scale()
-    return scale * num_tokens if config.calculate_per_token_loss else scale
+    return scale * num_tokens if transformer_config.calculate_per_token_loss else scale
 
 
-def weight_gradient_factor(config, group_count: Union[Tensor, int], num_shares: int):
+def weight_gradient_factor(transformer_config, group_count: Union[Tensor, int], num_shares: int):
     """The same for a loss of the weights alone, where a rank adds what its own experts' part of the weights gives.
 
     Each of the ``num_shares`` ranks that share a micro-batch counts as holding an equal part of the loss, so that
@@ -34,7 +34,7 @@ def weight_gradient_factor(config, group_count: Union[Tensor, int], num_shares: 
     router gradients over all ranks.
 
     Args:
-        config: the layer's TransformerConfig.
+        transformer_config: the layer's TransformerConfig.
         group_count: sum over that group's ranks of what each one's micro-batch counts for: its non-padding tokens
             with ``--calculate-per-token-loss``, else 1; 0 for one without tokens.
         num_shares: ranks that share a micro-batch (tensor x context parallel).

@@ -25,24 +25,24 @@ class Stages:
 
     @classmethod
     def of_model(
-        cls, chunks: list[nn.Module], layers_of_chunks: list[int], model_settings, config: SpecConfig
+        cls, chunks: list[nn.Module], layers_of_chunks: list[int], transformer_config, spec: SpecConfig
     ) -> "Stages":
         """A collective over the pipeline group where there is more than one stage.
 
         Args:
             chunks: all model chunks of this rank.
             layers_of_chunks: number of MoE layers of each.
-            model_settings: the model's TransformerConfig; None where it has no MoE layer.
-            config: what the losses are, the same on all ranks.
+            transformer_config: the model's TransformerConfig; None where it has no MoE layer.
+            spec: what the losses are, the same on all ranks.
 
         Raises:
             ValueError: a rank gives some of its chunks only, or another config than the others.
         """
-        num_experts = getattr(model_settings, "num_moe_experts", None) or 0
-        num_stages = getattr(model_settings, "pipeline_model_parallel_size", 1)
+        num_experts = getattr(transformer_config, "num_moe_experts", None) or 0
+        num_stages = getattr(transformer_config, "pipeline_model_parallel_size", 1)
         if num_stages == 1:
             return cls(layers_of_chunks, list(range(len(chunks))), num_experts)
-        expected = model_settings.virtual_pipeline_model_parallel_size or 1
+        expected = transformer_config.virtual_pipeline_model_parallel_size or 1
         if len(chunks) != expected:
             raise ValueError(
                 f"attach() takes all model chunks of a rank at once, as get_model returns them: got {len(chunks)} of "
@@ -50,8 +50,8 @@ class Stages:
             )
         group = pipeline_group(chunks[0])
         gathered = [None] * num_stages
-        dist.all_gather_object(gathered, (layers_of_chunks, config), group=group)
-        if any(other != config for _, other in gathered):
+        dist.all_gather_object(gathered, (layers_of_chunks, spec), group=group)
+        if any(other != spec for _, other in gathered):
             raise ValueError("attach() got another config on another pipeline stage: give every rank the same")
         num_layers = [number for numbers in zip(*(layers for layers, _ in gathered)) for number in numbers]
         return cls(num_layers, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts)

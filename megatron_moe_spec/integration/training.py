@@ -125,18 +125,18 @@ class TrainingLosses:
             ValueError, RuntimeError: see ``megatron_moe_spec.attach``.
             OSError: the file of metrics cannot be written; on every rank. The message names the flags to change.
         """
-        config = self._config_from_arguments(args)
-        if not config.enabled:
+        spec = self._config_from_arguments(args)
+        if not spec.enabled:
             return
-        if config.metrics_interval:
+        if spec.metrics_interval:
             folder = Path(getattr(args, "tensorboard_dir", None) or getattr(args, "save", None) or ".")
             self._metrics_file = MetricsFile(folder / METRICS_FILE)
             self._metrics_file.check()
         self._skipped = frozenset(getattr(args, "iterations_to_skip", None) or ())
-        self._handle = attach(model, config)
+        self._handle = attach(model, spec)
         self._handle.start_after(self._last_before_training(getattr(args, "iteration", 0)))
         if dist.get_rank() == 0:
-            described = _describe(config, self._metrics_file)
+            described = _describe(spec, self._metrics_file)
             print(f"MoE specialization: {described}; {self._handle.describe()}", flush=True)
 
     def finish_step(self, loss_dict: dict, iteration: int) -> dict:
@@ -228,10 +228,10 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _describe(config: SpecConfig, metrics_file: Optional[MetricsFile]) -> str:
-    parts = [str(loss) for loss in config.losses if loss.coeff > 0]
+def _describe(spec: SpecConfig, metrics_file: Optional[MetricsFile]) -> str:
+    parts = [str(loss) for loss in spec.losses if loss.coeff > 0]
     if metrics_file:
-        parts.append(f"measured every {config.metrics_interval} iterations to {metrics_file}")
+        parts.append(f"measured every {spec.metrics_interval} iterations to {metrics_file}")
     return ", ".join(parts)
 
 

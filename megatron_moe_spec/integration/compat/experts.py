@@ -68,12 +68,12 @@ def gate_rows(moe_layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.view(-1, 2, size, weight.shape[-1])[:, 0]
 
 
-def adds_to_main_gradient(config) -> bool:
+def adds_to_main_gradient(transformer_config) -> bool:
     """Whether linear layers write their weight's gradient into ``main_grad``, past ``Tensor.grad``."""
-    return config.gradient_accumulation_fusion
+    return transformer_config.gradient_accumulation_fusion
 
 
-def delays_weight_gradients(config) -> bool:
+def delays_weight_gradients(transformer_config) -> bool:
     """Whether some weights' gradients are computed apart from the backward pass."""
     names = ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad")
-    return any(getattr(config, name, False) for name in names)
+    return any(getattr(transformer_config, name, False) for name in names)

@@ -50,18 +50,18 @@ def _surrounded(schedule: Callable) -> Callable:
     return run
 
 
-def with_received_shapes(name: str, arguments: dict, config, num_ranks: int, change: Callable) -> dict:
+def with_received_shapes(name: str, arguments: dict, transformer_config, num_ranks: int, change: Callable) -> dict:
     """A schedule's keyword arguments, by which stages receive tensors of another shape from each other.
 
     Nothing changes where shapes travel with the tensors (``variable_seq_lengths``).
 
     Args:
         name, arguments: of the schedule, see ``around_schedules``.
-        config: the model's TransformerConfig.
+        transformer_config: the model's TransformerConfig.
         num_ranks: that a sequence is divided over.
         change: shape [sequence, batch, hidden] of this rank, dtype -> shape.
     """
-    if config.variable_seq_lengths:
+    if transformer_config.variable_seq_lengths:
         return arguments
     if name != "forward_backward_pipelining_with_interleaving":
         adjust = arguments.get("adjust_tensor_shapes_fn")
@@ -69,12 +69,12 @@ def with_received_shapes(name: str, arguments: dict, config, num_ranks: int, cha
         def adjust_tensor_shapes(receive, send):
             if adjust is not None:
                 receive, send = adjust(receive, send)
-            return tuple([change(shape, config.pipeline_dtype) for shape in shapes] for shapes in (receive, send))
+            return tuple([change(shape, transformer_config.pipeline_dtype) for shape in shapes] for shapes in (receive, send))
 
         return {**arguments, "adjust_tensor_shapes_fn": adjust_tensor_shapes}
     # This schedule takes no such function. All that it does with the length is to compute the shape.
-    shape = arguments["seq_length"] // num_ranks, arguments["micro_batch_size"], config.hidden_size
-    return {**arguments, "seq_length": change(shape, config.pipeline_dtype)[0] * num_ranks}
+    shape = arguments["seq_length"] // num_ranks, arguments["micro_batch_size"], transformer_config.hidden_size
+    return {**arguments, "seq_length": change(shape, transformer_config.pipeline_dtype)[0] * num_ranks}
 
 
 def backward_loss_scale() -> Union[Tensor, float]:

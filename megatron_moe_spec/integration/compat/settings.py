@@ -6,14 +6,14 @@ import sys
 from typing import Callable, Union
 
 
-def graphed_modules(config) -> Union[list[str], str]:
+def graphed_modules(transformer_config) -> Union[list[str], str]:
     """Names of what CUDA graphs capture: a list of module kinds, "everything", or an empty list."""
-    implementation = getattr(config, "cuda_graph_impl", "none")
-    if getattr(config, "enable_cuda_graph", False) or getattr(config, "external_cuda_graph", False):
+    implementation = getattr(transformer_config, "cuda_graph_impl", "none")
+    if getattr(transformer_config, "enable_cuda_graph", False) or getattr(transformer_config, "external_cuda_graph", False):
         return "everything"
     if implementation in (None, "none"):
         return []
-    scope = getattr(config, "cuda_graph_modules", None) or getattr(config, "cuda_graph_scope", None)
+    scope = getattr(transformer_config, "cuda_graph_modules", None) or getattr(transformer_config, "cuda_graph_scope", None)
     if not scope or scope == "full":
         return "everything"
     names = scope.split(",") if isinstance(scope, str) else [getattr(s, "name", s) for s in scope]
@@ -62,36 +62,36 @@ def settings_of_flags(flags: list[str], add_arguments: Callable):
     return args, arguments.core_transformer_config_from_args(args)
 
 
-def moe_layers_of_stages(args, config) -> list[int]:
+def moe_layers_of_stages(args, transformer_config) -> list[int]:
     """Number of MoE layers in each (virtual) pipeline stage, MTP layers left out, as Megatron will divide them.
 
     Args:
-        args, config: from ``settings_of_flags``.
+        args, transformer_config: from ``settings_of_flags``.
     """
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-    if not config.num_moe_experts:
+    if not transformer_config.num_moe_experts:
         return [0]
     pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
     if pattern and "|" in pattern:
         return [stage.count("E") for stage in pattern.split("/")[0].split("|")]
-    frequency = config.moe_layer_freq
+    frequency = transformer_config.moe_layer_freq
     if pattern:
         has_experts = [layer == "E" for layer in pattern.split("/")[0]]
     elif isinstance(frequency, int):
-        has_experts = [layer % frequency == 0 for layer in range(config.num_layers)]
+        has_experts = [layer % frequency == 0 for layer in range(transformer_config.num_layers)]
     else:
         has_experts = list(map(bool, frequency))
-    ranks, chunks = config.pipeline_model_parallel_size, config.virtual_pipeline_model_parallel_size
-    layout = config.pipeline_model_parallel_layout
+    ranks, chunks = transformer_config.pipeline_model_parallel_size, transformer_config.virtual_pipeline_model_parallel_size
+    layout = transformer_config.pipeline_model_parallel_layout
     numbers, end = [], 0
     for chunk in range(chunks or 1):
         for rank in range(ranks):
             if layout is not None:
                 layers = layout.layout[rank][chunk].count(LayerType.decoder)
             else:
-                layers = get_num_layers_to_build(config, chunk if chunks else None, rank)
+                layers = get_num_layers_to_build(transformer_config, chunk if chunks else None, rank)
             numbers.append(sum(has_experts[end : end + layers]))
             end += layers
     return numbers

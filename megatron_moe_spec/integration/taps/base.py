@@ -32,7 +32,7 @@ class TappedLayer:
     recorder: Recorder
 
     @property
-    def config(self) -> Any:
+    def transformer_config(self) -> Any:
         """Megatron's TransformerConfig of the layer."""
         return self.module.config
 
@@ -74,7 +74,7 @@ class ModelFacts:
     """What is known of a model before the losses are attached; of one that is not built yet, by its flags.
 
     Attributes:
-        config: Megatron's TransformerConfig.
+        transformer_config: Megatron's.
         moe_layers: that are to have the losses; empty before they are built.
         stages: the MoE layers of all pipeline stages.
         kernels: ``SpecConfig.kernels``.
@@ -82,7 +82,7 @@ class ModelFacts:
         shards_weights: whether FSDP leaves a rank shards of the weights.
     """
 
-    config: Any
+    transformer_config: Any
     moe_layers: Sequence[nn.Module]
     stages: Stages
     kernels: str

@@ -58,7 +58,7 @@ class ExpertWeightsTap(Tap):
 
     @classmethod
     def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
-        (loss,), config = losses, model.config
+        (loss,), transformer_config = losses, model.transformer_config
         if model.shards_weights:
             yield sharded(loss)
         if any(map(has_adapted_weights, model.moe_layers)):
@@ -68,17 +68,17 @@ class ExpertWeightsTap(Tap):
                 f"{loss.title} needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
                 "--moe-use-legacy-grouped-gemm)"
             )
-        if getattr(config, "overlap_moe_expert_parallel_comm", False):
+        if getattr(transformer_config, "overlap_moe_expert_parallel_comm", False):
             yield (
                 f"{loss.title} joins a router to its experts in one backward pass, which the schedule of "
                 f"--overlap-moe-expert-parallel-comm splits (remove it, or set {loss.off})"
             )
-        if delays_weight_gradients(config):
+        if delays_weight_gradients(transformer_config):
             yield (
                 f"{loss.title} cannot add to weight gradients that are computed apart from the backward pass "
                 "(remove --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad)"
             )
-        yield from quantization_problems(loss.title, config)
+        yield from quantization_problems(loss.title, transformer_config)
 
     @classmethod
     def describe(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[tuple[str, str]]:
@@ -136,13 +136,13 @@ class ExpertWeightsTap(Tap):
         """
         micro_batch, routing = call.micro_batch, call.routing
         if micro_batch.expert_group_count is None:
-            own = routing.num_tokens if self.layer.config.calculate_per_token_loss else routing.counts
+            own = routing.num_tokens if self.layer.transformer_config.calculate_per_token_loss else routing.counts
             own = torch.as_tensor(own, dtype=torch.float32, device=self.layer.router.weight.device)
             micro_batch.expert_group_count = all_reduce_sum(own, expert_group(self.layer.dispatcher))
         return micro_batch.expert_group_count
 
     def _weight(self, group_count: Tensor):
-        factor = weight_gradient_factor(self.layer.config, group_count, self.layer.token_group.size())
+        factor = weight_gradient_factor(self.layer.transformer_config, group_count, self.layer.token_group.size())
         return self._loss.coeff * factor
 
     def _gradients(self, noise_EH: Tensor, slope_EL: Tensor, weight: Callable) -> list:
@@ -164,7 +164,7 @@ class ExpertWeightsTap(Tap):
 
     def _expert_gradient(self, expert: Tensor, gradient_FH: Tensor):
         """Gradient of the whole weight; None where it has been added to where the linear layer adds its own."""
-        fused = adds_to_main_gradient(self.layer.config) and hasattr(expert, "main_grad")
+        fused = adds_to_main_gradient(self.layer.transformer_config) and hasattr(expert, "main_grad")
         whole = expert.main_grad if fused else torch.zeros_like(expert)
         rows = gate_rows(self.layer.module, whole)
         rows += gradient_FH.view(rows.shape)

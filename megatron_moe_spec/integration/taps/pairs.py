@@ -33,8 +33,8 @@ class PairsTap(Tap):
         (self._loss,) = losses
         assert isinstance(self._loss, Coupling)
         # The kernels compute in fp32.
-        fused = choose(layer.recorder.config.kernels, layer.router.weight.device)
-        self._fused = fused and layer.config.moe_router_dtype != "fp64"
+        fused = choose(layer.recorder.spec.kernels, layer.router.weight.device)
+        self._fused = fused and layer.transformer_config.moe_router_dtype != "fp64"
 
     @classmethod
     def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
@@ -43,7 +43,7 @@ class PairsTap(Tap):
                 yield from _layer_problems(loss, model)
                 yield from _precision_problems(model)
             if loss.carries_messages and len(model.stages.num_layers) > len(model.stages.own):
-                yield from _message_problems(loss, model.config)
+                yield from _message_problems(loss, model.transformer_config)
 
     def records(self) -> set[str]:
         from_before = self._loss.carries_messages and self.layer.global_index > 0
@@ -57,7 +57,7 @@ class PairsTap(Tap):
             return
         layer, routing, micro_batch, kind = self.layer, call.routing, call.micro_batch, self._loss.kind
         routing.message = coupling_message(
-            kind, call.logits, layer.config.moe_router_score_function, call.padding_mask, routing.active_TE, self._fused
+            kind, call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask, routing.active_TE, self._fused
         )
         if layer.local_index == 0 and micro_batch.take_before is not None:
             micro_batch.before, micro_batch.take_before = micro_batch.take_before(len(routing.active_TE)), None
@@ -77,7 +77,7 @@ class PairsTap(Tap):
         """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
         joint_EE = joint_scores(previous.message, routing.message, routing.divisor)
         everywhere_EE = all_reduce_sum(joint_EE, self.layer.token_group)
-        previous.successors_EE = strongest_successors(everywhere_EE, self.layer.config.moe_router_topk)
+        previous.successors_EE = strongest_successors(everywhere_EE, self.layer.transformer_config.moe_router_topk)
         return (joint_EE * previous.successors_EE).sum()
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class PairsTap(Tap):
             pulls.append(micro_batch.pull_after)
         if not pulls:  # the only MoE layer of a stage, and pairs across stages are dropped
             return incoming
-        factor = self._loss.coeff * gradient_factor(self.layer.config, routing.num_tokens)
-        function = self.layer.config.moe_router_score_function
+        factor = self._loss.coeff * gradient_factor(self.layer.transformer_config, routing.num_tokens)
+        function = self.layer.transformer_config.moe_router_score_function
         return add_logits_gradient(kind, routing, pulls, call.logits, function, factor, incoming, self._fused)
 
 
@@ -109,7 +109,7 @@ def _layer_problems(loss: Coupling, model: ModelFacts) -> Iterator[str]:
 
 
 def _precision_problems(model: ModelFacts) -> Iterator[str]:
-    if model.kernels == "triton" and model.config.moe_router_dtype == "fp64":
+    if model.kernels == "triton" and model.transformer_config.moe_router_dtype == "fp64":
         yield (
             "the Triton kernels compute the coupling loss in fp32 "
             "(set --moe-router-dtype fp32, or --moe-spec-kernels to auto or torch)"

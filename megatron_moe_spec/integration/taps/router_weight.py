@@ -47,9 +47,9 @@ class RouterWeightTap(Tap):
         with own_graph():
             total = sum(loss.coeff * loss.of_weight(weight) for loss in self.trained)
             (gradient,) = torch.autograd.grad(total, weight)
-        routing, config = call.routing, self.layer.config
-        count = routing.num_tokens if config.calculate_per_token_loss else routing.counts
-        factor = weight_gradient_factor(config, count, self.layer.token_group.size())
+        routing, transformer_config = call.routing, self.layer.transformer_config
+        count = routing.num_tokens if transformer_config.calculate_per_token_loss else routing.counts
+        factor = weight_gradient_factor(transformer_config, count, self.layer.token_group.size())
         return [(gradient * factor).to(weight.dtype)]
 
 

@@ -62,7 +62,7 @@ class RowsTap(Tap):
 
     def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
         super().__init__(losses, layer)
-        self._fused = choose(layer.recorder.config.kernels, layer.router.weight.device)
+        self._fused = choose(layer.recorder.spec.kernels, layer.router.weight.device)
         self._stride = losses[0].token_stride
         self._run: Optional[_Run] = None
         self._hooks = self._register()
@@ -72,27 +72,27 @@ class RowsTap(Tap):
 
     @classmethod
     def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
-        config, names = model.config, " and ".join(loss.title for loss in losses)
-        if getattr(config, "use_transformer_engine_op_fuser", False):
+        transformer_config, names = model.transformer_config, " and ".join(loss.title for loss in losses)
+        if getattr(transformer_config, "use_transformer_engine_op_fuser", False):
             yield f"the fused experts do not hand out the rows for {names} (remove --use-transformer-engine-op-fuser)"
-        elif getattr(config, "moe_use_legacy_grouped_gemm", False) or not all(
+        elif getattr(transformer_config, "moe_use_legacy_grouped_gemm", False) or not all(
             map(expert_down_projections, model.moe_layers)
         ):
             yield (
                 f"the legacy GroupedMLP does not hand out the rows for {names} "
                 "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
             )
-        if getattr(config, "moe_token_dispatcher_type", "allgather") == "flex":
+        if getattr(transformer_config, "moe_token_dispatcher_type", "allgather") == "flex":
             yield (
                 f"the flex dispatcher does not tell which token a row belongs to, which {names} must know "
                 "(set --moe-token-dispatcher-type alltoall)"
             )
-        yield from quantization_problems(names, config)
+        yield from quantization_problems(names, transformer_config)
 
     @classmethod
     def describe(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[tuple[str, str]]:
-        yield f"{cls.title} tap", cls._place(model.config)
-        yield "dispatcher", describe_dispatch(model.config)
+        yield f"{cls.title} tap", cls._place(model.transformer_config)
+        yield "dispatcher", describe_dispatch(model.transformer_config)
 
     @classmethod
     def _place(cls, transformer_config) -> str:
@@ -109,7 +109,7 @@ class RowsTap(Tap):
         wanted = self.wanted()
         if not wanted:
             return probs
-        dispatcher, top_k = self.layer.dispatcher, self.layer.config.moe_router_topk
+        dispatcher, top_k = self.layer.dispatcher, self.layer.transformer_config.moe_router_topk
         tokens = slice((self.layer.recorder.iteration + call.micro_batch.number) % self._stride, None, self._stride)
         rows = TokenRows(
             call.routing_map_TE,
@@ -176,14 +176,14 @@ class RowsTap(Tap):
 
     def _add_probs_gradient(self, run: _Run, incoming: Tensor) -> Tensor:
         gradient_TK = run.probs_gradients.pop() * self._weight(run.routing)
-        experts_TK, _ = token_experts(run.routing.active_TE[run.tokens], self.layer.config.moe_router_topk)
+        experts_TK, _ = token_experts(run.routing.active_TE[run.tokens], self.layer.transformer_config.moe_router_topk)
         gradient_TE = torch.zeros(incoming.shape, dtype=gradient_TK.dtype, device=incoming.device)
         gradient_TE[run.tokens].scatter_add_(1, experts_TK, gradient_TK)
         return incoming + gradient_TE.to(incoming.dtype)
 
     def _weight(self, routing: LayerRouting):
         """Makes a sum over the used tokens a mean over all, as this rank's gradient has to count; in backward."""
-        return self._stride / routing.divisor * gradient_factor(self.layer.config, routing.num_tokens)
+        return self._stride / routing.divisor * gradient_factor(self.layer.transformer_config, routing.num_tokens)
 
 
 class ActivationsTap(RowsTap):

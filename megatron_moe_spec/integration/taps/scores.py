@@ -57,8 +57,8 @@ class ScoresTap(Tap):
             scores_TE = self._scores(logits_TE).requires_grad_()
             total = sum(self._weighted(loss, scores_TE, routing, call.padding_mask) for loss in self.trained)
             (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
-        factor = gradient_factor(self.layer.config, routing.num_tokens) / routing.divisor
-        function = self.layer.config.moe_router_score_function
+        factor = gradient_factor(self.layer.transformer_config, routing.num_tokens) / routing.divisor
+        function = self.layer.transformer_config.moe_router_score_function
         gradient_TE = normalized_scores_gradient(logits_TE, function, scores_gradient_TE * factor)
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)
 
@@ -71,5 +71,5 @@ class ScoresTap(Tap):
         return loss.coeff * total
 
     def _scores(self, logits: Tensor) -> Tensor:
-        function = self.layer.config.moe_router_score_function
+        function = self.layer.transformer_config.moe_router_score_function
         return normalized_scores(logits.reshape(-1, logits.shape[-1]), function)

@@ -16,9 +16,9 @@ PEER_ARGS ?=
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
-	@echo "                   QUICKSTART_ARGS=\"--iterations 100\" and the like go to examples/quickstart/run.py"
+	@echo "                   QUICKSTART_ARGS=\"--iterations 100\" and the like go to python -m examples.quickstart"
 	@echo "make compare       train it with each of several specialization losses, and compare them (about 60 minutes)"
-	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to examples/compare/compare.py;"
+	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to python -m examples.compare;"
 	@echo "                   interrupted, it goes on where it was"
 	@echo "make test          all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
@@ -40,11 +40,11 @@ quickstart:
 	    status=0; .ci/venv $(OLDEST) || status=$$?; python=.venv-oldest/bin/python; \
 	fi; \
 	[ $$status -eq 0 ] || exit $$status; \
-	exec $$python examples/quickstart/run.py $(QUICKSTART_ARGS)
+	exec $$python -m examples.quickstart $(QUICKSTART_ARGS)
 
 compare:
 	@.ci/venv $(PRIMARY)
-	exec .venv/bin/python examples/compare/compare.py $(COMPARE_ARGS)
+	exec .venv/bin/python -m examples.compare $(COMPARE_ARGS)
 
 test:
 	@primary=0; oldest=0; \

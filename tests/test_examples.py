@@ -11,8 +11,7 @@ import pytest
 from processes import ROOT, TESTS, needs_training_loop
 
 pytest.importorskip("yaml", reason="PyYAML is not installed")
-sys.path.insert(0, str(ROOT / "examples"))
-from model_args import model_args  # noqa: E402
+from examples.model_args import model_args  # noqa: E402
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NAMES = [config.stem for config in CONFIGS]

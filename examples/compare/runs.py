@@ -8,11 +8,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import arms
 import psutil
-import results
-import schedule
-import training
+
+from examples.compare import arms, schedule
+from examples.quickstart import results, training
 
 RESULT_FILE = "result.json"
 PEAK_MEMORY = "peak_memory_mb"

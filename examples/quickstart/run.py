@@ -9,10 +9,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import report
-import settings
-from progress import Progress
-from training import (
+from examples.quickstart import report, settings
+from examples.quickstart.progress import Progress
+from examples.quickstart.training import (
     ROOT,
     account_of_failure,
     detect_machine,
@@ -88,7 +87,7 @@ def coefficients_of(options):
 
 
 def parse_options(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m examples.quickstart", description=__doc__)
     parser.add_argument("--iterations", type=int, default=450, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--specialization-coeff", type=float, default=2e-2, help="default: %(default)s")
     parser.add_argument("--coupling-coeff", type=float, default=1e-2, help="default: %(default)s")
@@ -128,10 +127,3 @@ def main():
     description["seconds"] = round(time.monotonic() - start)
     (options.output / "run.json").write_text(json.dumps(description, indent=2) + "\n")
     report.write(options.output)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted; nothing is left running. The same command starts again from the beginning.")

@@ -5,17 +5,13 @@ import csv
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-
-import arms
-import results
-import runs
-from paired import difference
-from report import ROWS
-from training import shown
+from examples.compare import arms, runs
+from examples.compare.paired import difference
+from examples.quickstart import results
+from examples.quickstart.report import ROWS
+from examples.quickstart.training import shown
 
 LOSS = results.VALIDATION_LOSS
 MEASURES = (

@@ -3,14 +3,17 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 
 import pytest
 from processes import ROOT
 
-from examples.quickstart import data, report, results, run, training
-from examples.quickstart.progress import Progress
+pytest.importorskip("tqdm", reason="tqdm is not installed")
+
+from examples.quickstart import data, report, results, run, training  # noqa: E402
+from examples.quickstart.progress import Progress  # noqa: E402
 
 ITERATIONS = 120
 WINDOW = 12
@@ -192,17 +195,24 @@ def test_both_arms_differ_in_the_coefficients_only(tmp_path):
         assert "--cpu" in commands[0]
 
 
-def test_progress_tells_the_time_left_of_all_runs():
-    now = [0.0]
+def test_progress_is_a_line_now_and_then_in_a_log():
     stream = io.StringIO()
-    progress = Progress(100, 2, stream, clock=lambda: now[0])
-    progress.start("baseline")
-    now[0] = 5.0
-    progress.show([(1, 6.0)])
-    now[0] = 54.5
-    progress.show([(1, 6.0), (100, 2.0)])
-    # 0.5 s a step; the other run takes 5 s to start and 50 s to train.
-    assert "100/100  loss 2.000  0.50 s/step  0 min 55 s left" in stream.getvalue()
+    with Progress(200, "step", stream, seconds_between_lines=0) as progress:
+        progress.set_description_str("baseline")
+        progress.advance(1, "loss 6.000")
+        progress.advance(100, "loss 2.000")
+    lines = stream.getvalue().splitlines()
+    assert any(re.fullmatch(r"baseline: 100/200 steps, \d\d:\d\d left, loss 2.000", line) for line in lines)
+    assert "\r" not in stream.getvalue()
+
+
+def test_progress_is_one_line_of_a_terminal():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    with Progress(200, "step", stream) as progress:
+        progress.set_description_str("baseline")
+        progress.advance(200, "loss 2.000")
+    assert stream.getvalue().count("\n") == 1 and "200/200" in stream.getvalue()
 
 
 @pytest.mark.parametrize("program", ["quickstart", "compare"])

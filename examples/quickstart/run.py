@@ -46,24 +46,34 @@ def core_steps(text):
     return [(record["iteration"], record["lm_loss"]) for record in records if "lm_loss" in record]
 
 
-def train(name, arm_command, folder, watched, steps_of, progress):
+def train(name, arm_command, folder, iterations, watched, steps_of, progress):
     """Run one arm to its end; on failure, show the end of its log and leave."""
+    before = progress.n
+
+    def show():
+        steps = steps_of(watched.read_text(errors="replace")) if watched.exists() else []
+        if steps:
+            if not progress.n:
+                progress.unpause()  # starting takes longer than steps do
+            iteration, loss = steps[-1]
+            progress.advance(before + iteration, f"loss {loss:.3f}")
+
     process = start(arm_command, folder)
-    progress.start(name)
+    progress.set_postfix_str("importing PyTorch and Megatron", refresh=False)
+    progress.set_description_str(name)
     try:
         while process.poll() is None:
             time.sleep(0.5)
-            if watched.exists():
-                progress.show(steps_of(watched.read_text(errors="replace")))
+            show()
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    if process.returncode == 0:
-        progress.finish(steps_of(watched.read_text(errors="replace")))
-        return
-    progress.end_line()
-    sys.exit(account_of_failure(name, process.returncode, folder))
+    if process.returncode:
+        progress.close()
+        sys.exit(account_of_failure(name, process.returncode, folder))
+    show()
+    progress.update(before + iterations - progress.n)  # the last ones may not have been logged
 
 
 def describe(machine, options):
@@ -115,15 +125,16 @@ def main():
     for stale in ("run.json", "report.md", "curves.png"):
         (options.output / stale).unlink(missing_ok=True)
     start = time.monotonic()
-    progress = Progress(options.iterations, len(settings.ARMS))
     description = describe(machine, options)
-    for name in settings.ARMS:
-        folder = options.output / name
-        arm_command = command(machine, options, prefix, folder, description["coefficients"][name])
-        if machine.loop == "megatron.core":
-            train(name, arm_command, folder, folder / "log.jsonl", core_steps, progress)
-        else:
-            train(name, arm_command, folder, folder / "log.txt", megatron_steps, progress)
+    with Progress(options.iterations * len(settings.ARMS), "step") as progress:
+        for name in settings.ARMS:
+            folder = options.output / name
+            arm_command = command(machine, options, prefix, folder, description["coefficients"][name])
+            if machine.loop == "megatron.core":
+                log = (folder / "log.jsonl", core_steps)
+            else:
+                log = (folder / "log.txt", megatron_steps)
+            train(name, arm_command, folder, options.iterations, *log, progress)
     description["seconds"] = round(time.monotonic() - start)
     (options.output / "run.json").write_text(json.dumps(description, indent=2) + "\n")
     report.write(options.output)

@@ -12,7 +12,7 @@ GPU_ARGS ?=
 PEER_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare test test-primary test-oldest test-versions peer-tests gpu clean
+.PHONY: help quickstart compare test test-all lint test-primary test-oldest test-versions peer-tests gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -20,9 +20,11 @@ help:
 	@echo "make compare       train it with each of several specialization losses, and compare them (about 60 minutes)"
 	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to python -m examples.compare;"
 	@echo "                   interrupted, it goes on where it was"
-	@echo "make test          all tests, on the newest and on the oldest supported Megatron-Core"
+	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes)"
+	@echo "make test-all      all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
+	@echo "make lint          ruff and mypy, as before a commit"
 	@echo "make test-versions the tests that need Megatron, on each release: $(VERSIONS)"
 	@echo "make peer-tests MEGATRON=path  Megatron's own tests of MoE layers, of a Megatron-LM checkout, without and with"
 	@echo "                   the losses: whether any output or gradient differs by a bit (about 10 minutes)."
@@ -33,13 +35,17 @@ help:
 	@echo "Each target makes the environment that it needs: .venv (Python 3.12 or 3.13) or .venv-oldest."
 
 # Exit status 3 of .ci/venv: there is no interpreter of these versions.
+define newest_environment
+status=0; .ci/venv $(PRIMARY) || status=$$?; python=.venv/bin/python; \
+if [ $$status -eq 3 ]; then \
+    echo "No Python 3.12 or 3.13: going on with Megatron-Core 0.16.1, which has no training loop of its own."; \
+    status=0; .ci/venv $(OLDEST) || status=$$?; python=.venv-oldest/bin/python; \
+fi; \
+[ $$status -eq 0 ] || exit $$status
+endef
+
 quickstart:
-	@status=0; .ci/venv $(PRIMARY) || status=$$?; python=.venv/bin/python; \
-	if [ $$status -eq 3 ]; then \
-	    echo "No Python 3.12 or 3.13: going on with Megatron-Core 0.16.1, which has no training loop of its own."; \
-	    status=0; .ci/venv $(OLDEST) || status=$$?; python=.venv-oldest/bin/python; \
-	fi; \
-	[ $$status -eq 0 ] || exit $$status; \
+	@$(newest_environment); \
 	exec $$python -m examples.quickstart $(QUICKSTART_ARGS)
 
 compare:
@@ -47,6 +53,10 @@ compare:
 	exec .venv/bin/python -m examples.compare $(COMPARE_ARGS)
 
 test:
+	@$(newest_environment); \
+	OMP_NUM_THREADS=1 exec $$python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all:
 	@primary=0; oldest=0; \
 	$(MAKE) --no-print-directory test-primary || primary=$$?; \
 	$(MAKE) --no-print-directory test-oldest || oldest=$$?; \
@@ -67,6 +77,12 @@ test-oldest:
 	[ $$status -eq 0 ] || exit $$status; \
 	echo "OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)"; \
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+
+lint:
+	@.ci/venv $(PRIMARY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy megatron_moe_spec
 
 test-versions:
 	@.ci/venv $(PRIMARY)

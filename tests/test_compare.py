@@ -286,6 +286,7 @@ def test_published_report_agrees_with_its_runs():
 # The whole
 
 
+@pytest.mark.slow
 @needs_training_loop
 def test_runs_are_timed_before_their_length_is_chosen(tmp_path, monkeypatch):
     """Real runs, one beside the other, as ``make compare`` begins."""
@@ -298,6 +299,7 @@ def test_runs_are_timed_before_their_length_is_chosen(tmp_path, monkeypatch):
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
+@pytest.mark.slow
 @needs_training_loop
 def test_a_comparison_cut_short(tmp_path):
     """Real training of one arm beside the baseline, four steps each, and its report."""

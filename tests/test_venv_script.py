@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
 
 # Answers the script's questions; a "pip install" is written down and ends as the file "pip" beside the calls says.
 FAKE_PYTHON = """#!/bin/sh

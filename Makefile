@@ -82,7 +82,7 @@ lint:
 	@.ci/venv $(PRIMARY)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy megatron_moe_spec
+	.venv/bin/mypy
 
 test-versions:
 	@.ci/venv $(PRIMARY)

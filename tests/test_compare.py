@@ -83,7 +83,9 @@ def test_a_comparison_of_other_settings_is_not_gone_on_with(tmp_path):
     assert comparison.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text") == plan
     for change in (["--seeds", "1"], ["--iterations", "9"], ["--arms", "erc"]):
         with pytest.raises(SystemExit, match=f"other settings \\({change[0][2:]}\\)"):
-            comparison.plan_of(comparison.parse_options([*arguments, *change]), machine, schedule.CPU, 2, tmp_path / "text")
+            comparison.plan_of(
+                comparison.parse_options([*arguments, *change]), machine, schedule.CPU, 2, tmp_path / "text"
+            )
 
 
 def test_seeds_and_arms_may_be_added_to_a_comparison(tmp_path):

@@ -1,4 +1,4 @@
-"""Megatron's own training loop under parallel layouts, through the launcher: the same logged losses from the same weights."""
+"""Megatron's training loop under parallel layouts, by the launcher: the same logged losses of the same weights."""
 
 import pytest
 from processes import needs_training_loop

@@ -119,7 +119,9 @@ def main():
     prefix = options.output / "data" / "stdlib"
     print(f"Training by {machine.loop} {version('megatron-core')}, {machine.processes} process(es), {machine.device}")
     if machine.loop == "megatron.core":
-        print("This Megatron-Core has no megatron.training (that needs Python >= 3.12): using examples/pretrain_core.py.")
+        print(
+            "This Megatron-Core has no megatron.training (that needs Python >= 3.12): using examples/pretrain_core.py."
+        )
     make_data(prefix)
 
     for stale in ("run.json", "report.md", "curves.png"):

@@ -1,7 +1,7 @@
 # Python versions in the order of preference, and what goes into the environment. Megatron-Core 0.19 has no wheel
-# for Python 3.14.
-PRIMARY = .venv 3.12 3.13 megatron report test
-OLDEST = .venv-oldest 3.11 3.10 megatron report test -- torch==2.13.0 megatron-core==0.16.1
+# for Python 3.14. The constraints make an environment the same on every machine and on every day.
+PRIMARY = .venv 3.12 3.13 megatron report test dev -- --constraint .ci/constraints-primary.txt
+OLDEST = .venv-oldest 3.11 3.10 megatron report test -- --constraint .ci/constraints-oldest.txt
 # 0.16.1 runs in the second environment; 0.19.2 is what the first one has.
 VERSIONS ?= 0.16.1 0.17.1 0.18.2 0.19.2
 

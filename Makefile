@@ -99,5 +99,5 @@ gpu:
 	.venv/bin/python benchmarks/run.py $(GPU_ARGS)
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

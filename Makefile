@@ -1,7 +1,7 @@
 # Python versions in the order of preference, and what goes into the environment. Megatron-Core 0.19 has no wheel
-# for Python 3.14.
-PRIMARY = .venv 3.12 3.13 megatron report test
-OLDEST = .venv-oldest 3.11 3.10 megatron report test -- torch==2.13.0 megatron-core==0.16.1
+# for Python 3.14. The constraints make an environment the same on every machine and on every day.
+PRIMARY = .venv 3.12 3.13 megatron report test dev -- --constraint .ci/constraints-primary.txt
+OLDEST = .venv-oldest 3.11 3.10 megatron report test -- --constraint .ci/constraints-oldest.txt
 # 0.16.1 runs in the second environment; 0.19.2 is what the first one has.
 VERSIONS ?= 0.16.1 0.17.1 0.18.2 0.19.2
 
@@ -12,17 +12,19 @@ GPU_ARGS ?=
 PEER_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare test test-primary test-oldest test-versions peer-tests gpu clean
+.PHONY: help quickstart compare test test-all lint test-primary test-oldest test-versions peer-tests gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
-	@echo "                   QUICKSTART_ARGS=\"--iterations 100\" and the like go to examples/quickstart/run.py"
+	@echo "                   QUICKSTART_ARGS=\"--iterations 100\" and the like go to python -m examples.quickstart"
 	@echo "make compare       train it with each of several specialization losses, and compare them (about 60 minutes)"
-	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to examples/compare/compare.py;"
+	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to python -m examples.compare;"
 	@echo "                   interrupted, it goes on where it was"
-	@echo "make test          all tests, on the newest and on the oldest supported Megatron-Core"
+	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes)"
+	@echo "make test-all      all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
+	@echo "make lint          ruff and mypy, as before a commit"
 	@echo "make test-versions the tests that need Megatron, on each release: $(VERSIONS)"
 	@echo "make peer-tests MEGATRON=path  Megatron's own tests of MoE layers, of a Megatron-LM checkout, without and with"
 	@echo "                   the losses: whether any output or gradient differs by a bit (about 10 minutes)."
@@ -33,20 +35,28 @@ help:
 	@echo "Each target makes the environment that it needs: .venv (Python 3.12 or 3.13) or .venv-oldest."
 
 # Exit status 3 of .ci/venv: there is no interpreter of these versions.
+define newest_environment
+status=0; .ci/venv $(PRIMARY) || status=$$?; python=.venv/bin/python; \
+if [ $$status -eq 3 ]; then \
+    echo "No Python 3.12 or 3.13: going on with Megatron-Core 0.16.1, which has no training loop of its own."; \
+    status=0; .ci/venv $(OLDEST) || status=$$?; python=.venv-oldest/bin/python; \
+fi; \
+[ $$status -eq 0 ] || exit $$status
+endef
+
 quickstart:
-	@status=0; .ci/venv $(PRIMARY) || status=$$?; python=.venv/bin/python; \
-	if [ $$status -eq 3 ]; then \
-	    echo "No Python 3.12 or 3.13: going on with Megatron-Core 0.16.1, which has no training loop of its own."; \
-	    status=0; .ci/venv $(OLDEST) || status=$$?; python=.venv-oldest/bin/python; \
-	fi; \
-	[ $$status -eq 0 ] || exit $$status; \
-	exec $$python examples/quickstart/run.py $(QUICKSTART_ARGS)
+	@$(newest_environment); \
+	exec $$python -m examples.quickstart $(QUICKSTART_ARGS)
 
 compare:
 	@.ci/venv $(PRIMARY)
-	exec .venv/bin/python examples/compare/compare.py $(COMPARE_ARGS)
+	exec .venv/bin/python -m examples.compare $(COMPARE_ARGS)
 
 test:
+	@$(newest_environment); \
+	OMP_NUM_THREADS=1 exec $$python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all:
 	@primary=0; oldest=0; \
 	$(MAKE) --no-print-directory test-primary || primary=$$?; \
 	$(MAKE) --no-print-directory test-oldest || oldest=$$?; \
@@ -68,6 +78,12 @@ test-oldest:
 	echo "OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)"; \
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
 
+lint:
+	@.ci/venv $(PRIMARY)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
 test-versions:
 	@.ci/venv $(PRIMARY)
 	@.ci/venv $(OLDEST)
@@ -83,5 +99,5 @@ gpu:
 	.venv/bin/python benchmarks/run.py $(GPU_ARGS)
 
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

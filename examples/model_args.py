@@ -1,6 +1,6 @@
 """Print the Megatron flags of a config in the form of Megatron's functional tests, one argument a line.
 
-    python examples/model_args.py configs/tiny.yaml
+python examples/model_args.py configs/tiny.yaml
 """
 
 import sys

@@ -11,9 +11,8 @@ import importlib.util
 from functools import partial
 from inspect import signature
 
-import torch
-
 import megatron.core.datasets.utils
+import torch
 from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset

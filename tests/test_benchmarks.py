@@ -12,6 +12,8 @@ from processes import HAS_MEGATRON, ROOT
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("torch")
 
+pytestmark = pytest.mark.slow
+
 
 def _python(*command) -> subprocess.CompletedProcess:
     return subprocess.run(

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import importlib.util
 import io
 import json
 import math
@@ -14,48 +13,21 @@ from pathlib import Path
 import pytest
 from processes import ROOT, needs_training_loop
 
-EXAMPLES = ROOT / "examples"
+for package in ("psutil", "scipy", "tqdm"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+
+from examples.compare import arms, comparison, report, runs, schedule  # noqa: E402
+from examples.compare.paired import difference  # noqa: E402
+from examples.quickstart.training import Machine, make_data, megatron_steps  # noqa: E402
+from megatron_moe_spec.arguments import add_moe_spec_args  # noqa: E402
+
 LOSS = "validation_loss"
-
-
-@pytest.fixture(autouse=True)
-def modules_on_path(monkeypatch):
-    if importlib.util.find_spec("psutil") is None:
-        pytest.skip("psutil is not installed")
-    folders = [EXAMPLES / "quickstart", EXAMPLES / "compare"]
-    for folder in folders:
-        monkeypatch.syspath_prepend(str(folder))
-    yield
-    for folder in folders:
-        for file in folder.glob("*.py"):
-            sys.modules.pop(file.stem, None)
 
 
 # Statistics
 
 
-@pytest.mark.parametrize(
-    "degrees, at_975, at_995",
-    [
-        (1, 12.706, 63.657),
-        (2, 4.303, 9.925),
-        (3, 3.182, 5.841),
-        (4, 2.776, 4.604),
-        (9, 2.262, 3.250),
-        (30, 2.042, 2.750),
-    ],
-)
-def test_quantiles_are_those_of_printed_tables(degrees, at_975, at_995):
-    from paired import t_quantile
-
-    assert t_quantile(0.975, degrees) == pytest.approx(at_975, abs=6e-4)
-    assert t_quantile(0.995, degrees) == pytest.approx(at_995, abs=6e-4)
-    assert t_quantile(0.5, degrees) == pytest.approx(0.0, abs=1e-9)
-
-
 def test_difference_is_paired_by_seed():
-    from paired import difference
-
     found = difference({1: 11.0, 2: 22.0, 3: 33.0, 4: 9.0}, {3: 30.0, 2: 20.0, 1: 10.0, 5: 0.0})
     assert found.values == (1.0, 2.0, 3.0) and found.mean == 2.0
     # The standard deviation is 1, and t of 2 degrees of freedom 4.3027.
@@ -71,13 +43,6 @@ def test_difference_is_paired_by_seed():
 
 
 def test_arms_differ_in_their_losses_only(tmp_path):
-    import arms
-    import runs
-    import schedule
-    from training import Machine
-
-    from megatron_moe_spec.arguments import add_moe_spec_args
-
     runner = runs.Runner(Machine("megatron.training", "CPU", 1, cpu=True), schedule.CPU, 40, tmp_path / "text", 2)
     scales = {"specialization": 10, "coupling-mass": 100}
     commands = {
@@ -99,45 +64,35 @@ def test_arms_differ_in_their_losses_only(tmp_path):
 
 @pytest.mark.parametrize("minutes", [30, 60, 120])
 def test_planned_runs_fit_the_budget(minutes):
-    import compare
-
-    iterations = compare.iterations_for(minutes * 60, 57, workers=2, start_up=12.0, step=0.2)
-    taken = 29 * (12.0 + (iterations + compare.EVALUATION_STEPS) * 0.2)
+    iterations = comparison.iterations_for(minutes * 60, 57, workers=2, start_up=12.0, step=0.2)
+    taken = 29 * (12.0 + (iterations + comparison.EVALUATION_STEPS) * 0.2)
     assert 0.8 * minutes * 60 < taken <= 0.9 * minutes * 60
 
 
 def test_too_small_a_budget_says_what_to_change():
-    import compare
-
     with pytest.raises(SystemExit, match="57 runs.*about 2[0-9] minutes.*--no-sweep"):
-        compare.iterations_for(60, 57, workers=2, start_up=12.0, step=0.2)
+        comparison.iterations_for(60, 57, workers=2, start_up=12.0, step=0.2)
 
 
 def test_a_comparison_of_other_settings_is_not_gone_on_with(tmp_path):
-    import compare
-    import schedule
-    from training import Machine
-
     machine = Machine("megatron.training", "CPU", 1, cpu=True)
     arguments = ["--iterations", "8", "--seeds", "2", "--no-sweep", "--output", str(tmp_path)]
-    options = compare.parse_options(arguments)
-    plan = compare.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text")
+    options = comparison.parse_options(arguments)
+    plan = comparison.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text")
     assert plan["iterations"] == 8 and plan["seeds"] == [1, 2]
-    assert compare.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text") == plan
+    assert comparison.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text") == plan
     for change in (["--seeds", "1"], ["--iterations", "9"], ["--arms", "erc"]):
         with pytest.raises(SystemExit, match=f"other settings \\({change[0][2:]}\\)"):
-            compare.plan_of(compare.parse_options([*arguments, *change]), machine, schedule.CPU, 2, tmp_path / "text")
+            comparison.plan_of(
+                comparison.parse_options([*arguments, *change]), machine, schedule.CPU, 2, tmp_path / "text"
+            )
 
 
 def test_seeds_and_arms_may_be_added_to_a_comparison(tmp_path):
-    import compare
-    import schedule
-    from training import Machine
-
     def plan(*changes):
-        options = compare.parse_options(["--iterations", "8", "--no-sweep", "--output", str(tmp_path), *changes])
+        options = comparison.parse_options(["--iterations", "8", "--no-sweep", "--output", str(tmp_path), *changes])
         machine = Machine("megatron.training", "CPU", 1, cpu=True)
-        return compare.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text")
+        return comparison.plan_of(options, machine, schedule.CPU, 2, tmp_path / "text")
 
     first = plan("--seeds", "2", "--arms", "erc")
     assert plan("--seeds", "3", "--arms", "erc") == {**first, "seeds": [1, 2, 3]}
@@ -149,12 +104,8 @@ def test_seeds_and_arms_may_be_added_to_a_comparison(tmp_path):
 
 
 def test_sweep_uses_a_seed_of_its_own():
-    import arms
-    import compare
-    import runs
-
-    seeds = list(range(compare.FIRST_SEED, compare.FIRST_SEED + 50))
-    assert not {run.seed for run in runs.sweep(compare.SWEEP_SEED, arms.ARMS)} & set(seeds)
+    seeds = list(range(comparison.FIRST_SEED, comparison.FIRST_SEED + 50))
+    assert not {run.seed for run in runs.sweep(comparison.SWEEP_SEED, arms.ARMS)} & set(seeds)
     wanted = runs.final(seeds[:2], {"erc": 0.1}, arms.ARMS)
     assert [run.seed for run in wanted] == [1] * len(arms.ARMS) + [2] * len(arms.ARMS)
     assert {run.name for run in wanted if run.arm == "erc"} == {"erc-x0.1-seed1", "erc-x0.1-seed2"}
@@ -182,27 +133,22 @@ class FakeRunner:
     """Builds a Runner whose runs are tiny scripts, each leaving the loss that ``losses`` gives it by arm."""
 
     def __new__(cls, folder, losses):
-        import runs
-
         class Runner(runs.Runner):
             def command(self, run, scales, folder):
                 return [sys.executable, "-c", TRAINING, str(folder), str(losses[run.arm])]
-
-        from training import Machine
 
         return Runner(Machine("fake", "CPU", 1, cpu=True), None, 10, folder / "text", 2, io.StringIO())
 
 
 def test_runs_go_on_after_what_is_finished(tmp_path):
-    import runs
-
     wanted = [runs.Run(arm, 1, seed) for seed in (1, 2) for arm in ("baseline", "erc")]
     runner = FakeRunner(tmp_path, {"baseline": 2.0, "erc": 1.5})
     runner.run_all(wanted[:3], tmp_path, {})
     stamps = {run: os.stat(tmp_path / "runs" / run.name / runs.RESULT_FILE).st_mtime_ns for run in wanted[:3]}
     runner.run_all(wanted, tmp_path, {})
     printed = runner.stream.getvalue()
-    assert "3 of 4 runs are finished already" in printed and "[1/1] erc-x1-seed2: validation loss 1.5000" in printed
+    assert "3 of 4 runs are finished already" in printed and "erc-x1-seed2: validation loss 1.5000" in printed
+    assert "finished: 1/1 runs, 00:00 left" in printed
     for run, stamp in stamps.items():
         assert os.stat(tmp_path / "runs" / run.name / runs.RESULT_FILE).st_mtime_ns == stamp
     result = runs.result_of(tmp_path, wanted[3])
@@ -213,8 +159,6 @@ def test_runs_go_on_after_what_is_finished(tmp_path):
 
 
 def test_a_failed_run_stops_the_comparison_and_shows_its_log(tmp_path):
-    import runs
-
     runner = FakeRunner(tmp_path, {"baseline": 2.0, "erc": -1.0})
     wanted = [runs.Run("erc", 1, 1), runs.Run("baseline", 1, 1), runs.Run("baseline", 1, 2)]
     with pytest.raises(SystemExit, match="erc-x1-seed1 run failed(.|\n)*no such luck(.|\n)*log.txt"):
@@ -229,8 +173,6 @@ SEEDS = [1, 2, 3]
 
 def write_comparison(folder, names, difference_of):
     """Fabricated results: the loss of an arm is the baseline's plus ``difference_of(arm, seed)``."""
-    import runs
-
     plan = {
         "iterations": 100,
         "arms": names,
@@ -255,8 +197,6 @@ def write_comparison(folder, names, difference_of):
 
 def test_report_tells_differences_from_chance(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    import comparison_report
-
     shifts = {
         "baseline": (0, 0, 0),
         "specialization": (-0.1000, -0.1010, -0.0990),
@@ -264,46 +204,41 @@ def test_report_tells_differences_from_chance(tmp_path, capsys):
         "erc": (0.02, 0.03, 0.025),
     }
     write_comparison(tmp_path, list(shifts), lambda name, seed: shifts[name][seed - 1])
-    comparison_report.write(tmp_path)
-    report = (tmp_path / "report.md").read_text()
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
     assert capsys.readouterr().out.count("differs") == 2
     # 4.3027 * 0.001 / sqrt(3)
-    assert "| + specialization | 0.002 | 2.1000 | -0.1000 ± 0.0025 | 3 of 3 | differs |" in report
-    assert "| + coupling (pathway) | 0.001 | 2.2100 | +0.0100 ± " in report
-    assert "1 of 3 | no difference found |" in report
-    assert "| + expert-router coupling (ERC) | 1 | 2.2250 | +0.0250 ± 0.0124 | 0 of 3 | differs" in report
-    assert "| expert overlap, mean abs(cos) | 1.1000 | 1.0500 * | 1.1050 | 1.1125 * |" in report
-    assert "| coupling loss | 0.9000 | 0.9000 | (0.9000) | 0.9000 |" in report
-    assert "| time of a step, median (ms) | 250.0 |" in report
-    assert "0.2 million tokens by more than about 0.0124 nats" in report and "seeds are 0.2000 nats apart" in report
+    assert "| + specialization | 0.002 | 2.1000 | -0.1000 ± 0.0025 | 3 of 3 | differs |" in text
+    assert "| + coupling (pathway) | 0.001 | 2.2100 | +0.0100 ± " in text
+    assert "1 of 3 | no difference found |" in text
+    assert "| + expert-router coupling (ERC) | 1 | 2.2250 | +0.0250 ± 0.0124 | 0 of 3 | differs" in text
+    assert "| expert overlap, mean abs(cos) | 1.1000 | 1.0500 * | 1.1050 | 1.1125 * |" in text
+    assert "| coupling loss | 0.9000 | 0.9000 | (0.9000) | 0.9000 |" in text
+    assert "| time of a step, median (ms) | 250.0 |" in text
+    assert "0.2 million tokens by more than about 0.0124 nats" in text and "seeds are 0.2000 nats apart" in text
     lines = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert [(line["arm"], line["seed"]) for line in lines] == [(arm, f"{seed}") for seed in SEEDS for arm in shifts]
     assert lines[1]["validation_loss"] == "2" and lines[1]["mean_abs_cos"] == "1" and lines[1]["seconds"] == "60"
     for picture in ("differences.png", "curves.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG") and picture in report
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG") and picture in text
 
 
 def test_report_uses_the_seeds_that_every_arm_has(tmp_path):
     pytest.importorskip("matplotlib")
-    import comparison_report
-
     write_comparison(tmp_path, ["baseline", "erc"], lambda name, seed: -0.01 * seed * (name == "erc"))
     for seed in (2, 3):
         (tmp_path / f"runs/erc-x1-seed{seed}/result.json").unlink()
-    comparison_report.write(tmp_path)
-    report = (tmp_path / "report.md").read_text()
-    assert "| load balancing alone |  | 2.1000 |" in report
-    assert "| -0.0100 | 1 of 1 | one seed: cannot be told |" in report and "inf" not in report
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| load balancing alone |  | 2.1000 |" in text
+    assert "| -0.0100 | 1 of 1 | one seed: cannot be told |" in text and "inf" not in text
     (tmp_path / "runs/erc-x1-seed1/result.json").unlink()
     with pytest.raises(SystemExit, match="No seed has run in every arm yet.*make compare"):
-        comparison_report.write(tmp_path)
+        report.write(tmp_path)
 
 
 def test_report_shows_how_coefficients_were_chosen(tmp_path):
     pytest.importorskip("matplotlib")
-    import comparison_report
-    import runs
-
     write_comparison(tmp_path, ["baseline", "specialization"], lambda name, seed: 0.0)
     plan = json.loads((tmp_path / "plan.json").read_text())
     (tmp_path / "plan.json").write_text(json.dumps({**plan, "sweep_seed": 1000}))
@@ -314,29 +249,26 @@ def test_report_shows_how_coefficients_were_chosen(tmp_path):
         path = tmp_path / "runs" / runs.Run(arm, scale, *(seed or [1000])).name
         path.mkdir()
         (path / "result.json").write_text(json.dumps({"values": {LOSS: loss}, "series": {}, "seconds": 1}))
-    comparison_report.write(tmp_path)
-    report = (tmp_path / "report.md").read_text()
-    assert "| + specialization | 0.02 | 2.0000 | -0.2000" in report
-    assert "| load balancing alone |  | 2.5000 |  |  |" in report
-    assert "| + specialization | 0.002 | 2.4000 | -0.1000 |  |" in report
-    assert "| + specialization | 0.02 | 2.3000 | -0.2000 | chosen |" in report
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| + specialization | 0.02 | 2.0000 | -0.2000" in text
+    assert "| load balancing alone |  | 2.5000 |  |  |" in text
+    assert "| + specialization | 0.002 | 2.4000 | -0.1000 |  |" in text
+    assert "| + specialization | 0.02 | 2.3000 | -0.2000 | chosen |" in text
     lines = list(csv.DictReader((tmp_path / "runs.csv").open()))
     assert [line["seed"] for line in lines] == ["1000"] * 4 + ["1", "1", "2", "2", "3", "3"]
     assert [line["multiple"] for line in lines] == ["1", "1", "10", "100"] + ["1", "10"] * 3
 
 
 def test_report_without_a_comparison_says_what_to_do(tmp_path):
-    import comparison_report
-
     with pytest.raises(SystemExit, match="No comparison .*make compare"):
-        comparison_report.write(tmp_path)
+        report.write(tmp_path)
+
 
 def test_published_report_agrees_with_its_runs():
     """The tables in docs/comparison and the README, computed once more from the values of the runs."""
-    from paired import difference
-
     published = ROOT / "docs/comparison"
-    report, readme = (published / "report.md").read_text(), (ROOT / "README.md").read_text()
+    text, readme = (published / "report.md").read_text(), (ROOT / "README.md").read_text()
     lines = list(csv.DictReader((published / "runs.csv").open()))
     final = [line for line in lines if int(line["seed"]) != 1000]
     losses = {}
@@ -350,38 +282,34 @@ def test_published_report_agrees_with_its_runs():
             found = difference(by_seed, losses["baseline"])
             better = sum(value < 0 for value in found.values)
             row += f" {found.mean:+.4f} ± {found.half_width:.4f} | {better} of 5 |"
-        assert row in report and row in readme, arm
+        assert row in text and row in readme, arm
 
 
 # The whole
 
 
+@pytest.mark.slow
 @needs_training_loop
 def test_runs_are_timed_before_their_length_is_chosen(tmp_path, monkeypatch):
     """Real runs, one beside the other, as ``make compare`` begins."""
-    import compare
-    import schedule
-    from training import Machine, make_data
-
-    monkeypatch.setattr(compare, "CALIBRATION_ITERATIONS", 6)
+    monkeypatch.setattr(comparison, "CALIBRATION_ITERATIONS", 6)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     machine, prefix = Machine("megatron.training", "CPU", 1, cpu=True), tmp_path / "data/text"
     make_data(prefix)
-    start_up, step = compare.calibrate(machine, schedule.CPU, prefix, tmp_path, workers=2)
+    start_up, step = comparison.calibrate(machine, schedule.CPU, prefix, tmp_path, workers=2)
     assert 1 < start_up < 300 and 0.01 < step < 30
     assert len(list(tmp_path.rglob("result.json"))) == 2
 
 
+@pytest.mark.slow
 @needs_training_loop
 def test_a_comparison_cut_short(tmp_path):
     """Real training of one arm beside the baseline, four steps each, and its report."""
     pytest.importorskip("matplotlib")
-    from training import megatron_steps
-
-    command = [sys.executable, str(EXAMPLES / "compare/compare.py"), "--arms", "erc", "--iterations", "4"]
+    command = [sys.executable, "-m", "examples.compare", "--arms", "erc", "--iterations", "4"]
     command += ["--seeds", "1", "--no-sweep", "--output", str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     results = {p.parent.name: json.loads(p.read_text()) for p in Path(tmp_path).rglob("result.json")}
     assert set(results) == {"baseline-x1-seed1", "erc-x1-seed1"}

@@ -7,6 +7,8 @@ import sys
 import pytest
 from processes import ROOT, TESTS, needs_megatron, torchrun
 
+pytestmark = pytest.mark.slow
+
 
 def _python(*command) -> subprocess.CompletedProcess:
     return subprocess.run(

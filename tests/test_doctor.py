@@ -157,6 +157,7 @@ def test_missing_torch_is_named():
     assert "torch                not installed (needed)" in bare.stdout and "No module named 'torch'" in bare.stdout
 
 
+@pytest.mark.slow
 def test_exit_status_of_the_command():
     command = [sys.executable, "-W", "ignore", "-m", "megatron_moe_spec.doctor"]
     helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT)

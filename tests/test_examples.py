@@ -11,8 +11,7 @@ import pytest
 from processes import ROOT, TESTS, needs_training_loop
 
 pytest.importorskip("yaml", reason="PyYAML is not installed")
-sys.path.insert(0, str(ROOT / "examples"))
-from model_args import model_args  # noqa: E402
+from examples.model_args import model_args  # noqa: E402
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NAMES = [config.stem for config in CONFIGS]
@@ -82,6 +81,7 @@ def found():
     return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @needs_training_loop
 @pytest.mark.parametrize("name", NAMES)
 def test_config_has_the_parameters_of_its_name(found, name):
@@ -95,6 +95,7 @@ def test_config_has_the_parameters_of_its_name(found, name):
         assert round(found[name]["active"] / 1e9) == 3
 
 
+@pytest.mark.slow
 @needs_training_loop
 @pytest.mark.parametrize("script", SETTINGS)
 def test_megatron_takes_the_flags_of_every_script(found, script):
@@ -175,6 +176,7 @@ def test_values_become_arguments(tmp_path):
     assert model_args(str(file)) == ["--swiglu", "--lr", "0.001", "--data-path", "a", "0.5"]
 
 
+@pytest.mark.slow
 @needs_training_loop
 def test_tiny_model_trains_and_is_fine_tuned(tmp_path):
     settings = {

@@ -12,6 +12,7 @@ import pytest
 from processes import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.slow
 
 # Of 255 that a thread can have. A multiprocessor's 65536 go around 2048 threads with 32 each.
 MOST_REGISTERS = {"cosines_kernel": 168, "mixing_kernel": 144, "mass_kernel": 64, "mass_gradient_kernel": 128}

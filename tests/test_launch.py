@@ -71,6 +71,7 @@ def test_training_without_the_losses_asked_for_is_stopped(mm, monkeypatch):
     assert [getattr(schedules, name)() for name in names] == names
 
 
+@pytest.mark.slow
 @needs_training_loop
 @pytest.mark.parametrize("end", ["", "import sys; sys.exit(0)", "import sys; sys.argv = sys.argv[:1]"])
 def test_script_that_attached_nothing_fails(end, tmp_path):
@@ -81,6 +82,7 @@ def test_script_that_attached_nothing_fails(end, tmp_path):
     assert run.returncode == 1 and "attached to no model" in run.stderr and "patches/" in run.stderr
 
 
+@pytest.mark.slow
 @needs_training_loop
 def test_script_without_losses_may_do_as_it_likes(tmp_path):
     script = tmp_path / "other.py"
@@ -89,6 +91,7 @@ def test_script_without_losses_may_do_as_it_likes(tmp_path):
     assert _launch("--cpu", script, "--fail", **STARTED).returncode == 7
 
 
+@pytest.mark.slow
 @needs_training_loop
 def test_script_that_attaches_the_losses_itself(tmp_path):
     script = tmp_path / "own_loop.py"
@@ -102,6 +105,7 @@ def test_script_that_attaches_the_losses_itself(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, variables, message",
     [

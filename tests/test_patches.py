@@ -88,6 +88,7 @@ def _logged(output: str) -> list[str]:
     return re.findall(rf"(?:{names}): \S+", output)
 
 
+@pytest.mark.slow
 @needs_training_loop
 def test_patched_megatron_trains_as_a_script_with_the_one_line_does(installed):
     folder, patch = installed

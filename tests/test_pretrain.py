@@ -11,7 +11,7 @@ import pytest
 import torch
 from processes import ROOT, needs_training_loop, torchrun
 
-pytestmark = needs_training_loop
+pytestmark = [needs_training_loop, pytest.mark.slow]
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --seq-length 32

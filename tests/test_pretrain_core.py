@@ -6,6 +6,8 @@ import random
 import pytest
 from processes import ROOT, torchrun
 
+pytestmark = pytest.mark.slow
+
 ITERATIONS = 12
 LOSSES = ["--moe-specialization-loss-coeff", "1.0", "--moe-coupling-loss-coeff", "0.1"]
 MEASURE = ["--moe-spec-metrics-interval", "4"]

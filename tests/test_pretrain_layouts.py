@@ -1,10 +1,10 @@
-"""Megatron's own training loop under parallel layouts, through the launcher: the same logged losses from the same weights."""
+"""Megatron's training loop under parallel layouts, by the launcher: the same logged losses of the same weights."""
 
 import pytest
 from processes import needs_training_loop
 from test_pretrain import LOSSES, launch, scalars
 
-pytestmark = needs_training_loop
+pytestmark = [needs_training_loop, pytest.mark.slow]
 
 # The vocabulary is padded to a multiple of this and the tensor-parallel size: to 64 either way.
 VOCABULARY = ["--make-vocab-size-divisible-by", 32]

@@ -7,7 +7,7 @@ import torch
 from processes import needs_megatron, torchrun
 from test_layouts import EP, ETP, PP, TP, VPP
 
-pytestmark = needs_megatron
+pytestmark = [needs_megatron, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -3,22 +3,17 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "examples/quickstart"
+pytest.importorskip("tqdm", reason="tqdm is not installed")
 
-
-@pytest.fixture(autouse=True)
-def quickstart_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(str(QUICKSTART))
-    yield
-    for name in ("data", "progress", "report", "results", "run", "settings", "training"):
-        sys.modules.pop(name, None)
-
+from examples.quickstart import data, report, results, run, training  # noqa: E402
+from examples.quickstart.progress import Progress  # noqa: E402
 
 ITERATIONS = 120
 WINDOW = 12
@@ -88,9 +83,6 @@ def write_megatron_run(folder, arm):
 
 
 def table_of(folder, write_run):
-    import report
-    import results
-
     runs = {}
     for arm in ("baseline", "specialized"):
         write_run(folder / arm, arm)
@@ -126,8 +118,6 @@ def test_logged_losses_are_means_over_the_last_tenth(tmp_path):
 
 def test_report_is_written(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    import report
-
     for arm in ("baseline", "specialized"):
         write_core_run(tmp_path / arm, arm)
     (tmp_path / "run.json").write_text(json.dumps(RUN))
@@ -143,8 +133,6 @@ def test_report_is_written(tmp_path, capsys):
 
 
 def test_report_of_a_run_without_losses_says_what_to_do(tmp_path):
-    import report
-
     with pytest.raises(SystemExit, match="No finished quickstart .*make quickstart"):
         report.write(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps(RUN))
@@ -154,8 +142,6 @@ def test_report_of_a_run_without_losses_says_what_to_do(tmp_path):
 
 def test_dataset_gives_the_bytes_back(megatron, tmp_path):
     from megatron.core.datasets import indexed_dataset
-
-    import data
 
     documents = [b"def f():\n    pass\n", b"", "caf\u00e9 \u2014 \u03c0".encode(), bytes(range(256))]
     prefix = tmp_path / "folder" / "text"
@@ -169,8 +155,6 @@ def test_dataset_gives_the_bytes_back(megatron, tmp_path):
 
 
 def test_files_are_sources_in_an_order_of_their_names(tmp_path):
-    import data
-
     names = ["a.py", "b/c.py", "b/tests/d.py", "test/e.py", "b/f.txt", "g.py"]
     for folder in ("here", "there"):
         for name in names if folder == "here" else reversed(names):
@@ -186,9 +170,6 @@ def test_files_are_sources_in_an_order_of_their_names(tmp_path):
 
 
 def test_steps_are_read_from_both_kinds_of_log():
-    import run
-    import training
-
     console = (
         "noise\n [2026-01-01 00:00:00.000000] iteration       10/     600 | consumed samples: 80 |"
         " elapsed time per iteration (ms): 99.9 | lm loss: 2.500000E+00 | load_balancing_loss: 1.1E+00 |\n"
@@ -199,13 +180,10 @@ def test_steps_are_read_from_both_kinds_of_log():
 
 
 def test_both_arms_differ_in_the_coefficients_only(tmp_path):
-    import run
-    from training import Machine
-
     options = run.parse_options(["--iterations", "8", "--output", str(tmp_path)])
     coefficients = run.coefficients_of(options)
     for loop in ("megatron.training", "megatron.core"):
-        machine = Machine(loop, "CPU", 2, cpu=True)
+        machine = training.Machine(loop, "CPU", 2, cpu=True)
         commands = [
             run.command(machine, options, tmp_path / "text", tmp_path / "arm", arm) for arm in coefficients.values()
         ]
@@ -217,36 +195,39 @@ def test_both_arms_differ_in_the_coefficients_only(tmp_path):
         assert "--cpu" in commands[0]
 
 
-def test_progress_tells_the_time_left_of_all_runs():
-    from progress import Progress
-
-    now = [0.0]
+def test_progress_is_a_line_now_and_then_in_a_log():
     stream = io.StringIO()
-    progress = Progress(100, 2, stream, clock=lambda: now[0])
-    progress.start("baseline")
-    now[0] = 5.0
-    progress.show([(1, 6.0)])
-    now[0] = 54.5
-    progress.show([(1, 6.0), (100, 2.0)])
-    # 0.5 s a step; the other run takes 5 s to start and 50 s to train.
-    assert "100/100  loss 2.000  0.50 s/step  0 min 55 s left" in stream.getvalue()
+    with Progress(200, "step", stream, seconds_between_lines=0) as progress:
+        progress.set_description_str("baseline")
+        progress.advance(1, "loss 6.000")
+        progress.advance(100, "loss 2.000")
+    lines = stream.getvalue().splitlines()
+    assert any(re.fullmatch(r"baseline: 100/200 steps, \d\d:\d\d left, loss 2.000", line) for line in lines)
+    assert "\r" not in stream.getvalue()
 
 
-@pytest.mark.parametrize("script", ["quickstart/run.py", "compare/compare.py"])
-def test_folder_that_cannot_be_written_is_one_clear_line(script, tmp_path):
+def test_progress_is_one_line_of_a_terminal():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    with Progress(200, "step", stream) as progress:
+        progress.set_description_str("baseline")
+        progress.advance(200, "loss 2.000")
+    assert stream.getvalue().count("\n") == 1 and "200/200" in stream.getvalue()
+
+
+@pytest.mark.parametrize("program", ["quickstart", "compare"])
+def test_folder_that_cannot_be_written_is_one_clear_line(program, tmp_path):
     """Below a file: permissions do not bind root, as whom the tests may run."""
     (tmp_path / "file").write_text("")
-    command = [sys.executable, QUICKSTART.parent / script, "--output", tmp_path / "file" / "report"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 1 and not run.stdout
-    (line,) = run.stderr.splitlines()
+    command = [sys.executable, "-m", f"examples.{program}", "--output", tmp_path / "file" / "report"]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 1 and not failed.stdout
+    (line,) = failed.stderr.splitlines()
     assert line.startswith(f"Cannot write to {tmp_path / 'file' / 'report'} (Not a directory). Name another folder")
     assert '_ARGS="--output DIR"' in line
 
 
 def test_folder_without_permission_is_explained(tmp_path, monkeypatch):
-    import training
-
     def refuse(dir):
         raise PermissionError(13, "Permission denied", str(dir))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
 
 # Answers the script's questions; a "pip install" is written down and ends as the file "pip" beside the calls says.
 FAKE_PYTHON = """#!/bin/sh
@@ -141,6 +142,16 @@ def test_installs_again_when_pyproject_or_the_extras_change(machine):
     machine.run(".venv", "3.91", "3.91", "test")
     machine.run(".venv", "3.91", "3.91", "test", "report")
     assert len(machine.installs()) == 3
+
+
+def test_installs_again_when_the_constraints_change(machine):
+    machine.add(machine.bin / "python3.91", "3.91")
+    constraints = machine.repository / ".ci/constraints.txt"
+    for text in ("torch==2.13.0", "torch==2.13.0", "torch==2.14.1"):
+        constraints.write_text(text)
+        machine.run(".venv", "3.91", "3.91", "test", "--", "--constraint", ".ci/constraints.txt")
+    first, _ = machine.installs()
+    assert first.endswith("--editable .[test] --constraint .ci/constraints.txt")
 
 
 def test_failing_pip_is_reported_and_tried_again(machine):

@@ -3,7 +3,8 @@
 import math
 import statistics
 from dataclasses import dataclass
-from functools import lru_cache
+
+from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -46,33 +47,4 @@ def difference(arm: dict, baseline: dict, confidence: float = 0.95) -> Differenc
     if len(values) == 1:
         return Difference(values, mean, math.inf)
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return Difference(values, mean, t_quantile(0.5 + confidence / 2, len(values) - 1) * error)
-
-
-@lru_cache
-def t_quantile(probability: float, degrees: int) -> float:
-    """The value below which Student's t with these degrees of freedom lies with a probability >= 1/2."""
-    low, high = 0.0, 1.0
-    while t_distribution(high, degrees) < probability:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_distribution(middle, degrees) < probability else (low, middle)
-    return (low + high) / 2
-
-
-def t_distribution(t: float, degrees: int) -> float:
-    """P(T <= t) for t >= 0, by the finite sums of Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees))
-    cosine, sine = math.cos(angle), math.sin(angle)
-    if degrees % 2:
-        term, total = cosine, (cosine if degrees > 1 else 0.0)
-        for n in range(3, degrees - 1, 2):
-            term *= cosine**2 * (n - 1) / n
-            total += term
-        return 0.5 + (angle + sine * total) / math.pi
-    term = total = 1.0
-    for n in range(2, degrees - 1, 2):
-        term *= cosine**2 * (n - 1) / n
-        total += term
-    return 0.5 + sine * total / 2
+    return Difference(values, mean, float(stats.t.ppf(0.5 + confidence / 2, len(values) - 1)) * error)

@@ -2,17 +2,16 @@
 
 import json
 import os
-import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import arms
 import psutil
-import results
-import schedule
-import training
+
+from examples.compare import arms, schedule
+from examples.quickstart import results, training
+from examples.quickstart.progress import Progress
 
 RESULT_FILE = "result.json"
 PEAK_MEMORY = "peak_memory_mb"
@@ -97,9 +96,12 @@ class Runner:
             later: how many more runs will follow, for the time left.
         """
         waiting = [run for run in wanted if result_of(output, run) is None]
-        total, seconds = len(waiting), []
-        if total < len(wanted):
-            self._print(f"{len(wanted) - total} of {len(wanted)} runs are finished already")
+        if len(waiting) < len(wanted):
+            print(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are finished already", file=self.stream)
+        if not waiting:
+            return
+        # smoothing=0: runs side by side end in bursts.
+        progress = Progress(len(waiting) + later, "run", self.stream, desc="finished", smoothing=0)
         active = []
         try:
             while waiting or active:
@@ -110,12 +112,10 @@ class Runner:
                 for job in [job for job in active if not job.running()]:
                     active.remove(job)
                     job.store(self.iterations)
-                    seconds.append(job.seconds)
-                    mean = statistics.fmean(seconds)
-                    left = mean * (len(waiting) + later) + sum(max(0.0, mean - other.age()) for other in active)
-                    left = f"about {left / self.workers / 60:.0f} min left"
-                    self._print(f"[{len(seconds)}/{total}] {job.summary()}, {left}")
+                    progress.write(job.summary(), file=self.stream)
+                    progress.update()
         finally:
+            progress.close()
             for job in active:
                 job.stop()
 
@@ -123,9 +123,6 @@ class Runner:
         folder = output / "runs" / run.name
         variables = {} if self.machine.cpu else {"CUDA_VISIBLE_DEVICES": str(worker)}
         return _Job(run, folder, worker, training.start(self.command(run, scales, folder), folder, variables))
-
-    def _print(self, text: str) -> None:
-        print(text, file=self.stream, flush=True)
 
 
 class _Job:
@@ -149,13 +146,9 @@ class _Job:
             pass
         return self.process.poll() is None
 
-    def age(self) -> float:
-        """Seconds since it began."""
-        return time.monotonic() - self.began
-
     def store(self, iterations: int) -> None:
         """Writes the result, or exits if the run failed."""
-        self.seconds = self.age()
+        self.seconds = time.monotonic() - self.began
         if self.process.returncode:
             sys.exit(training.account_of_failure(self.run.name, self.process.returncode, self.folder))
         self.result = summary(results.read_run(self.folder), iterations, self.peak_bytes, self.seconds)

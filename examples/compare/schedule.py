@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-import settings
+from examples.quickstart import settings
 
 GPU_MODEL = """
 --num-layers 8 --hidden-size 512 --num-attention-heads 8 --group-query-attention --num-query-groups 4

@@ -5,9 +5,9 @@ import json
 import math
 from pathlib import Path
 
-import results
-from settings import ARMS, LOG_INTERVAL
-from training import shown
+from examples.quickstart import results
+from examples.quickstart.settings import ARMS, LOG_INTERVAL
+from examples.quickstart.training import shown
 
 # (what the reader sees, series, digits)
 ROWS = (

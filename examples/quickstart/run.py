@@ -9,10 +9,9 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-import report
-import settings
-from progress import Progress
-from training import (
+from examples.quickstart import report, settings
+from examples.quickstart.progress import Progress
+from examples.quickstart.training import (
     ROOT,
     account_of_failure,
     detect_machine,
@@ -47,24 +46,34 @@ def core_steps(text):
     return [(record["iteration"], record["lm_loss"]) for record in records if "lm_loss" in record]
 
 
-def train(name, arm_command, folder, watched, steps_of, progress):
+def train(name, arm_command, folder, iterations, watched, steps_of, progress):
     """Run one arm to its end; on failure, show the end of its log and leave."""
+    before = progress.n
+
+    def show():
+        steps = steps_of(watched.read_text(errors="replace")) if watched.exists() else []
+        if steps:
+            if not progress.n:
+                progress.unpause()  # starting takes longer than steps do
+            iteration, loss = steps[-1]
+            progress.advance(before + iteration, f"loss {loss:.3f}")
+
     process = start(arm_command, folder)
-    progress.start(name)
+    progress.set_postfix_str("importing PyTorch and Megatron", refresh=False)
+    progress.set_description_str(name)
     try:
         while process.poll() is None:
             time.sleep(0.5)
-            if watched.exists():
-                progress.show(steps_of(watched.read_text(errors="replace")))
+            show()
     except BaseException:
         process.terminate()
         process.wait()
         raise
-    if process.returncode == 0:
-        progress.finish(steps_of(watched.read_text(errors="replace")))
-        return
-    progress.end_line()
-    sys.exit(account_of_failure(name, process.returncode, folder))
+    if process.returncode:
+        progress.close()
+        sys.exit(account_of_failure(name, process.returncode, folder))
+    show()
+    progress.update(before + iterations - progress.n)  # the last ones may not have been logged
 
 
 def describe(machine, options):
@@ -88,7 +97,7 @@ def coefficients_of(options):
 
 
 def parse_options(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("python -m examples.quickstart", description=__doc__)
     parser.add_argument("--iterations", type=int, default=450, help="training steps of each run (default: %(default)s)")
     parser.add_argument("--specialization-coeff", type=float, default=2e-2, help="default: %(default)s")
     parser.add_argument("--coupling-coeff", type=float, default=1e-2, help="default: %(default)s")
@@ -110,28 +119,24 @@ def main():
     prefix = options.output / "data" / "stdlib"
     print(f"Training by {machine.loop} {version('megatron-core')}, {machine.processes} process(es), {machine.device}")
     if machine.loop == "megatron.core":
-        print("This Megatron-Core has no megatron.training (that needs Python >= 3.12): using examples/pretrain_core.py.")
+        print(
+            "This Megatron-Core has no megatron.training (that needs Python >= 3.12): using examples/pretrain_core.py."
+        )
     make_data(prefix)
 
     for stale in ("run.json", "report.md", "curves.png"):
         (options.output / stale).unlink(missing_ok=True)
     start = time.monotonic()
-    progress = Progress(options.iterations, len(settings.ARMS))
     description = describe(machine, options)
-    for name in settings.ARMS:
-        folder = options.output / name
-        arm_command = command(machine, options, prefix, folder, description["coefficients"][name])
-        if machine.loop == "megatron.core":
-            train(name, arm_command, folder, folder / "log.jsonl", core_steps, progress)
-        else:
-            train(name, arm_command, folder, folder / "log.txt", megatron_steps, progress)
+    with Progress(options.iterations * len(settings.ARMS), "step") as progress:
+        for name in settings.ARMS:
+            folder = options.output / name
+            arm_command = command(machine, options, prefix, folder, description["coefficients"][name])
+            if machine.loop == "megatron.core":
+                log = (folder / "log.jsonl", core_steps)
+            else:
+                log = (folder / "log.txt", megatron_steps)
+            train(name, arm_command, folder, options.iterations, *log, progress)
     description["seconds"] = round(time.monotonic() - start)
     (options.output / "run.json").write_text(json.dumps(description, indent=2) + "\n")
     report.write(options.output)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted; nothing is left running. The same command starts again from the beginning.")

@@ -11,8 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import data
-import settings
+from examples.quickstart import data, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL_LINES = 30

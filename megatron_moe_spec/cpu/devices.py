@@ -63,10 +63,10 @@ def _keep_in_backward() -> None:
 
 def _keep_in_threads() -> None:
     # The stack of modes is thread-local, and `run` is what subclasses of Thread override.
-    bootstrap = threading.Thread._bootstrap_inner
+    bootstrap = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
 
     def bootstrap_inner(self):
         with CudaToCpu():
             bootstrap(self)
 
-    threading.Thread._bootstrap_inner = bootstrap_inner
+    threading.Thread._bootstrap_inner = bootstrap_inner  # type: ignore[attr-defined]

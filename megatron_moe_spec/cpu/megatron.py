@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-_PATCHES = {}
+_PATCHES: dict = {}
 
 
 def patch_on_import() -> None:

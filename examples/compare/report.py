@@ -5,17 +5,13 @@ import csv
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-
-import arms
-import results
-import runs
-from paired import difference
-from report import ROWS
-from training import shown
+from examples.compare import arms, runs
+from examples.compare.paired import difference
+from examples.quickstart import results
+from examples.quickstart.report import ROWS
+from examples.quickstart.training import shown
 
 LOSS = results.VALIDATION_LOSS
 MEASURES = (
@@ -229,15 +225,15 @@ def text(plan, found, scales, sweep_rows):
         sweep = f"""
 ## How the coefficients were chosen
 
-Multiples of each paper's coefficients, one run each with seed {plan["sweep_seed"]}, which the comparison does not use. The
-one with the lowest validation loss was taken, though one seed often cannot tell it from the next.
+Multiples of each paper's coefficients, one run each with seed {plan["sweep_seed"]}, which the comparison does not use.
+The one with the lowest validation loss was taken, though one seed often cannot tell it from the next.
 
 {markdown(sweep_rows)}"""
     return f"""# Specialization losses compared
 
 Each arm adds its losses to the load-balancing loss (coefficient 1e-2). All arms ran with the seeds
-{", ".join(map(str, seeds))}; with the same seed, they share initial weights and the order of the data, so differences are taken
-seed by seed.
+{", ".join(map(str, seeds))}; with the same seed, they share initial weights and the order of the data, so differences
+are taken seed by seed.
 
 {markdown(losses_table(found, scales))}
 Validation loss in nats per byte at the last iteration, mean over seeds; differences are arm minus baseline, with
@@ -250,9 +246,9 @@ Student's t intervals. One interval of twenty excludes 0 by chance; "after corre
 
 {markdown(measures_table(found))}
 Means over seeds and over the last tenth of training, and over layers or pairs of adjacent layers; a star where the 95 %
-interval of the paired difference from the baseline excludes 0. The coupling loss is that of type mass, but for the value in
-parentheses, of type pathway, which cannot be compared with the others. Step times include the measuring and what else ran on the
-machine ({plan["workers"]} run(s) at a time).
+interval of the paired difference from the baseline excludes 0. The coupling loss is that of type mass, but for the
+value in parentheses, of type pathway, which cannot be compared with the others. Step times include the measuring and
+what else ran on the machine ({plan["workers"]} run(s) at a time).
 
 ![training curves, means over seeds](curves.png)
 {sweep}
@@ -263,14 +259,16 @@ machine ({plan["workers"]} run(s) at a time).
 - All differences are from the same runs of the baseline, so they are not independent of each other.
 - "No difference found" is not "no difference": a smaller one stays unseen.
 - It cannot show what a loss is worth at scale. The model is tiny, the training is short, the text is source code, and
-  routing has hardly settled; the papers report gains after billions of tokens. Coefficients that win here need not win there.
+  routing has hardly settled; the papers report gains after billions of tokens. Coefficients that win here need not
+  win there.
 - Learning rate, balancing and schedule were not tuned for any arm.
 
 ## How it was made
 
 - Model: {plan["shape"]}.
 - Data: the Python standard library's sources as bytes; {plan["iterations"]} steps of {plan["tokens_per_step"]} tokens.
-- Ran with {machine["loop"]}, {machine["device"]}, one process a run; {seconds / 60:.0f} minutes of runs in the comparison.
+- Ran with {machine["loop"]}, {machine["device"]}, one process a run; {seconds / 60:.0f} minutes of runs in the
+  comparison.
 - All values of all runs: [runs.csv](runs.csv).
 - Versions: {", ".join(f"{name} {number}" for name, number in plan["versions"].items())}.
 """

@@ -15,14 +15,8 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
-
-import arms
-import comparison_report
-import results
-import runs
-import schedule
-import training
+from examples.compare import arms, report, runs, schedule
+from examples.quickstart import results, training
 
 CALIBRATION_ITERATIONS = 40
 MIN_ITERATIONS = 100
@@ -33,7 +27,9 @@ EVALUATION_STEPS = 45
 
 
 def parse_options(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m examples.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--budget-minutes", type=float, default=60, help="what to plan for (default: %(default)g)")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each arm (default: %(default)s)")
     names = [arm.name for arm in arms.ARMS if arm.name != arms.BASELINE]
@@ -165,11 +161,4 @@ def main():
     print("Comparing", flush=True)
     runner.run_all(runs.final(seeds, scales, compared), options.output, scales)
     print(f"Finished, {(time.monotonic() - began) / 60:.0f} min since this start")
-    comparison_report.write(options.output)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nInterrupted; nothing is left running. The same command goes on after the last finished run.")
+    report.write(options.output)

@@ -1,0 +1,1 @@
+"""Train a tiny model without and with the losses: ``python -m examples.quickstart``."""

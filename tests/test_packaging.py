@@ -1,0 +1,32 @@
+"""What is installed: one version, types, and commands that can be called."""
+
+import inspect
+import subprocess
+import sys
+from importlib.metadata import entry_points, version
+from importlib.resources import files
+
+import pytest
+
+import megatron_moe_spec
+
+SCRIPTS = entry_points(group="console_scripts")
+COMMANDS = [script for script in SCRIPTS if script.value.startswith("megatron_moe_spec.")]
+
+
+def test_version_is_that_of_the_installed_package():
+    assert version("megatron_moe_spec") == megatron_moe_spec.__version__
+
+
+def test_types_are_shipped():
+    assert files("megatron_moe_spec").joinpath("py.typed").is_file()
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_commands_can_be_called_without_arguments(command):
+    inspect.signature(command.load()).bind()
+
+
+def test_importing_imports_neither_torch_nor_megatron():
+    code = "import sys, megatron_moe_spec; sys.exit(bool({'torch', 'megatron', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -10,9 +10,9 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 if "--smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -111,9 +111,7 @@ def operations(shape, num_tokens: int, dtype=torch.bfloat16) -> list[Operation]:
 
 def errors(operation: Operation) -> tuple[float, float, float]:
     """Largest errors of kernel and eager against eager in float64, and the magnitude they are to be compared with."""
-    in_double = [
-        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in operation.inputs
-    ]
+    in_double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in operation.inputs]
     results = [f(*x) for f, x in ((operation.kernel, operation.inputs), (operation.eager, operation.inputs))]
     results.append(operation.eager(*in_double))
     kernel, eager, exact = (r[0] if isinstance(r, tuple) else r for r in results)

@@ -1,6 +1,6 @@
 """Draws the kernels' bandwidths, from kernels.json, under the roofline: kernels.png.
 
-    python benchmarks/plot.py [FOLDER]
+python benchmarks/plot.py [FOLDER]
 """
 
 import json

@@ -58,9 +58,7 @@ def build(sizes):
     )
     model = GPTModel(
         config,
-        get_gpt_decoder_block_spec(
-            config, use_transformer_engine=moe.HAS_TRANSFORMER_ENGINE, normalization="RMSNorm"
-        ),
+        get_gpt_decoder_block_spec(config, use_transformer_engine=moe.HAS_TRANSFORMER_ENGINE, normalization="RMSNorm"),
         vocab_size=VOCABULARY,
         max_sequence_length=sequence,
         position_embedding_type="rope",

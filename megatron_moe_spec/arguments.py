@@ -3,9 +3,10 @@
 import argparse
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import Field, dataclass
 from types import SimpleNamespace
-from typing import Optional, Sequence
+from typing import Optional
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.losses import Loss
@@ -124,7 +125,7 @@ def _load(yaml_file: str) -> dict:
 
 def _in_sections(tree: dict) -> dict:
     """The settings in a YAML file's keys, by destination, in whichever section they stand."""
-    found = {}
+    found: dict = {}
     for key, value in tree.items():
         if isinstance(value, SimpleNamespace):
             value = vars(value)
@@ -158,7 +159,7 @@ def _number(value, option: Field):
     # PyYAML reads 2e-3, without a dot, as a string.
     if isinstance(value, str) and not option.metadata["choices"]:
         try:
-            return type(option.default)(value)
+            return option.type(value)  # type: ignore[operator]
         except ValueError:
             pass  # SpecConfig says what it must be.
     return value

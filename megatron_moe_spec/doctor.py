@@ -1,6 +1,6 @@
 """Says what is installed and what the losses would do with a model, without starting it.
 
-    python -m megatron_moe_spec.doctor [MEGATRON'S FLAGS ...]
+python -m megatron_moe_spec.doctor [MEGATRON'S FLAGS ...]
 """
 
 import contextlib
@@ -8,8 +8,9 @@ import importlib.util
 import io
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Iterator, Optional
+from typing import Optional
 
 USABLE, REFUSED, USAGE = 0, 1, 2
 

@@ -1,6 +1,6 @@
 """Runs an unedited Megatron training script with the losses' flags and hooks.
 
-    torchrun <torchrun's flags> -m megatron_moe_spec.launch [--cpu] SCRIPT <the script's flags>
+torchrun <torchrun's flags> -m megatron_moe_spec.launch [--cpu] SCRIPT <the script's flags>
 """
 
 import os

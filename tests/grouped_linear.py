@@ -46,7 +46,7 @@ class TorchGroupedLinear(torch.nn.Module):
             self.register_parameter(f"bias{i}", torch.nn.Parameter(torch.zeros(output_size)) if bias else None)
 
     def forward(self, x, m_splits):
-        """``x`` [rows, input_size], sorted by expert, ``m_splits`` rows for each; returns (output, biases yet to be added)."""
+        """``x`` [rows, input_size], by expert, ``m_splits`` rows for each; returns (output, biases yet to be added)."""
         rows = torch.split(x, [int(split) for split in m_splits])
         weights, biases = ([getattr(self, f"{name}{i}") for i in range(len(rows))] for name in ("weight", "bias"))
         left = None if self.adds_bias or biases[0] is None else biases

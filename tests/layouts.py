@@ -46,7 +46,7 @@ def draw_weights(model) -> None:
             seed = int(hashlib.md5(key.encode()).hexdigest()[:8], 16)
             whole = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
             scale = 1.0 if "router" in key or "expert_bias" in key else 0.2
-            weight.copy_((1.0 if "norm" in key else whole[place].reshape(weight.shape) * scale))
+            weight.copy_(1.0 if "norm" in key else whole[place].reshape(weight.shape) * scale)
 
 
 def whole_gradients(chunks: list, gradients: list[dict]) -> dict:

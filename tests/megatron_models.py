@@ -176,9 +176,7 @@ def train_step(model: GPTModel, batches: list[dict], main_loss_weight: float = 0
     return train_chunks([model], batches, main_loss_weight, scale)[0]
 
 
-def train_chunks(
-    chunks: list[GPTModel], batches: list[dict], main_loss_weight: float = 0.0, scale=None
-) -> list[dict]:
+def train_chunks(chunks: list[GPTModel], batches: list[dict], main_loss_weight: float = 0.0, scale=None) -> list[dict]:
     """One forward and backward of all micro-batches by Megatron's schedule, under Megatron's DDP.
 
     Args:

@@ -1,6 +1,6 @@
 """Shows that the tests see what they are there to see: each of these faults, put into a copy, must make its test fail.
 
-    python tests/mutations.py [word of a name]
+python tests/mutations.py [word of a name]
 """
 
 import os

@@ -41,7 +41,7 @@ def wrap(chunks: list) -> list:
     return [DistributedDataParallel(config, settings, chunk) for chunk in chunks]
 
 
-def schedule(models: list, step, batches: list, seq_length: int, micro_batch_size=2, forward_only: bool = False) -> list:
+def schedule(models: list, step, batches: list, seq_length: int, micro_batch_size=2, forward_only=False) -> list:
     """Megatron's schedule on wrapped or bare chunks; ``step``: batch, model -> output, loss function."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -166,7 +166,7 @@ def metrics_alone(sizes):
 
 
 def dynamic_lengths(sizes, config, padding):
-    """Ranks of an expert group train on different numbers of tokens; with padding, the last micro-batch has nothing else."""
+    """Ranks of an expert group with different numbers of tokens; with padding, the last micro-batch is all padding."""
     (model,) = build(sizes, calculate_per_token_loss=True)
     handle = attached(model, config)
     batches = tokens_of(12, 5, 9, 12)

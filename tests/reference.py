@@ -18,9 +18,7 @@ class Capture:
     """What one forward pass did in each MoE layer, with its autograd graph."""
 
     def __init__(self, model):
-        self.layers = [
-            m for name, m in model.named_modules() if isinstance(m, MoELayer) and "mtp" not in name
-        ]
+        self.layers = [m for name, m in model.named_modules() if isinstance(m, MoELayer) and "mtp" not in name]
         self.seen = [{} for _ in self.layers]
         self.handles = []
         for layer, seen in zip(self.layers, self.seen):
@@ -82,9 +80,8 @@ def _seen(layer, number: int, seen: dict, is_token) -> dict:
     p = seen["p"].where(seen["p"] > 0, torch.ones(())).unsqueeze(-1)
     weighted = {ACTIVATIONS: torch.cat(seen["z"]), OUTPUTS: seen["y"]}
     scores = normalized_scores(seen["logits"].reshape(-1, dispatched.shape[1]), config.moe_router_score_function)
-    vectors = {
-        reads: by_token(rows / p, dispatched, live, is_token, config.moe_router_topk) for reads, rows in weighted.items()
-    }
+    top_k = config.moe_router_topk
+    vectors = {reads: by_token(rows / p, dispatched, live, is_token, top_k) for reads, rows in weighted.items()}
     return {"layer": layer, "number": number, "live": live[is_token], SCORES: scores[is_token], **vectors}
 
 

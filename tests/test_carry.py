@@ -84,16 +84,16 @@ def test_messages_travel_both_ways_and_touch_no_gradient():
 def test_a_pipeline_model_that_nobody_detached_is_freed(mm):
     """What surrounds Megatron's schedules for it holds on to nothing of it, and lives as long as it does."""
     from megatron_moe_spec import SpecConfig
-    from megatron_moe_spec.integration import compat
+    from megatron_moe_spec.integration.compat import schedules
     from megatron_moe_spec.integration.pipeline import Carries, Stages
 
     model = mm.build_model()
-    before = len(compat._around_schedules)
+    before = len(schedules._around_schedules)
     Carries([model], Stages([3, 3], [0], 4), SpecConfig(coupling_loss_coeff=1.0))
     gc.collect()
-    assert len(compat._around_schedules) == before + 1
+    assert len(schedules._around_schedules) == before + 1
     gone = weakref.ref(model), weakref.ref(model.config)
     del model
     gc.collect()
     assert [reference() for reference in gone] == [None, None]
-    assert len(compat._around_schedules) == before
+    assert len(schedules._around_schedules) == before

@@ -174,6 +174,7 @@ def test_losses_of_ones_own(megatron, mode, kernels):
     _compare(settings, data, names=[], extra_losses=losses_of_ones_own(1.0), options=dict(kernels=kernels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", TRITON_MODES)
 def test_gradients_of_the_kernels(megatron, mode):
     """Under Triton's interpreter."""

@@ -23,10 +23,11 @@ def install(tmp_path, monkeypatch):
 
     def run(points: dict[str, str], source: str = (TESTS / "example_loss.py").read_text()):
         (tmp_path / "installed_example.py").write_text(source)
-        (tmp_path / "example-1.0.dist-info").mkdir()
-        (tmp_path / "example-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n")
+        folder = tmp_path / "example-1.0.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: example\nVersion: 1.0\n")
         lines = "".join(f"{name} = {value}\n" for name, value in points.items())
-        (tmp_path / "example-1.0.dist-info" / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}")
+        (folder / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}")
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.delitem(__import__("sys").modules, "installed_example", raising=False)
         installed_losses.cache_clear()
@@ -77,7 +78,11 @@ def test_the_doctor_names_one_that_cannot_be_used(install, megatron, capsys):
             None,
             "two.*the name of another loss, routing_information_loss",
         ),
-        ({"taken": "installed_example:RoutingInformation"}, ("routing-information", "erc"), "taken.*flag.*--moe-erc-loss"),
+        (
+            {"taken": "installed_example:RoutingInformation"},
+            ("routing-information", "erc"),
+            "taken.*the flag of another loss, --moe-erc-loss-coeff",
+        ),
         ({"flagless": "other_losses:LengthSpread"}, None, "flagless.*has no flag"),
     ],
 )

@@ -163,7 +163,8 @@ def test_kernels_give_a_loss_of_lengths_and_its_autograd_gradient(random):
     loss.backward()
     cosines, inverse = row_kernels.row_cosines(x, rows, valid)
     lengths = inverse_of(inverse)
-    assert float((cosines * lengths[:, :, None]).square().sum() / (6 * 3 * 2)) == pytest.approx(float(loss.detach()), rel=1e-5)
+    value = (cosines * lengths[:, :, None]).square().sum() / (6 * 3 * 2)
+    assert float(value) == pytest.approx(float(loss.detach()), rel=1e-5)
     of_cosines = 2.0 * cosines * lengths[:, :, None].square()
     of_lengths = 2.0 * lengths * cosines.square().sum(dim=2)
     mixing = mixing_of(cosines, lengths, of_cosines, of_lengths)
@@ -217,9 +218,7 @@ def test_infinite_and_nan_rows_spoil_their_own_token_only(random, dtype, bad):
     eager, _ = eager_cosines(z, rows, valid)
     off_diagonal = ~torch.eye(3, dtype=torch.bool, device=DEVICE).expand(4, 3, 3)
     assert eager[2, 1, 0].isnan()
-    torch.testing.assert_close(
-        cosines[off_diagonal], eager[off_diagonal], rtol=1e-4, atol=1e-5, equal_nan=True
-    )
+    torch.testing.assert_close(cosines[off_diagonal], eager[off_diagonal], rtol=1e-4, atol=1e-5, equal_nan=True)
     found = row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, 1.0)
     assert found[rows[2]].isnan().all()
     good = rows[[0, 1, 3]].flatten()

@@ -70,10 +70,14 @@ def test_only_losses_and_the_taps_of_one_loss_name_a_loss():
     """What runs taps, records, reports and refuses serves losses that it does not know."""
     words = {word for loss in LOSSES for word in (loss.__name__, loss.name, loss.name.removesuffix("_loss"))}
     pattern = re.compile(r"\b(" + "|".join(words) + r")\b", re.IGNORECASE)
-    generic = ["doctor.py", "arguments.py", "config.py"] + [
-        f"integration/{name}.py"
-        for name in ("checks", "injection", "layer", "microbatch", "recorder", "routing", "scaling", "stages")
-    ] + [f"integration/taps/{name}.py" for name in ("__init__", "base", "router_weight", "rows", "scores")]
+    generic = (
+        ["doctor.py", "arguments.py", "config.py"]
+        + [
+            f"integration/{name}.py"
+            for name in ("checks", "injection", "layer", "microbatch", "recorder", "routing", "scaling", "stages")
+        ]
+        + [f"integration/taps/{name}.py" for name in ("__init__", "base", "router_weight", "rows", "scores")]
+    )
     for name in generic:
         assert not pattern.search((ROOT / name).read_text()), name
 

@@ -11,12 +11,13 @@ from processes import HAS_MEGATRON, needs_megatron, torchrun
 
 from megatron_moe_spec import SpecConfig
 
-pytestmark = needs_megatron
+pytestmark = [needs_megatron, pytest.mark.slow]
 
 FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 BLOCK_RECOMPUTE = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
 PER_TOKEN = dict(calculate_per_token_loss=True)
 MOE_ACT = dict(moe_grouped_gemm=True, recompute_granularity="selective", recompute_modules=["moe_act"])
+MOE_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["moe"])
 SIGMOID = dict(
     moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_bias_update_rate=1e-3
 )
@@ -65,7 +66,7 @@ MODELS = {
     "full recompute": dict(model=FULL_RECOMPUTE),
     "full recompute, block": dict(model=BLOCK_RECOMPUTE, layouts=ONE_OF_EACH),
     "grouped experts, moe_act recompute": dict(model=MOE_ACT),
-    "moe recompute": dict(model=dict(recompute_granularity="selective", recompute_modules=["moe"]), layouts=ONE_OF_EACH),
+    "moe recompute": dict(model=MOE_RECOMPUTE, layouts=ONE_OF_EACH),
     "per-token loss": dict(model=PER_TOKEN),
     "per-token loss, full recompute": dict(
         model={**PER_TOKEN, **FULL_RECOMPUTE}, like="per-token loss", layouts=ONE_OF_EACH

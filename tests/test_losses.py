@@ -42,9 +42,7 @@ def pathway_by_loops(scores_TE, next_TE, top_k) -> float:
     scores, following = scores_TE.tolist(), next_TE.tolist()
     kept = 0.0
     for e in range(len(scores[0])):
-        row = [
-            sum(s[e] * n[v] for s, n in zip(scores, following)) / len(scores) for v in range(len(following[0]))
-        ]
+        row = [sum(s[e] * n[v] for s, n in zip(scores, following)) / len(scores) for v in range(len(following[0]))]
         kept += sum(row[v] for v in top_k_indices(row, top_k))
     return 1.0 - kept
 
@@ -194,9 +192,7 @@ def test_mass_equals_its_definition(random):
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_mass_without_maps_takes_the_highest_scores(random, top_k):
     scores, following, *_ = layer_pair(random)
-    highest = [
-        [[e in top_k_indices(row, top_k) for e in range(6)] for row in x.tolist()] for x in (scores, following)
-    ]
+    highest = [[[e in top_k_indices(row, top_k) for e in range(6)] for row in x.tolist()] for x in (scores, following)]
     expected = mass_by_loops(scores, following, *highest)
     assert float(coupling_loss(scores, following, top_k=top_k)) == pytest.approx(expected, rel=1e-12)
     one_map = coupling_loss(scores, following, routing_map=torch.tensor(highest[0]), top_k=top_k)

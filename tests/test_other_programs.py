@@ -11,6 +11,7 @@ from torch import nn
 
 from megatron_moe_spec import SpecConfig
 
+pytestmark = pytest.mark.slow
 FULL = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 RECOMPUTATIONS = {
     "none": {},
@@ -133,7 +134,7 @@ def test_an_output_dropped_in_a_later_step_leaves_its_gradients_alone(trainers, 
             latest = order(functools.partial(run, model), *batches)
             handle.metrics()
             del kept
-            kept = latest
+            kept = latest  # noqa: F841 (until the next step)
         results.append(trainers.gradients_of(model))
     trainers.assert_identical(*results)
 
@@ -353,7 +354,12 @@ def _padded(mm, *sizes: int) -> list[dict]:
 @pytest.mark.parametrize("per_token", [False, True], ids=["per micro-batch", "per token"])
 @pytest.mark.parametrize(
     "sizes, kind, recompute",
-    [((12, 0, 7), "mass", False), ((12, 0, 7), "pathway", True), ((0, 12, 7), "mass", True), ((12, 0), "pathway", False)],
+    [
+        ((12, 0, 7), "mass", False),
+        ((12, 0, 7), "pathway", True),
+        ((0, 12, 7), "mass", True),
+        ((12, 0), "pathway", False),
+    ],
 )
 def test_a_micro_batch_of_padding_counts_for_nothing(mm, trainers, sizes, per_token, kind, recompute):
     from reference import reference_step
@@ -562,7 +568,9 @@ def test_adapted_model_trains_as_with_merged_weights(mm, trainers, names, attrib
 
 @orders
 @pytest.mark.parametrize("attribute", ["to_wrap", "base_layer"])
-@pytest.mark.parametrize("name, loss", [(name, loss) for name, found in REFUSED_WITH_ADAPTERS.items() for loss in found])
+@pytest.mark.parametrize(
+    "name, loss", [(name, loss) for name, those in REFUSED_WITH_ADAPTERS.items() for loss in those]
+)
 def test_a_loss_of_adapted_weights_is_refused_by_name(mm, trainers, name, loss, attribute, order):
     model = mm.build_model()
     config, flag = losses(loss), f"--moe-{loss.replace('_', '-')}-coeff to 0"

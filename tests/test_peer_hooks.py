@@ -61,9 +61,7 @@ def test_noise_of_erc_is_drawn_per_layer_and_step(mm, monkeypatch):
     from megatron_moe_spec.integration.taps import expert_weights
 
     draw, seeds = expert_weights.router_noise, []
-    monkeypatch.setattr(
-        expert_weights, "router_noise", lambda weight, seed: seeds.append(seed) or draw(weight, seed)
-    )
+    monkeypatch.setattr(expert_weights, "router_noise", lambda weight, seed: seeds.append(seed) or draw(weight, seed))
     model = mm.build_model(num_layers=2)
     handle = _attach(model, ERC)
     values = []

@@ -3,7 +3,8 @@
 import logging
 import warnings
 import weakref
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Optional, Union
 
 from torch import nn
 
@@ -57,7 +58,8 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
         raise RuntimeError("the losses are attached to this model already: call detach() on the first handle")
     transformer_config = model_config(chunks)
     stages = Stages.of_model(chunks, [len(one.taken) for one in found], transformer_config, config)
-    check_supported(chunks, transformer_config, [layer for one in found for layer in one.taken.values()], stages, config)
+    layers = [layer for one in found for layer in one.taken.values()]
+    check_supported(chunks, transformer_config, layers, stages, config)
     groups = [group] if group is not None else model_ranks(chunks[0])
     SpecHandle.ever_attached = True
     return SpecHandle(config, list(zip(chunks, found)), stages, groups)
@@ -101,7 +103,7 @@ class SpecHandle:
         if self.left_out:
             logger.warning("MoE layers without losses: %s", _reasons(self.left_out))
         if config.enabled and len(stages.num_layers) > len(stages.own) and not config.carries_messages:
-            logger.warning("pairs of MoE layers in different pipeline stages are left out of coupling and of its measures")
+            logger.warning("pairs of MoE layers in different pipeline stages are neither trained on nor measured")
 
     def describe(self) -> str:
         """Which MoE layers of this rank's chunks have the losses, and which have not."""
@@ -148,8 +150,11 @@ class SpecHandle:
 
     def detach(self) -> None:
         """Removes every hook; the model is as it was. A second call does nothing."""
-        for part in (*self._taps, *self._trackers, self._carries):
-            part.detach()
+        for taps in self._taps:
+            taps.detach()
+        for tracker in self._trackers:
+            tracker.detach()
+        self._carries.detach()
         _attached.difference_update(self._layers)
         self._taps, self._trackers, self._layers = [], [], []
 

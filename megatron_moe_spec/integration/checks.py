@@ -1,6 +1,7 @@
 """What attach() refuses, each by an error that names the flag to change."""
 
-from typing import Iterator, Optional
+from collections.abc import Iterator
+from typing import Optional
 
 import torch
 
@@ -25,10 +26,10 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         spec: the losses.
     """
     device = router_of(moe_layers[0]).weight.device if moe_layers else None
-    # Once there are layers their process groups count, whatever the settings say; and a layer may have settings of its own.
+    # Once there are layers their process groups count, whatever the settings say. A layer may have settings of its own.
     sizes = [column_group(layer.token_dispatcher).size() for layer in moe_layers]
     settings = {id(one): one for one in (transformer_config, *(layer.config for layer in moe_layers))}
-    problems = []
+    problems: list[str] = []
     for one in settings.values():
         facts = ModelFacts(
             transformer_config=one,

@@ -4,8 +4,8 @@ A deep copy of a model (an average of its weights, a frozen reference) is a mode
 """
 
 import copy
+from collections.abc import Callable
 from types import MethodType
-from typing import Callable
 
 from torch import nn
 

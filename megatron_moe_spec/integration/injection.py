@@ -1,7 +1,7 @@
 """Adding a gradient to a tensor without touching its value."""
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor

@@ -68,9 +68,7 @@ class LayerTaps:
         call.micro_batch.routing[layer.local_index] = routing
         if self._recorder.measuring:
             scores_TE = token_scores(call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask)
-            self._recorder.measure_routing(
-                layer.global_index, scores_TE, routing.active_TE, routing.num_local_tokens
-            )
+            self._recorder.measure_routing(layer.global_index, scores_TE, routing.active_TE, routing.num_local_tokens)
         for tap in self._taps:
             tap.observe(call)
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Iterator, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from megatron_moe_spec.integration.compat.checkpoints import follow_checkpoints
 from megatron_moe_spec.integration.compat.models import stage_module
 from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
+from megatron_moe_spec.integration.routing import LayerRouting
 
 
 class MicroBatch:
@@ -28,9 +30,9 @@ class MicroBatch:
 
     def __init__(self, number: int, num_layers: int):
         self.number = number
-        self.routing = [None] * num_layers
-        self.before = None
-        self.take_before = None
+        self.routing: list[Optional[LayerRouting]] = [None] * num_layers
+        self.before: Optional[LayerRouting] = None
+        self.take_before: Optional[Callable[[int], LayerRouting]] = None
         self.pull_after: Optional[Tensor] = None
         self.expert_group_count: Optional[Tensor] = None
 
@@ -139,7 +141,7 @@ _trackers: "weakref.WeakSet[MicroBatchTracker]" = weakref.WeakSet()
 
 @contextlib.contextmanager
 def _first_pass(has_gradients: bool) -> Iterator[list]:
-    """Around the first pass of a checkpoint, made with gradients or without; gives what its recomputation will have to know."""
+    """Around the first pass of a checkpoint, made with gradients or without; gives what the recomputation needs."""
     served = [(tracker, tracker._current) for tracker in _trackers if has_gradients and tracker._current is not None]
     for tracker, _ in served:
         tracker._checkpoints += 1

@@ -6,8 +6,9 @@ asks of it comes back with their gradient. Suffixes: T tokens, E experts, W numb
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Iterator, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from megatron_moe_spec.integration.microbatch import MicroBatch
 from megatron_moe_spec.integration.routing import LayerRouting
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps.pairs import pull_of_following
-from megatron_moe_spec.losses.base import PAIRS
+from megatron_moe_spec.losses.coupling import Coupling
 from megatron_moe_spec.parallel.carry import (
     Append,
     Strip,
@@ -251,8 +252,8 @@ class _Step:
         coupled = [m for m in self.micro_batches if m.before is not None]
         if coupled and len(coupled) < len(self.micro_batches):
             raise RuntimeError(
-                "the first MoE layer of a pipeline stage ran without gradients or in evaluation mode in one of a step's "
-                "forwards: their coupling cannot be told apart (set --moe-coupling-across-stages drop)"
+                "the first MoE layer of a pipeline stage ran without gradients or in evaluation mode in one of the "
+                "forwards of a step: their coupling cannot be told apart (set --moe-coupling-across-stages drop)"
             )
         pulls = [form.of_pull(pull_of_following(form.kind, m.before, m.routing[0])) for m in coupled]
         return torch.cat(pulls) if pulls else None
@@ -297,7 +298,7 @@ class Carries:
         self._carries: list[StageCarry] = []
         if len(stages.num_layers) <= len(chunks) or not spec.carries_messages:
             return
-        (loss,) = (loss for loss in spec.losses if loss.reads == PAIRS)
+        (loss,) = (loss for loss in spec.losses if isinstance(loss, Coupling))
         self._form = MessageForm(loss.kind, stages.num_experts, spec.metrics_interval > 0)
         last = len(stages.num_layers) - 1
         self._carries = self.of_chunks = [

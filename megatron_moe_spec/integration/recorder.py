@@ -1,6 +1,7 @@
 """Values of the losses and measures of a training step, kept on the device and reduced over ranks once a step."""
 
-from typing import Optional, Sequence, Union
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import torch
 import torch.distributed as dist
@@ -95,16 +96,17 @@ class Recorder:
         totals = self._summed(self._losses)
         means = (totals[:, 0] / totals[:, 1]).float()
         wanted = {loss.name for loss in self.spec.computed_losses if self.wants(loss)}
-        return {name: one for name, *one in zip(self._names, means, totals[:, 1]) if name in wanted}
+        return {name: (mean, number) for name, mean, number in zip(self._names, means, totals[:, 1]) if name in wanted}
 
     def diagnostics(self) -> Optional[dict]:
         """The measures of this step, on every rank; None in a step that is not measured. A collective, too."""
         if not self.measuring:
             return None
-        for statistics in (*self._layers, *self._pairs):
-            statistics.sums = self._summed(statistics.sums)
         for layer in self._layers:
+            layer.sums = self._summed(layer.sums)
             layer.largest_cosine = self._summed(layer.largest_cosine, dist.ReduceOp.MAX)
+        for pair in self._pairs:
+            pair.sums = self._summed(pair.sums)
         return {
             "layers": [{"layer": i, **layer.summary()} for i, layer in enumerate(self._layers)],
             "pairs": [

@@ -38,7 +38,7 @@ class LayerRouting:
 
     @property
     def counts(self) -> Union[Tensor, bool]:
-        """Whether the micro-batch has tokens. One without adds nothing, to no loss and to no mean over micro-batches."""
+        """Whether the micro-batch has tokens. One without adds nothing to a loss, nor to a mean over micro-batches."""
         return self.num_tokens > 0
 
 
@@ -61,7 +61,7 @@ def read_routing(
         if padding_mask.numel() != len(active_TE):
             raise RuntimeError(
                 f"a router of {len(active_TE)} tokens got a padding mask of {padding_mask.numel()}: in pipeline stages "
-                "after the first, Megatron does not divide the mask among sequence-parallel ranks (pass each rank its part)"
+                "after the first, Megatron does not divide the mask among sequence-parallel ranks (pass each its part)"
             )
         active_TE &= ~padding_mask.reshape(-1, 1)
     if known is not None:

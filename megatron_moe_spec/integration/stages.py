@@ -49,7 +49,7 @@ class Stages:
                 f"{expected} (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank)"
             )
         group = pipeline_group(chunks[0])
-        gathered = [None] * num_stages
+        gathered: list = [None] * num_stages
         dist.all_gather_object(gathered, (layers_of_chunks, spec), group=group)
         if any(other != spec for _, other in gathered):
             raise ValueError("attach() got another config on another pipeline stage: give every rank the same")

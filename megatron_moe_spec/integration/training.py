@@ -9,9 +9,10 @@ import json
 import math
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Optional
 
 import torch.distributed as dist
 
@@ -187,7 +188,7 @@ class MetricsFile:
 
     def check(self) -> None:
         """Raises OSError, on every rank, where rank 0 cannot write the file. A collective."""
-        problem = [None]
+        problem: list = [None]
         if dist.get_rank() == 0:
             try:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +217,10 @@ class MetricsFile:
                     os.truncate(self._path, size)
             if not self._warned:
                 self._warned = True
-                warnings.warn(f"{self._path} cannot be written ({error.strerror}); training goes on without its lines")
+                warnings.warn(
+                    f"{self._path} cannot be written ({error.strerror}); training goes on without its lines",
+                    stacklevel=2,
+                )
 
 
 def _finite(value):

@@ -49,4 +49,3 @@ def choose(kernels: str, device: torch.device) -> bool:
     if reason and kernels == "triton":
         raise ValueError(f"the Triton kernels cannot run: {reason} (set --moe-spec-kernels to auto or torch)")
     return not reason
-

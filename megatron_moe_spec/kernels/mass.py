@@ -192,10 +192,10 @@ def _blocks(num_tokens: int, num_experts: int) -> tuple[tuple[int], dict]:
 
 def _check(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> None:
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"logits_TE must be fp32, bf16 or fp16 [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}"
-        )
+        raise ValueError(f"logits_TE must be fp32, bf16 or fp16 [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}")
     if active_TE.shape != logits_TE.shape or active_TE.dtype != torch.bool:
-        raise ValueError(f"active_TE must be bool {list(logits_TE.shape)}; got {active_TE.dtype} {list(active_TE.shape)}")
+        raise ValueError(
+            f"active_TE must be bool {list(logits_TE.shape)}; got {active_TE.dtype} {list(active_TE.shape)}"
+        )
     if score_function not in SCORE_FUNCTIONS:
         raise ValueError(f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}; got {score_function!r}")

@@ -8,9 +8,10 @@ Suffixes: T tokens, E experts, K = ``moe_router_topk`` experts of a token, D com
 """
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, ClassVar, Iterator, Optional, Sequence
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -104,7 +105,8 @@ class Loss:
         """Like "coupling (mass, exact) x 0.001": its options but the coefficient, if they are words or not default."""
         others = [(one, getattr(self, one.name)) for one in options_of(self) if one.name != "coeff"]
         words = [str(value) for one, value in others if one.metadata["choices"]]
-        numbers = [f"{one.name} {value:g}" for one, value in others if not one.metadata["choices"] and value != one.default]
+        changed = [(one, value) for one, value in others if not one.metadata["choices"] and value != one.default]
+        numbers = [f"{one.name} {value:g}" for one, value in changed]
         shown = f" ({', '.join(words + numbers)})" if words + numbers else ""
         return f"{self.title}{shown} x {self.coeff:g}"
 

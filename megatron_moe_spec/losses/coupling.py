@@ -64,7 +64,7 @@ def coupling_loss(
     Args:
         scores: [T, E] the layer's router scores, normalised over all experts (see ``normalized_scores``).
         scores_next: [T, E'] those of the next MoE layer, for the same tokens.
-        routing_map: [T, E] bool, the experts each token was dispatched to (mass). Default: its ``top_k`` highest scores.
+        routing_map: [T, E] bool, the experts each token was dispatched to (mass). Default: its ``top_k`` highest.
         routing_map_next: [T, E'] bool, likewise.
         kind: mass or pathway.
         top_k: experts per token; needed by pathway, and by mass where a routing map is missing.

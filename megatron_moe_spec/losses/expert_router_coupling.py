@@ -1,8 +1,9 @@
 """Expert-router coupling loss, ERC (arXiv 2512.23447): a router row's own expert should answer it the loudest."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, Callable, ClassVar, Iterator, Optional
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -38,8 +39,7 @@ class ExpertRouterCoupling(Loss):
             yield f"ERC compares experts (--num-experts is {transformer_config.num_moe_experts}; set it to 2 or more)"
         if not transformer_config.gated_linear_unit:
             yield (
-                "ERC is a loss of the experts' gates, which these experts lack "
-                f"(add --swiglu, or set {self.flag} to 0)"
+                f"ERC is a loss of the experts' gates, which these experts lack (add --swiglu, or set {self.flag} to 0)"
             )
         if getattr(transformer_config, "moe_latent_size", None):
             yield "ERC feeds router rows to the experts, which read another width here (remove --moe-latent-size)"
@@ -118,9 +118,7 @@ def proxy_tokens(router_weight: Tensor, noise: Optional[Tensor]) -> Tensor:
     return proxies if noise is None else proxies * noise.detach()
 
 
-def proxy_norms(
-    proxies: Tensor, gate_weight: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x
-) -> Tensor:
+def proxy_norms(proxies: Tensor, gate_weight: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
     """M: how strongly each proxy token excites the gate of each of some experts.
 
     Args:

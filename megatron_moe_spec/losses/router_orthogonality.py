@@ -57,9 +57,8 @@ def router_orthogonality_loss(router_weight: Tensor, kind: str = "squared") -> T
         ValueError: a shape, dtype or option does not fit; the message names the argument.
     """
     if router_weight.dim() != 2 or not router_weight.is_floating_point():
-        raise ValueError(
-            f"router_weight must be a floating-point tensor [E, H]; got {router_weight.dtype} {list(router_weight.shape)}"
-        )
+        got = f"{router_weight.dtype} {list(router_weight.shape)}"
+        raise ValueError(f"router_weight must be a floating-point tensor [E, H]; got {got}")
     identity = torch.eye(len(router_weight), dtype=accumulation_dtype(router_weight), device=router_weight.device)
     if kind == "squared":
         rows = unit_vectors(router_weight.unsqueeze(0))[0].squeeze(0)

@@ -3,7 +3,8 @@
 Suffixes: T tokens, K experts of a token, D components of a vector.
 """
 
-from typing import Callable, Optional
+from collections.abc import Callable
+from typing import Optional
 
 import torch
 from torch import Tensor

@@ -4,8 +4,9 @@ Extra rows at the end of a tensor that is sent anyway: no communication of its o
 Suffixes: S sequence (this rank's), B micro-batch, H hidden size, T = S * B tokens, W numbers of a message per token.
 """
 
+from collections.abc import Callable
 from math import ceil
-from typing import Callable, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor

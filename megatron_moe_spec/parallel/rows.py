@@ -1,6 +1,7 @@
 """Returning the rows of experts to the ranks that hold their tokens, and gradients to the experts."""
 
-from typing import Optional, Sequence
+from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import torch.distributed as dist

@@ -78,7 +78,8 @@ class Recorder:
 
     def pytest_collectreport(self, report):
         if report.failed:
-            self._file.write(json.dumps({"test": report.nodeid, "outcome": "failed", "text": report.longreprtext}) + "\n")
+            record = {"test": report.nodeid, "outcome": "failed", "text": report.longreprtext}
+            self._file.write(json.dumps(record) + "\n")
 
     def pytest_sessionfinish(self):
         if RANK == 0:
@@ -160,6 +161,7 @@ class Recorder:
 
     def _attach(self, module) -> None:
         from megatron.core.transformer.moe.moe_layer import MoELayer
+
         from megatron_moe_spec import SpecConfig, attach
 
         layers = [layer for layer in module.modules() if isinstance(layer, MoELayer)]

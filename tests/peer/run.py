@@ -88,7 +88,8 @@ def _start(options, processes, folder, coefficient, output) -> int:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
         "-m", "pytest", "-p", "peer_plugin", "-p", "no:cacheprovider", "-q", "-o", "addopts=", "--tb=short",
         "--continue-on-collection-errors", f"--peer-folder={folder}", f"--peer-done={folder / 'done.txt'}",
-        *(f"--deselect={name}" for name in LEFT_OUT), *([] if coefficient is None else [f"--peer-coefficient={coefficient}"]), *options.tests, *options.pytest,
+        *(f"--deselect={name}" for name in LEFT_OUT),
+        *([] if coefficient is None else [f"--peer-coefficient={coefficient}"]), *options.tests, *options.pytest,
     ]  # fmt: skip
     environment = {
         **os.environ,
@@ -120,7 +121,7 @@ def report(result: records.Comparison) -> None:
     print("computed in tests:", ", ".join(f"{loss} {n}" for loss, n in sorted(result.losses.items())) or "none")
     for text, number in result.refusals.most_common():
         print(f"refused in {number} tests: {text}")
-    for problem in result.problems[: SHOWN]:
+    for problem in result.problems[:SHOWN]:
         print(f"FAILED {problem}")
     if len(result.problems) > SHOWN:
         print(f"FAILED and {len(result.problems) - SHOWN} more")

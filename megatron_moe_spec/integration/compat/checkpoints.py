@@ -2,7 +2,8 @@
 
 import functools
 import sys
-from typing import Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ _CHECKPOINTS = (
 )
 
 
-def _follow(function: type, first_pass: Callable, recomputation: Callable) -> None:
+def _follow(function: Any, first_pass: Callable, recomputation: Callable) -> None:
     forward, backward = function.forward, function.backward
     has_gradients = [False]  # forward itself always runs without
 

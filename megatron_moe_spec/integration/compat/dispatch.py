@@ -1,8 +1,10 @@
 """Which permuted row belongs to which rank's tokens, read off a token dispatcher while its layer runs.
 
 The source of a row is the expert-parallel rank of its token, together with the rank's expert-tensor-parallel peers:
-these share their tokens' rows. Suffixes: T tokens of this source, G tokens of all sources, E experts, L local experts, R expert-parallel ranks, C
-expert-tensor-parallel ranks, P rows.
+these share their tokens' rows.
+
+Suffixes: T tokens of this source, G tokens of all sources, E experts, L local experts, R
+expert-parallel ranks, C expert-tensor-parallel ranks, P rows.
 """
 
 from typing import Optional

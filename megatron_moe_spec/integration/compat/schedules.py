@@ -3,7 +3,8 @@
 import contextlib
 import functools
 import weakref
-from typing import Callable, Union
+from collections.abc import Callable
+from typing import Union
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def around_schedules(owner, enter: Callable) -> None:
 
     for name in _SCHEDULES:
         schedule = getattr(schedules, name)
-        if not hasattr(schedule, "megatron_moe_spec_around"):
+        if not hasattr(schedule, _MARK):
             setattr(schedules, name, _surrounded(schedule))
     _around_schedules[owner] = enter
 
@@ -30,6 +31,7 @@ def leave_schedules(owner) -> None:
     _around_schedules.pop(owner, None)
 
 
+_MARK = "megatron_moe_spec_around"
 _SCHEDULES = (
     "forward_backward_no_pipelining",
     "forward_backward_pipelining_with_interleaving",
@@ -46,7 +48,7 @@ def _surrounded(schedule: Callable) -> Callable:
                 arguments = stack.enter_context(enter(owner, schedule.__name__, arguments))
             return schedule(**arguments)
 
-    run.megatron_moe_spec_around = True
+    setattr(run, _MARK, True)  # noqa: B010 (mypy knows no attributes of functions)
     return run
 
 
@@ -63,18 +65,19 @@ def with_received_shapes(name: str, arguments: dict, transformer_config, num_ran
     """
     if transformer_config.variable_seq_lengths:
         return arguments
+    dtype = transformer_config.pipeline_dtype
     if name != "forward_backward_pipelining_with_interleaving":
         adjust = arguments.get("adjust_tensor_shapes_fn")
 
         def adjust_tensor_shapes(receive, send):
             if adjust is not None:
                 receive, send = adjust(receive, send)
-            return tuple([change(shape, transformer_config.pipeline_dtype) for shape in shapes] for shapes in (receive, send))
+            return tuple([change(shape, dtype) for shape in shapes] for shapes in (receive, send))
 
         return {**arguments, "adjust_tensor_shapes_fn": adjust_tensor_shapes}
     # This schedule takes no such function. All that it does with the length is to compute the shape.
     shape = arguments["seq_length"] // num_ranks, arguments["micro_batch_size"], transformer_config.hidden_size
-    return {**arguments, "seq_length": change(shape, transformer_config.pipeline_dtype)[0] * num_ranks}
+    return {**arguments, "seq_length": change(shape, dtype)[0] * num_ranks}
 
 
 def backward_loss_scale() -> Union[Tensor, float]:

@@ -3,17 +3,19 @@
 import math
 import os
 import sys
-from typing import Callable, Union
+from collections.abc import Callable
+from typing import Union
 
 
 def graphed_modules(transformer_config) -> Union[list[str], str]:
     """Names of what CUDA graphs capture: a list of module kinds, "everything", or an empty list."""
     implementation = getattr(transformer_config, "cuda_graph_impl", "none")
-    if getattr(transformer_config, "enable_cuda_graph", False) or getattr(transformer_config, "external_cuda_graph", False):
+    if any(getattr(transformer_config, name, False) for name in ("enable_cuda_graph", "external_cuda_graph")):
         return "everything"
     if implementation in (None, "none"):
         return []
-    scope = getattr(transformer_config, "cuda_graph_modules", None) or getattr(transformer_config, "cuda_graph_scope", None)
+    scopes = (getattr(transformer_config, name, None) for name in ("cuda_graph_modules", "cuda_graph_scope"))
+    scope = next(filter(None, scopes), None)
     if not scope or scope == "full":
         return "everything"
     names = scope.split(",") if isinstance(scope, str) else [getattr(s, "name", s) for s in scope]
@@ -83,7 +85,8 @@ def moe_layers_of_stages(args, transformer_config) -> list[int]:
         has_experts = [layer % frequency == 0 for layer in range(transformer_config.num_layers)]
     else:
         has_experts = list(map(bool, frequency))
-    ranks, chunks = transformer_config.pipeline_model_parallel_size, transformer_config.virtual_pipeline_model_parallel_size
+    ranks = transformer_config.pipeline_model_parallel_size
+    chunks = transformer_config.virtual_pipeline_model_parallel_size
     layout = transformer_config.pipeline_model_parallel_layout
     numbers, end = [], 0
     for chunk in range(chunks or 1):

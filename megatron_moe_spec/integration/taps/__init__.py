@@ -1,6 +1,6 @@
 """The places in Megatron that losses read, one file each. A tap serves every loss that reads what it has."""
 
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from megatron_moe_spec.integration.taps.base import Tap
 from megatron_moe_spec.integration.taps.expert_weights import ExpertWeightsTap

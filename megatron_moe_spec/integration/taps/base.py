@@ -1,8 +1,9 @@
 """What a tap is: the one place in Megatron where losses read something of an MoE layer, and return its gradient."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Iterator, Optional, Sequence
+from typing import Any, ClassVar, Generic, Optional, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,6 +14,8 @@ from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.routing import LayerRouting
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.losses import Loss
+
+L = TypeVar("L", bound=Loss)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class ModelFacts:
     shards_weights: bool = False
 
 
-class Tap:
+class Tap(Generic[L]):
     """Serves the losses that read one thing of one layer: adds their gradients, and records their values.
 
     Values are recorded once a micro-batch: what the router decides in forward (in the first pass of a checkpoint), what
@@ -104,17 +107,17 @@ class Tap:
 
     title: ClassVar[str]
 
-    def __init__(self, losses: Sequence[Loss], layer: TappedLayer):
+    def __init__(self, losses: Sequence[L], layer: TappedLayer):
         self.losses, self.layer = losses, layer
         self.trained = [loss for loss in losses if loss.coeff > 0]
 
     @classmethod
-    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+    def problems(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[str]:
         """What it cannot read in a model, each with its remedy."""
         return iter(())
 
     @classmethod
-    def describe(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[tuple[str, str]]:
+    def describe(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[tuple[str, str]]:
         """What it would read in a model, as (name, text) of the doctor's report."""
         return iter(())
 
@@ -139,6 +142,6 @@ class Tap:
     def detach(self) -> None:
         """Removes its hooks."""
 
-    def wanted(self) -> list[Loss]:
+    def wanted(self) -> list[L]:
         """The losses to compute in this step."""
         return [loss for loss in self.losses if self.layer.recorder.wants(loss)]

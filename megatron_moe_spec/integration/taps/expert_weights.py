@@ -3,8 +3,9 @@
 Suffixes: E experts, L local experts, F gate rows on this rank, H hidden size.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Callable, Iterator, Optional, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,6 @@ from megatron_moe_spec.integration.scaling import weight_gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.integration.taps.router_weight import adapted, sharded
 from megatron_moe_spec.integration.taps.rows import quantization_problems
-from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.losses.expert_router_coupling import (
     ExpertRouterCoupling,
     excess,
@@ -36,7 +36,7 @@ from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_sum
 _ADAPTED = "the router or linear_fc1"
 
 
-class ExpertWeightsTap(Tap):
+class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
     """Adds a loss's gradient to the weights of one layer's router and local experts.
 
     Every rank computes the loss of all E experts from norms M [E, E], of which it has the columns of its own experts:
@@ -49,15 +49,14 @@ class ExpertWeightsTap(Tap):
 
     title = "expert weights"
 
-    def __init__(self, losses: Sequence[Loss], layer: TappedLayer):
+    def __init__(self, losses: Sequence[ExpertRouterCoupling], layer: TappedLayer):
         super().__init__(losses, layer)
         (self._loss,) = losses
-        assert isinstance(self._loss, ExpertRouterCoupling)
         self._expected: Optional[RouterCall] = None
         self._hook = layer.module.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))
 
     @classmethod
-    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+    def problems(cls, losses: Sequence[ExpertRouterCoupling], model: ModelFacts) -> Iterator[str]:
         (loss,), transformer_config = losses, model.transformer_config
         if model.shards_weights:
             yield sharded(loss)
@@ -81,7 +80,7 @@ class ExpertWeightsTap(Tap):
         yield from quantization_problems(loss.title, transformer_config)
 
     @classmethod
-    def describe(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[tuple[str, str]]:
+    def describe(cls, losses: Sequence[ExpertRouterCoupling], model: ModelFacts) -> Iterator[tuple[str, str]]:
         yield "weights", "router, and gate rows of every expert's linear_fc1"
 
     def detach(self) -> None:
@@ -123,7 +122,8 @@ class ExpertWeightsTap(Tap):
 
     def _norms(self, proxies_EH: Tensor, experts: list[Tensor]) -> Tensor:
         gates = [gate_rows(self.layer.module, weight).flatten(0, -2) for weight in experts]
-        norms_EL = proxy_norms(proxies_EH, gates, total=partial(all_reduce_sum, group=column_group(self.layer.dispatcher)))
+        over_columns = partial(all_reduce_sum, group=column_group(self.layer.dispatcher))
+        norms_EL = proxy_norms(proxies_EH, gates, total=over_columns)
         return all_gather(norms_EL.T.contiguous(), self.layer.dispatcher.ep_group).T
 
     def _of_local_experts(self, x_EE: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ A layer's gradient needs only its neighbours' values, so no autograd edge joins 
 and overlapped schedules need nothing special. Suffixes: T tokens, E experts.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Iterator, Optional, Sequence, Union
+from typing import Optional, Union
 
 from torch import Tensor
 
@@ -14,13 +15,12 @@ from megatron_moe_spec.integration.routing import LayerRouting, token_scores
 from megatron_moe_spec.integration.scaling import gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
-from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.losses.coupling import Coupling, joint_scores, routed_mass, strongest_successors
 from megatron_moe_spec.losses.scores import normalized_scores_gradient
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 
-class PairsTap(Tap):
+class PairsTap(Tap[Coupling]):
     """Couples a layer with the one before it, in its chunk or in the stage before.
 
     Type pathway: one all-reduce of E x E numbers a pair, in forward.
@@ -28,16 +28,15 @@ class PairsTap(Tap):
 
     title = "pairs"
 
-    def __init__(self, losses: Sequence[Loss], layer: TappedLayer):
+    def __init__(self, losses: Sequence[Coupling], layer: TappedLayer):
         super().__init__(losses, layer)
         (self._loss,) = losses
-        assert isinstance(self._loss, Coupling)
         # The kernels compute in fp32.
         fused = choose(layer.recorder.spec.kernels, layer.router.weight.device)
         self._fused = fused and layer.transformer_config.moe_router_dtype != "fp64"
 
     @classmethod
-    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+    def problems(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[str]:
         for loss in losses:
             if loss.coeff > 0:
                 yield from _layer_problems(loss, model)
@@ -56,8 +55,9 @@ class PairsTap(Tap):
         if not self.wanted():
             return
         layer, routing, micro_batch, kind = self.layer, call.routing, call.micro_batch, self._loss.kind
+        function = layer.transformer_config.moe_router_score_function
         routing.message = coupling_message(
-            kind, call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask, routing.active_TE, self._fused
+            kind, call.logits, function, call.padding_mask, routing.active_TE, self._fused
         )
         if layer.local_index == 0 and micro_batch.take_before is not None:
             micro_batch.before, micro_batch.take_before = micro_batch.take_before(len(routing.active_TE)), None
@@ -181,7 +181,8 @@ def add_logits_gradient(
         from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
 
         incoming_TE = incoming.reshape(logits_TE.shape)
-        return add_mass_gradient(logits_TE, this.active_TE, score_function, pull, weight, incoming_TE).view(logits.shape)
+        total_TE = add_mass_gradient(logits_TE, this.active_TE, score_function, pull, weight, incoming_TE)
+        return total_TE.view(logits.shape)
     scores_gradient_TE = this.active_TE * pull.unsqueeze(-1) if kind == "mass" else pull
     gradient_TE = normalized_scores_gradient(logits_TE, score_function, scores_gradient_TE * weight)
     return incoming + gradient_TE.view(logits.shape).to(incoming.dtype)

@@ -1,7 +1,7 @@
 """Tap of a router's weight."""
 
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,15 +13,13 @@ from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap
 from megatron_moe_spec.losses import Loss, RouterWeightLoss
 
 
-class RouterWeightTap(Tap):
+class RouterWeightTap(Tap[RouterWeightLoss]):
     """Every rank computes the losses of its copy of the weight, and counts as a share of its micro-batch."""
 
     title = "router weight"
-    losses: list[RouterWeightLoss]
-    trained: list[RouterWeightLoss]
 
     @classmethod
-    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+    def problems(cls, losses: Sequence[RouterWeightLoss], model: ModelFacts) -> Iterator[str]:
         for loss in losses:
             if model.shards_weights:
                 yield sharded(loss)

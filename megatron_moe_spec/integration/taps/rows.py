@@ -5,24 +5,24 @@ p: Megatron multiplies what enters the down projection, and its bias, by it. Suf
 per token, P rows, D components of a row.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Iterator, Optional, Sequence
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat.dispatch import describe_dispatch
+from megatron_moe_spec.integration.compat.dispatch import describe_dispatch, exchanges_rows, row_exchange
 from megatron_moe_spec.integration.compat.experts import describe_down_projections, expert_down_projections
 from megatron_moe_spec.integration.compat.groups import column_group
-from megatron_moe_spec.integration.compat.dispatch import exchanges_rows, row_exchange
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_gradient, own_graph
 from megatron_moe_spec.integration.routing import LayerRouting
 from megatron_moe_spec.integration.scaling import gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
-from megatron_moe_spec.losses import Loss, RowsLoss
+from megatron_moe_spec.losses import RowsLoss
 from megatron_moe_spec.losses.vectors import mixing_of
 from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.token_rows import TokenRows, token_experts
@@ -47,7 +47,7 @@ class _Run:
     probs_gradients: list[Tensor] = field(default_factory=list)
 
 
-class RowsTap(Tap):
+class RowsTap(Tap[RowsLoss]):
     """Compares the vectors of each token, differentiates the losses of their angles and lengths, and adds the gradient.
 
     The vectors are the rows without p: lengths are divided by it. What a loss says of lengths would reach p by way of
@@ -56,8 +56,6 @@ class RowsTap(Tap):
     What each rank keeps for backward are the rows, by reference, and K x K numbers a token.
     """
 
-    losses: list[RowsLoss]
-    trained: list[RowsLoss]
     _num_parts = 1
 
     def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
@@ -71,7 +69,7 @@ class RowsTap(Tap):
         raise NotImplementedError
 
     @classmethod
-    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+    def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
         transformer_config, names = model.transformer_config, " and ".join(loss.title for loss in losses)
         if getattr(transformer_config, "use_transformer_engine_op_fuser", False):
             yield f"the fused experts do not hand out the rows for {names} (remove --use-transformer-engine-op-fuser)"
@@ -90,7 +88,7 @@ class RowsTap(Tap):
         yield from quantization_problems(names, transformer_config)
 
     @classmethod
-    def describe(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[tuple[str, str]]:
+    def describe(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[tuple[str, str]]:
         yield f"{cls.title} tap", cls._place(model.transformer_config)
         yield "dispatcher", describe_dispatch(model.transformer_config)
 
@@ -204,7 +202,7 @@ class ActivationsTap(RowsTap):
         return describe_down_projections(transformer_config)
 
     @classmethod
-    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+    def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
         yield from super().problems(losses, model)
         if model.expert_tensor_size > model.tensor_size:
             yield (
@@ -227,7 +225,7 @@ class OutputsTap(RowsTap):
         return "output of a layer's experts"
 
     @classmethod
-    def problems(cls, losses: Sequence[Loss], model: ModelFacts) -> Iterator[str]:
+    def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
         yield from super().problems(losses, model)
         if model.expert_tensor_size > 1:
             yield (

@@ -14,7 +14,7 @@ from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 
-class ScoresTap(Tap):
+class ScoresTap(Tap[ScoresLoss]):
     """One node on the logits, and one normalisation each way, for all losses of the scores.
 
     A loss that needs means over the tokens of the micro-batch costs two all-reduces of their size in forward; none in
@@ -22,8 +22,6 @@ class ScoresTap(Tap):
     """
 
     title = "scores"
-    losses: list[ScoresLoss]
-    trained: list[ScoresLoss]
 
     def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
         return add_gradient(logits, partial(self._add_gradient, call)) if self.trained else logits

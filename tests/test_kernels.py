@@ -290,7 +290,7 @@ def test_arguments_that_do_not_fit(random):
     z, (rows, valid) = random(8, 5), tokens_of_rows(4, 2)
     cosines, inverse = row_kernels.row_cosines(z, rows, valid)
     for name, arguments in {
-        "z_PF": (z.double(), rows, valid),
+        "x_PD": (z.double(), rows, valid),
         "rows_TK": (z, rows.int(), valid),
         "valid_TK": (z, rows, valid[:2]),
     }.items():
@@ -298,7 +298,7 @@ def test_arguments_that_do_not_fit(random):
             row_kernels.row_cosines(*arguments)
     with pytest.raises(ValueError, match="mixing_TKK"):
         row_kernels.add_mixed(z, rows, valid, cosines[:2], inverse, 1.0)
-    with pytest.raises(ValueError, match="incoming_PF"):
+    with pytest.raises(ValueError, match="incoming_PD"):
         row_kernels.add_mixed(z, rows, valid, mixing_of_squares(cosines), inverse, 1.0, z.half())
 
 

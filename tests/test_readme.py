@@ -1,40 +1,95 @@
-"""The README says what the code does."""
+"""The README and the documents beside it say what the code does."""
 
+import dataclasses
 import re
 from pathlib import Path
 
-from megatron_moe_spec import SpecConfig
+import pytest
+import torch
+from mutations import MUTATIONS
+
+from megatron_moe_spec import SpecConfig, losses
+from megatron_moe_spec.losses import LOSSES, installed
 from megatron_moe_spec.losses.base import options_of
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(ROOT.glob("[a-z]*/README.md")),
+]
+of_each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
 def test_table_of_flags():
     rows = re.findall(r"^\| `(--moe-[a-z-]+)` \| `(\w+)` \| `?(\w+)`? \|", README, re.M)
-    assert rows == [(f.metadata["flag"], f.name, f"{f.default:g}" if isinstance(f.default, float) else str(f.default))
-                    for f in options_of(SpecConfig)]  # fmt: skip
+    assert rows == [
+        (f.metadata["flag"], f.name, f"{f.default:g}" if isinstance(f.default, float) else str(f.default))
+        for f in options_of(SpecConfig)
+    ]
 
 
-def test_files_and_targets_exist():
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / link).is_file(), link
-    for path in re.findall(r"`((?:examples|tests)/[\w/.]+)`", README):
+def test_the_paper_s_values_are_those_of_the_flags():
+    for one in options_of(SpecConfig):
+        for value in re.findall(r"\b\d[\d.e-]*\d|\b\d\b", one.metadata["paper"].partition(", Eq")[0]):
+            (row,) = re.findall(rf"^\| `{one.metadata['flag']}` .*$", README, re.M)
+            assert value in row
+
+
+def test_every_loss_has_a_function_and_a_row():
+    for loss in LOSSES:
+        name = "expert_router_coupling" if loss.name == "erc_loss" else loss.name.removesuffix("_loss")
+        assert callable(getattr(losses, f"{name}_loss"))
+        assert re.search(rf"^\| {name.replace('_', '.')}\b", README, re.M), name
+
+
+def test_the_loss_of_one_s_own_in_the_readme_runs():
+    (block,) = re.findall(r"```python\n(@dataclass.*?)```", README, re.S)
+    scope = {"dataclass": dataclasses.dataclass, "torch": torch, "ScoresLoss": losses.ScoresLoss}
+    exec(block, scope)
+    (loss,) = SpecConfig(extra_losses=(scope["RoutingEntropy"](0.01),)).extra_losses
+    scores = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    assert float(loss.of_scores(scores)) == pytest.approx(0.5 * 0.6931472)
+
+
+def test_the_example_in_contributing_is_the_tested_one():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    (block,) = re.findall(r"`tests/example_loss\.py`:\n\n```python\n(.*?)```", text, re.S)
+    assert block == (ROOT / "tests" / "example_loss.py").read_text()
+    assert f'entry-points."{installed.GROUP}"' in text
+
+
+def test_the_figures_in_the_readme_are_of_the_published_results():
+    rows = [line for line in README.splitlines() if re.match(r"\| .* \| [\d.]+ \| [\d.]+ \| [+-]", line)]
+    results = (ROOT / "docs" / "results.md").read_text().splitlines()
+    assert len(rows) > 3 and set(rows) <= set(results)
+
+
+def test_the_table_of_mutations():
+    rows = re.findall(r"^\| (.+?) \| `(\w[\w/]*\.py)` \| ", (ROOT / "docs" / "layouts.md").read_text(), re.M)
+    assert sorted(rows) == sorted((fault, file) for fault, file, *_ in MUTATIONS)
+
+
+@of_each_document
+def test_documents_name_what_exists(document):
+    text = document.read_text()
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (document.parent / link).exists(), link
+    for path in re.findall(r"\b((?:examples|tests|configs)/[\w./-]+\.(?:py|sh|yaml))", text):
         assert (ROOT / path).is_file(), path
     makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"^make (\w+)", README, re.M)
-    assert targets == ["quickstart", "test", "compare"]
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, re.M)
+    for target in re.findall(r"(?:`|^)make ([a-z][\w-]*)", text, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    flags = {one.metadata["flag"] for one in options_of(SpecConfig)}
+    for flag in re.findall(r"--moe-(?:spec|coupling|specialization|erc|score-variance|orthogonality)[\w-]*", text):
+        assert flag in flags, flag
 
 
-def test_other_documents_name_what_exists():
-    for document in (ROOT / "docs" / "guide.md", ROOT / "docs" / "frameworks.md", *ROOT.glob("*/README.md")):
-        text = document.read_text()
-        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
-            assert (document.parent / link).is_file(), f"{document}: {link}"
-        for path in re.findall(r"\b((?:examples|tests|configs)/[\w./-]+\.(?:py|sh|yaml))", text):
-            assert (ROOT / path).is_file(), f"{document}: {path}"
-        flags = {field.metadata["flag"] for field in options_of(SpecConfig)}
-        for flag in re.findall(r"--moe-(?:spec|coupling|specialization)[\w-]*", text):
-            assert flag in flags, f"{document}: {flag}"
+def test_first_screen():
+    """The two commands and the two lines of attach come before anything else."""
+    first = "\n".join(README.splitlines()[:30])
+    for needed in ("make quickstart", "make test", "attach(model, SpecConfig(", "torchrun"):
+        assert needed in first
+    assert len(README.splitlines()) <= 165

@@ -25,7 +25,7 @@ class MicroBatch:
         take_before: takes ``before`` from what the previous stage sent, given this rank's number of tokens.
         pull_after: what the loss of this chunk's last MoE layer and the next stage's first asks of this chunk, known
             once the gradient of the chunk's output is; None if there is no such loss.
-        expert_group_count: see ``WeightTap``; known once a layer has asked.
+        expert_group_count: see ``ExpertWeightsTap``; known once a layer has asked.
     """
 
     def __init__(self, number: int, num_layers: int):

@@ -44,14 +44,14 @@ class RowExchange:
         ranks = len(self._rows_for)
         return RowExchange(order[chosen_there], self._num_rows, numbers[:ranks], numbers[ranks:], self._group)
 
-    def to_tokens(self, x_PF: Tensor) -> Tensor:
+    def to_tokens(self, x_PD: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""
-        x_PF = x_PF if self._order is None else x_PF[self._order]
-        return self._all_to_all(x_PF, self._rows_for, self._rows_from)
+        x_PD = x_PD if self._order is None else x_PD[self._order]
+        return self._all_to_all(x_PD, self._rows_for, self._rows_from)
 
-    def to_experts(self, x_PF: Tensor) -> Tensor:
+    def to_experts(self, x_PD: Tensor) -> Tensor:
         """The other way; rows that do not travel are 0."""
-        received = self._all_to_all(x_PF, self._rows_from, self._rows_for)
+        received = self._all_to_all(x_PD, self._rows_from, self._rows_for)
         if self._order is None:
             return received
         return received.new_zeros(self._num_rows, *received.shape[1:]).index_copy_(0, self._order, received)

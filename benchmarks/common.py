@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes of real models, timing, and how results are written."""
+"""Shared by the benchmarks: shapes of real models, timing, and writing of results."""
 
 import csv
 import json

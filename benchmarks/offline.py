@@ -48,7 +48,7 @@ LOGITS = [
 
 
 class _NoGPU:
-    """What Triton asks of a driver in order to compile."""
+    """The part of a driver that Triton asks for in order to compile."""
 
     def __init__(self, architecture: int):
         self._architecture = architecture
@@ -91,7 +91,7 @@ def resources(kernel) -> dict:
 
 
 def offset_products(kernel) -> dict:
-    """How many products (row number times row size, token times experts) are taken in 64 and in 32 bits."""
+    """Counts the products (row number times row size, token times experts) in 64 and in 32 bits."""
     types = re.findall(r"arith\.muli .*: (?:tensor<\d+x)?(i\d+)", kernel.asm["ttir"])
     return {"products_64_bit": types.count("i64"), "products_32_bit": types.count("i32")}
 

@@ -58,7 +58,7 @@ PARTS = {
 
 
 def missing(part: Part, has_gpu: bool) -> str:
-    """What a part lacks; an empty string where it can run."""
+    """The requirement that a part lacks; an empty string where it can run."""
     if part.needs_gpu and not has_gpu:
         return "no GPU"
     for module in part.modules:

@@ -44,7 +44,7 @@ from megatron_moe_spec.integration.training import METRICS_FILE, MetricsFile
 
 
 class ByteTokenizer:
-    """What GPTDataset asks of a tokenizer, for text that is stored as bytes."""
+    """The tokenizer that GPTDataset asks for, of text that is stored as bytes."""
 
     eod = 256
     vocab_size = 257

@@ -86,7 +86,7 @@ def spec_config_from_args(args, command_line: Optional[Sequence[str]] = None) ->
 
 
 def spec_config_from_command_line(command_line: Optional[Sequence[str]] = None) -> SpecConfig:
-    """What a command line asks for, its ``--yaml-cfg`` included, whoever else parses it; other flags are passed over.
+    """Builds the SpecConfig from a command line and its ``--yaml-cfg``; other flags are passed over.
 
     Args:
         command_line: the flags; those of this process if not given.

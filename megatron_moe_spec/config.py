@@ -24,7 +24,7 @@ else:
 
 @dataclass(frozen=True)
 class SpecConfig(_LossOptions):
-    """Which auxiliary losses to add to a model, and how strongly.
+    """The auxiliary losses to add to a model, and their weights.
 
     Its first fields are the options of the losses in ``megatron_moe_spec.losses.LOSSES``: a coefficient for each, and
     what else it may be told. Every coefficient is 0 by default; with all of them 0 and no metrics, nothing is hooked.

@@ -108,7 +108,7 @@ def _installed() -> Iterator[tuple[str, str]]:
 
 
 def _device():
-    """Where a model would be; asked before the CPU back end is on."""
+    """Device that a model would be on; asked before the CPU back end is on."""
     import torch
 
     return torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
@@ -158,7 +158,7 @@ def _gpu() -> str:
 
 
 def _missing(wants_training: bool) -> Optional[str]:
-    """What has to be installed first."""
+    """The package that has to be installed first, or None."""
     try:
         from megatron_moe_spec.integration.compat.release import require_megatron
         from megatron_moe_spec.integration.compat.settings import training_modules

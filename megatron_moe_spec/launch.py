@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 
 
 def _problem(script: Path, on_cpu: bool) -> Optional[str]:
-    """What has to be typed otherwise; ``sys.argv`` is the script's."""
+    """The mistake in the command line, with its remedy, or None; ``sys.argv`` is the script's."""
     if not script.is_file():
         return f"no such script: {script}"
     try:

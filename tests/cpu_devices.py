@@ -1,4 +1,4 @@
-"""What the CPU backend promises about devices, checked in an interpreter of its own. Needs no Megatron."""
+"""Promises of the CPU back end about devices, checked in an interpreter of its own. Needs no Megatron."""
 
 import threading
 

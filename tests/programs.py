@@ -218,7 +218,7 @@ def overlapped_parameter_gather(sizes, overlap: bool):
 
 
 def errors(sizes):
-    """What is refused on two ranks, by the message; None where nothing is."""
+    """Messages of refusals on two ranks; None where there is none."""
     from megatron_moe_spec import SpecConfig, attach
 
     def message(function, *args, **kwargs):

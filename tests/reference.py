@@ -15,7 +15,7 @@ from megatron_moe_spec.losses.scores import normalized_scores
 
 
 class Capture:
-    """What one forward pass did in each MoE layer, with its autograd graph."""
+    """Values of each MoE layer in one forward pass, with their autograd graph."""
 
     def __init__(self, model):
         self.layers = [m for name, m in model.named_modules() if isinstance(m, MoELayer) and "mtp" not in name]
@@ -73,7 +73,7 @@ def pure_losses(capture: Capture, is_token, config: SpecConfig) -> dict[str, lis
 
 
 def _seen(layer, number: int, seen: dict, is_token) -> dict:
-    """What losses may read of a layer, of the tokens that are not padding."""
+    """Quantities of a layer that losses read, of the tokens that are not padding."""
     config, dispatched = layer.config, seen["map"]
     live = dispatched & (seen["probs"] > 0)
     # By autograd, what reaches p through rows that it weights, and through the division by it, adds up to nothing.

@@ -1,4 +1,4 @@
-"""What a command line asks for, by flags and by Megatron's --yaml-cfg."""
+"""Settings from a command line, by flags and by Megatron's --yaml-cfg."""
 
 import argparse
 import sys

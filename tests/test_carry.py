@@ -82,7 +82,7 @@ def test_messages_travel_both_ways_and_touch_no_gradient():
 
 
 def test_a_pipeline_model_that_nobody_detached_is_freed(mm):
-    """What surrounds Megatron's schedules for it holds on to nothing of it, and lives as long as it does."""
+    """The context around Megatron's schedules holds on to nothing of the model, and lives as long as it does."""
     from megatron_moe_spec import SpecConfig
     from megatron_moe_spec.integration.compat import schedules
     from megatron_moe_spec.integration.pipeline import Carries, Stages

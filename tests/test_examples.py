@@ -56,7 +56,7 @@ def _command(name: str, config: str, *arguments: str, **settings: str) -> list[s
 
 
 def _flags(command: list[str]) -> list[str]:
-    """What the pretraining script gets."""
+    """The arguments that the pretraining script gets."""
     return command[command.index(str(ROOT / "examples" / "pretrain_gpt.py")) + 1 :]
 
 
@@ -66,7 +66,7 @@ def test_every_config_is_tested():
 
 @pytest.fixture(scope="module")
 def found():
-    """What Megatron makes of each config, and of the commands of all scripts."""
+    """Megatron's reading of each config, and of the commands of all scripts."""
     jobs = {name: [2 if name == "tiny" else 32, _flags(_command("single_node", name))] for name in NAMES}
     for script in SETTINGS:
         jobs[script] = [2, _flags(_command(script, "tiny", "--seed", "9"))]

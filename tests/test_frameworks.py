@@ -1,4 +1,4 @@
-"""What the recipes in docs/frameworks.md rest on: the order of attaching, adapting and wrapping does not matter."""
+"""Recipes of docs/frameworks.md: the order of attaching, adapting and wrapping does not matter."""
 
 import re
 

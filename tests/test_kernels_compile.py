@@ -1,4 +1,4 @@
-"""What the compiler makes of the shipped kernels, for GPUs that are not here: registers, spills, 64-bit offsets.
+"""Compilation of the shipped kernels for GPUs that are not here: registers, spills, 64-bit offsets.
 
 In an interpreter of its own, where Triton compiles; in this one it interprets.
 """

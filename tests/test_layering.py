@@ -67,7 +67,7 @@ def test_the_cpu_backend_serves_the_command_line_alone():
 
 
 def test_only_losses_and_the_taps_of_one_loss_name_a_loss():
-    """What runs taps, records, reports and refuses serves losses that it does not know."""
+    """Code that runs taps, records, reports and refuses serves losses that it does not know."""
     words = {word for loss in LOSSES for word in (loss.__name__, loss.name, loss.name.removesuffix("_loss"))}
     pattern = re.compile(r"\b(" + "|".join(words) + r")\b", re.IGNORECASE)
     generic = (

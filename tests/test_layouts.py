@@ -190,7 +190,7 @@ def _worst_loss_error(found: dict, expected: dict) -> float:
 
 
 def _without_pairs_across_stages(result: dict, layout: str) -> dict:
-    """Where coupling is measured and not trained on, no message travels between stages."""
+    """No message travels between stages where coupling is measured and not trained on."""
     sizes = LAYOUTS[layout][1]
     length = 4 // (sizes.get(PP, 1) * sizes.get(VPP, 1))
     diagnostics = result["diagnostics"]
@@ -265,7 +265,7 @@ def test_bf16_rows_come_home(jobs):
 
 
 def test_pairs_across_stages_are_dropped_on_request(jobs, megatron):
-    """What is left is the mean over the pairs within a stage, by the pure losses on the whole model."""
+    """The rest is the mean over the pairs within a stage, by the pure losses on the whole model."""
     import megatron_models
     from layouts import GLOBAL_BATCH, draw_weights
     from reference import Capture, pure_losses

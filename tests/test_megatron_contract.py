@@ -141,7 +141,7 @@ def test_attributes_of_a_model_that_has_run(mm, dispatcher):
 
 @pytest.mark.parametrize("dispatcher", OF_DISPATCHERS)
 def test_rows_lie_by_expert_then_token(mm, dispatcher):
-    """What linear_fc2 gets on one rank; of the orders over several ranks, the layout tests are the proof."""
+    """The experts' input on one rank; the layout tests prove the orders over several ranks."""
     model = mm.build_model(num_layers=1, moe_token_dispatcher_type=dispatcher)
     layer, seen = model.decoder.layers[0].mlp, {}
     layer.register_forward_pre_hook(lambda module, args: seen.update(tokens_TH=args[0].flatten(0, 1)))

@@ -1,4 +1,4 @@
-"""What is installed: one version, types, and commands that can be called."""
+"""The installed package: one version, types, and commands that can be called."""
 
 import inspect
 import subprocess

@@ -1,4 +1,4 @@
-"""What ``peer/run.py`` concludes from the records of Megatron's tests, without Megatron."""
+"""Conclusions of ``peer/run.py`` from the records of Megatron's tests, without Megatron."""
 
 import copy
 import importlib

@@ -1,4 +1,4 @@
-"""What is compared: which losses each arm adds to the load-balancing loss, and at which coefficients."""
+"""The arms of the comparison: the losses that each adds to the load-balancing loss, and their coefficients."""
 
 from dataclasses import dataclass
 

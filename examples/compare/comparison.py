@@ -83,7 +83,7 @@ def calibrate(machine, scale, prefix, output, workers) -> tuple:
 
 
 def make_plan(options, machine, scale, workers, prefix) -> dict:
-    """What the comparison consists of; kept, so that a restart goes on with the same."""
+    """Contents of the comparison; kept, so that a restart goes on with the same."""
     seeds = list(range(FIRST_SEED, FIRST_SEED + options.seeds))
     compared = arms.selected(options.arms)
     number_of_runs = len(runs.final(seeds, {}, compared))

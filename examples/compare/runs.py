@@ -54,7 +54,7 @@ def chosen_scales(output: Path, seed: int, compared: list) -> dict:
 
 
 def result_of(output: Path, run: Run):
-    """What a finished run left, or None."""
+    """Results of a finished run, or None."""
     path = output / "runs" / run.name / RESULT_FILE
     return json.loads(path.read_text()) if path.exists() else None
 

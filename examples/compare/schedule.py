@@ -18,7 +18,7 @@ GPU_MODEL = """
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the runs are on a kind of device."""
+    """Size of the runs on a kind of device."""
 
     model: list
     shape: str

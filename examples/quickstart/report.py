@@ -33,7 +33,7 @@ CURVES = (
 
 
 def last_steps(iterations):
-    """How many steps at the end the training values are averaged over: a tenth, and at least one measurement."""
+    """Number of steps at the end that training values are averaged over: a tenth, and at least one measurement."""
     return max(LOG_INTERVAL, math.ceil(iterations / 10))
 
 

@@ -77,7 +77,7 @@ def train(name, arm_command, folder, iterations, watched, steps_of, progress):
 
 
 def describe(machine, options):
-    """What the report says of how it was made."""
+    """Facts for the report about how it was made."""
     versions = {package: version(package) for package in ("torch", "megatron-core", "megatron_moe_spec")}
     return {
         "iterations": options.iterations,

@@ -19,7 +19,7 @@ TAIL_LINES = 30
 
 @dataclass(frozen=True)
 class Machine:
-    """What the runs use: the training loop, the processes and the device."""
+    """Resources of the runs: the training loop, the processes and the device."""
 
     loop: str  # "megatron.training" or "megatron.core"
     device: str
@@ -113,7 +113,7 @@ def start(command, folder, variables=None):
 
 
 def account_of_failure(name, status, folder):
-    """What a user needs to know of a run that failed: the end of its log, and where the log is."""
+    """Text about a run that failed: the end of its log, and where the log is."""
     log = folder / "log.txt"
     # torchrun adds its own account below the worker's; the cause stands above it.
     text = re.split(r"^.*torch/distributed/elastic", log.read_text(errors="replace"), maxsplit=1, flags=re.M)[0]

@@ -106,7 +106,7 @@ class SpecHandle:
             logger.warning("pairs of MoE layers in different pipeline stages are neither trained on nor measured")
 
     def describe(self) -> str:
-        """Which MoE layers of this rank's chunks have the losses, and which have not."""
+        """One line: the MoE layers of this rank's chunks with the losses, and those without."""
         text = f"losses on {len(self.layers)} MoE layers" + (f" ({', '.join(self.layers)})" if self.layers else "")
         return text + (f"; not on {_reasons(self.left_out)}" if self.left_out else "")
 

@@ -1,4 +1,4 @@
-"""What attach() refuses, each by an error that names the flag to change."""
+"""Refusals of attach(): errors that name the flag to change."""
 
 from collections.abc import Iterator
 from typing import Optional
@@ -50,7 +50,7 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
 
 
 def facts_of_flags(transformer_config, stages: Stages, spec: SpecConfig) -> ModelFacts:
-    """What is known of a model before one is built."""
+    """Facts about a model that is not built yet."""
     tensor_size = transformer_config.tensor_model_parallel_size
     return ModelFacts(
         transformer_config=transformer_config,
@@ -63,7 +63,7 @@ def facts_of_flags(transformer_config, stages: Stages, spec: SpecConfig) -> Mode
 
 
 def unsupported_settings(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device]) -> list[str]:
-    """What ``check_supported`` will say of a model on a device, as far as it can be told before one is built."""
+    """Lists the complaints of ``check_supported`` about a model that is not built yet, as far as its flags tell."""
     return list(_problems(facts, spec, device))
 
 

@@ -58,7 +58,7 @@ def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callab
 
 @contextmanager
 def own_graph() -> Iterator[None]:
-    """Where a loss is differentiated: with gradients, and without the hooks on saved tensors of what surrounds it.
+    """Context to differentiate a loss in: gradients on, hooks on saved tensors of the surrounding code off.
 
     Those belong to checkpoints that are not reentrant, or to offloading.
     """

@@ -1,4 +1,4 @@
-"""Which micro-batch a layer is working on: in forward, in a checkpoint's first pass, and in its recomputation."""
+"""Tells the micro-batch that a layer works on: in forward, in a checkpoint's first pass, and in its recomputation."""
 
 import contextlib
 import weakref
@@ -16,7 +16,7 @@ from megatron_moe_spec.integration.routing import LayerRouting
 
 
 class MicroBatch:
-    """What the MoE layers of a model chunk know of one micro-batch. Lives as long as its autograd graph.
+    """State of the MoE layers of a model chunk for one micro-batch. Lives as long as its autograd graph.
 
     Attributes:
         number: counts the micro-batches of a training step from 0.

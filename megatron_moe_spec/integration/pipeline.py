@@ -38,7 +38,7 @@ from megatron_moe_spec.parallel.carry import (
 
 @dataclass(frozen=True)
 class MessageForm:
-    """What a message holds for each token: m (mass) or its scores (pathway), and, where routing is to be measured,
+    """Layout of a message for each token: m (mass) or its scores (pathway), and, where routing is to be measured,
     the experts that it was dispatched to, eight in a number."""
 
     kind: str
@@ -164,7 +164,7 @@ class StageCarry:
         return original(tensors if isinstance(input_tensor, list) else tensors[0])
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        """What the previous stage's step returned, of what it sent."""
+        """Returns the output of the previous stage's step, without the message."""
         batch, hidden_size = packed.shape[1:]
         width = self._form.width
         length = sequence_length(len(packed), hidden_size, packed.dtype, width)
@@ -175,7 +175,7 @@ class StageCarry:
         return Strip.apply(packed, length, functools.partial(self._answer, step))
 
     def _pack(self, output, step: "_Step"):
-        """What the step returned with the message for the next stage; as it is on the last stage."""
+        """Returns the step's output with the message for the next stage; unchanged on the last stage."""
         if self._is_last:
             return output
         if not isinstance(output, Tensor) or output.dim() != 3:

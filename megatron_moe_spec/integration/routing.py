@@ -1,4 +1,4 @@
-"""What an MoE layer's router decided for the tokens of a micro-batch. Suffixes: T tokens of this rank, E experts."""
+"""Decisions of an MoE layer's router for the tokens of a micro-batch. Suffixes: T tokens of this rank, E experts."""
 
 from dataclasses import dataclass, field
 from typing import Optional, Union
@@ -12,7 +12,7 @@ from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 @dataclass
 class LayerRouting:
-    """How one MoE layer routed the tokens of a micro-batch.
+    """Routing of a micro-batch's tokens in one MoE layer.
 
     Attributes:
         active_TE: bool, the experts each token was dispatched to; none for padding tokens, and none that only
@@ -33,7 +33,7 @@ class LayerRouting:
 
     @property
     def divisor(self) -> Union[Tensor, int]:
-        """What makes a sum over the micro-batch's tokens their mean, and nothing of nothing."""
+        """Number of tokens by which a sum over the micro-batch becomes a mean; at least 1."""
         return self.num_tokens.clamp_min(1) if isinstance(self.num_tokens, Tensor) else max(self.num_tokens, 1)
 
     @property
@@ -45,7 +45,7 @@ class LayerRouting:
 def read_routing(
     probs_TE: Tensor, routing_map_TE: Tensor, padding_mask: Optional[Tensor], known: Optional[LayerRouting], group
 ) -> LayerRouting:
-    """What ``TopKRouter.routing`` decided.
+    """Reads the decision of ``TopKRouter.routing``.
 
     Args:
         padding_mask: True for padding, in any shape of T elements; None: no padding.

@@ -1,4 +1,4 @@
-"""How much of an auxiliary loss's gradient to inject so that any layout trains as one process would."""
+"""Factors on the gradient of an auxiliary loss by which any layout trains as one process would."""
 
 from typing import Union
 

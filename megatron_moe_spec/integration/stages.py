@@ -1,4 +1,4 @@
-"""How the MoE layers of a model are divided among pipeline stages."""
+"""Division of a model's MoE layers among pipeline stages."""
 
 from dataclasses import dataclass
 

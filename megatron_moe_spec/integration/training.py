@@ -141,7 +141,7 @@ class TrainingLosses:
             print(f"MoE specialization: {described}; {self._handle.describe()}", flush=True)
 
     def finish_step(self, loss_dict: dict, iteration: int) -> dict:
-        """What to log of a training step: ``loss_dict`` with the losses' values added. A collective.
+        """Returns ``loss_dict`` with the losses' values added, to be logged for a training step. A collective.
 
         Args:
             loss_dict: first argument of Megatron's ``training_log``.

@@ -17,7 +17,7 @@ def interpreted() -> bool:
 
 
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What kernels multiply in and write for tensors of a dtype: that dtype, but the interpreter knows no bf16."""
+    """The dtype that kernels multiply in and write: that of their tensors, but the interpreter knows no bf16."""
     return torch.float32 if interpreted() else dtype
 
 

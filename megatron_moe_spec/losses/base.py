@@ -1,4 +1,4 @@
-"""What a loss is: a frozen dataclass that declares its options, what it reads of an MoE layer, and its arithmetic.
+"""Base classes of losses: frozen dataclasses that declare options, what they read of an MoE layer, and arithmetic.
 
 A loss knows neither Megatron, nor triton, nor other ranks: that is for the tap of what it reads
 (``megatron_moe_spec.integration.taps``). To add one, derive from one of the classes below that end in ``Loss``; give it
@@ -121,7 +121,7 @@ class Loss:
         return False
 
     def problems(self, transformer_config: Any) -> Iterator[str]:
-        """What its arithmetic lacks in a model, each with its remedy. What cannot be read says the tap.
+        """Yields what the arithmetic lacks in a model, with the remedy. The tap says what cannot be read.
 
         Args:
             transformer_config: Megatron's TransformerConfig of an MoE layer.
@@ -130,7 +130,7 @@ class Loss:
 
     @property
     def off(self) -> str:
-        """What to set so that it is not computed."""
+        """The setting by which the loss is not computed."""
         return f"{self.flag} to 0" if not self.measured else f"{self.flag} and --moe-spec-metrics-interval to 0"
 
 

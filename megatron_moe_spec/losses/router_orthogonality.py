@@ -41,7 +41,7 @@ class RouterOrthogonality(RouterWeightLoss):
 
 
 def router_orthogonality_loss(router_weight: Tensor, kind: str = "squared") -> Tensor:
-    """How far the rows of a router's weight W are from being orthogonal; 0 for orthonormal rows.
+    """Distance of the rows of a router's weight W from being orthogonal; 0 for orthonormal rows.
 
         squared:  L = mean over the E x E entries of (V V^T - I)^2, V the rows of W at length 1
         absolute: L = sum over the E x E entries of |W W^T - I|

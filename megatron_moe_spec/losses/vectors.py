@@ -67,7 +67,7 @@ def inverse(x: Tensor) -> Tensor:
 
 
 def mixing_of(cosines_TKK: Tensor, lengths_TK: Tensor, of_cosines_TKK: Tensor, of_lengths_TK: Tensor) -> Tensor:
-    """How the gradient with respect to the vectors mixes their directions; see ``mixed``.
+    """Matrices by which the gradient with respect to the vectors mixes their directions; see ``mixed``.
 
     d/dx_e = 1 / |x_e| * (sum_v (G_ev + G_ve) (u_v - cos_ev u_e)) + g_e u_e, for G and g the gradients with respect to
     cosines and lengths, and u the directions.

@@ -58,7 +58,7 @@ class LayerStatistics:
 
 
 class PairStatistics:
-    """Which experts of the next MoE layer follow which of this one, and the same for shuffled tokens.
+    """Joint counts of the experts of this MoE layer and of the next, and the same for shuffled tokens.
 
     Shuffling destroys the link between the layers and keeps their loads: its mutual information is what a finite
     number of tokens shows by chance.

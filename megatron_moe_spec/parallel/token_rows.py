@@ -15,7 +15,7 @@ from megatron_moe_spec.parallel.rows import RowExchange
 
 
 def expert_rows(dispatched_TE: Tensor, active_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Where each token has its vectors among the rows of these tokens, ordered by (expert, token).
+    """Positions of each token's vectors among the rows of these tokens, ordered by (expert, token).
 
     No host synchronisation.
 
@@ -190,7 +190,7 @@ class TokenRows:
         return x_T.unflatten(0, (self._group.size(), -1))[:, self._tokens].flatten(0, 1)
 
     def _used_rows(self) -> Tensor:
-        """Which rows, in the order of (expert, token), are a used token's, bool."""
+        """Bool, in the order of (expert, token): the rows of used tokens."""
         used_T = torch.zeros_like(self.dispatched_TE[:, 0])
         used_T.unflatten(0, (self._group.size(), -1))[:, self._tokens] = True
         return used_T.expand(self.dispatched_TE.shape[::-1])[self.dispatched_TE.T]

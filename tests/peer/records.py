@@ -1,4 +1,4 @@
-"""What two runs of Megatron's tests recorded, without and with the losses, and what of it differs."""
+"""Records of two runs of Megatron's tests, without and with the losses, and their differences."""
 
 import json
 from collections import Counter

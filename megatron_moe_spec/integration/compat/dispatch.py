@@ -1,4 +1,4 @@
-"""Which permuted row belongs to which rank's tokens, read off a token dispatcher while its layer runs.
+"""Assignment of permuted rows to the ranks of their tokens, read off a token dispatcher while its layer runs.
 
 The source of a row is the expert-parallel rank of its token, together with the rank's expert-tensor-parallel peers:
 these share their tokens' rows.
@@ -87,7 +87,7 @@ def _by_source(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def describe_dispatch(transformer_config) -> str:
-    """Where rows are, and what of them is on other ranks."""
+    """One line: the dispatcher, and the ranks that rows are on."""
     ranks = transformer_config.expert_model_parallel_size
     columns = transformer_config.expert_tensor_parallel_size or transformer_config.tensor_model_parallel_size
     where = f"rows are returned from {ranks} expert-parallel ranks" if ranks > 1 else "every rank has all experts"

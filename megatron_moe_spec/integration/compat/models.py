@@ -65,7 +65,7 @@ def _trained_model(stage: nn.Module, layers: set[nn.Module]) -> nn.Module:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What adapters (LoRA) were put around."""
+    """The module inside adapters (LoRA); the module itself where there is none."""
     while (inner := next(filter(None, (getattr(module, name, None) for name in _WRAPPED)), None)) is not None:
         module = inner
     return module

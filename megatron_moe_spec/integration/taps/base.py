@@ -1,4 +1,4 @@
-"""What a tap is: the one place in Megatron where losses read something of an MoE layer, and return its gradient."""
+"""Base class of taps: places in Megatron where losses read a quantity of an MoE layer, and add its gradient."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ class RouterCall:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of a model before the losses are attached; of one that is not built yet, by its flags.
+    """Facts about a model before the losses are attached; of one that is not built yet, by its flags.
 
     Attributes:
         transformer_config: Megatron's.
@@ -113,12 +113,12 @@ class Tap(Generic[L]):
 
     @classmethod
     def problems(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[str]:
-        """What it cannot read in a model, each with its remedy."""
+        """Yields why the quantity cannot be read in a model, with the remedy."""
         return iter(())
 
     @classmethod
     def describe(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[tuple[str, str]]:
-        """What it would read in a model, as (name, text) of the doctor's report."""
+        """Yields rows of the doctor's report, (name, text): where the quantity would be read."""
         return iter(())
 
     def records(self) -> set[str]:
@@ -126,17 +126,17 @@ class Tap(Generic[L]):
         return {loss.name for loss in self.losses}
 
     def forget(self) -> None:
-        """A run of the layer begins. What the router does not announce by ``expect`` is left alone."""
+        """Begins a run of the layer: a run of the experts that no router announces is left alone."""
 
     def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
-        """Where gradients flow, before the router decides: the logits that it is to decide by, with the same values."""
+        """Returns the logits for the router to decide by, with the same values; called where gradients flow."""
         return logits
 
     def observe(self, call: RouterCall) -> None:
-        """Once a micro-batch, after the router has decided: records values."""
+        """Records values after the router has decided; called once a micro-batch."""
 
     def tap_probs(self, probs: Tensor, call: RouterCall) -> Tensor:
-        """Where gradients flow, after the router has decided: the probabilities to go on with, with the same values."""
+        """Returns the router's probabilities, with the same values; called where gradients flow."""
         return probs
 
     def detach(self) -> None:

@@ -130,7 +130,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         return x_EE.unflatten(1, (self.layer.dispatcher.ep_group.size(), -1))[:, self.layer.dispatcher.ep_group.rank()]
 
     def _group_count(self, call: RouterCall) -> Tensor:
-        """What the micro-batches of the expert group's ranks count for together: tokens, or one where there are any.
+        """Weight of the micro-batches of all ranks of the expert group: their tokens, or one for each that has any.
 
         Ranks may hold different numbers of tokens. One all-reduce of one number, for the first layer that asks.
         """

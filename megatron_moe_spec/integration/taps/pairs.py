@@ -132,7 +132,7 @@ def _message_problems(loss: Coupling, transformer_config) -> Iterator[str]:
 def coupling_message(
     kind: str, logits: Tensor, score_function: str, padding_mask: Optional[Tensor], active_TE: Tensor, fused: bool
 ) -> Tensor:
-    """What the neighbours of a layer need of it, see ``LayerRouting``; ``fused``: by the Triton kernels."""
+    """Values of a layer that its neighbours need, see ``LayerRouting``; ``fused``: by the Triton kernels."""
     if fused and kind == "mass":
         from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
 

@@ -20,8 +20,11 @@ needs_training_loop = pytest.mark.skipif(
 )
 
 
-def torchrun(processes: int, *command, timeout: int = 300) -> str:
+def torchrun(processes: int, *command, timeout: int = 300, folders=()) -> str:
     """Runs ``torchrun --nproc-per-node processes command``, in the tests' folder; returns what it printed.
+
+    Args:
+        folders: to import from, beside those of the project and of the tests.
 
     Raises:
         AssertionError: the command failed; holds the end of its output.
@@ -32,7 +35,7 @@ def torchrun(processes: int, *command, timeout: int = 300) -> str:
             *map(str, command),
         ],
         cwd=TESTS,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, TESTS, *folders)))},
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -5,8 +5,8 @@ import argparse
 import pytest
 from example_loss import RoutingInformation
 from other_losses import LengthSpread, RouterLength
-from processes import TESTS, needs_training_loop
-from test_pretrain import MODEL
+from processes import ROOT, TESTS, needs_training_loop, torchrun
+from test_pretrain import MODEL, scalars
 
 from megatron_moe_spec import SpecConfig, doctor
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args, spec_config_from_command_line
@@ -31,6 +31,7 @@ def install(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.delitem(__import__("sys").modules, "installed_example", raising=False)
         installed_losses.cache_clear()
+        return tmp_path
 
     yield run
     monkeypatch.undo()
@@ -56,6 +57,20 @@ def test_the_doctor_knows_it(install, megatron, capsys):
     install({"routing-information": "installed_example:RoutingInformation"})
     assert doctor.main([*map(str, MODEL), FLAG, "0.5"]) == 0
     assert "routing information x 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@needs_training_loop
+def test_the_launcher_trains_with_it_and_logs_it(install, megatron, tmp_path):
+    folder = install({"routing-information": "installed_example:RoutingInformation"})
+    launcher = ["-m", "megatron_moe_spec.launch", "--cpu", ROOT / "examples" / "pretrain_gpt.py"]
+    output = torchrun(
+        1, *launcher, *MODEL, "--train-iters", 2, "--tensorboard-dir", tmp_path, FLAG, "0.5", folders=[folder]
+    )
+    assert "MoE specialization: routing information x 0.5" in output
+    # Megatron's console leaves out what is negative. Of 4 experts, the information is at most log 4.
+    values = scalars(tmp_path)["routing_information_loss"]
+    assert list(values) == [1, 2] and all(-1.39 < value < 0 for value in values.values())
 
 
 @needs_training_loop

@@ -22,6 +22,10 @@ def test_types_are_shipped():
     assert files("megatron_moe_spec").joinpath("py.typed").is_file()
 
 
+def test_commands_are_installed():
+    assert {command.name for command in COMMANDS} == {"moe-spec-doctor"}
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_commands_can_be_called_without_arguments(command):
     inspect.signature(command.load()).bind()

@@ -19,7 +19,7 @@ import sys
 import types
 import weakref
 
-from megatron_moe_spec.integration import cpu
+from megatron_moe_spec import cpu
 
 cpu.enable()  # before Megatron is imported
 
@@ -30,6 +30,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from hashes import gradient_hash, value_hash  # noqa: E402
 
+from megatron_moe_spec.losses import LOSSES  # noqa: E402
+
 groups.replace()
 # Megatron's conftest would download data, which the tests of MoE layers do not read.
 download = types.ModuleType("tests.test_utils.python_scripts.download_unit_tests_dataset")
@@ -37,8 +39,8 @@ download.download_and_extract_asset = lambda assets_dir=None: False
 sys.modules[download.__name__] = download
 
 RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-# What the losses of SpecConfig are tried in; the diagnostics are measured with the first.
-PARTS = ("specialization", "coupling", "orthogonality", "score_variance", "erc")
+# The losses in the order in which they are tried; the diagnostics are measured with the first.
+PARTS = tuple(loss.name for loss in LOSSES)
 
 
 def pytest_addoption(parser):
@@ -170,8 +172,8 @@ class Recorder:
         self._attached.update(layers)
         accepted = {}
         for part in PARTS:
-            settings = {f"{part}_loss_coeff": self._coefficient}
-            if part == "specialization":
+            settings = {f"{part}_coeff": self._coefficient}
+            if part == PARTS[0]:
                 settings["metrics_interval"] = 1
             try:
                 attach(module, SpecConfig(**accepted, **settings)).detach()

@@ -17,8 +17,8 @@ from pathlib import Path
 if "--smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
-import torch  # noqa: E402
-from common import (  # noqa: E402
+import torch
+from common import (
     MODELS,
     RESULTS,
     SMOKE,
@@ -29,11 +29,11 @@ from common import (  # noqa: E402
     write,
 )
 
-from megatron_moe_spec.kernels import mass as mass_kernels  # noqa: E402
-from megatron_moe_spec.kernels import rows as row_kernels  # noqa: E402
-from megatron_moe_spec.losses.coupling import routed_mass  # noqa: E402
-from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient  # noqa: E402
-from megatron_moe_spec.losses.vectors import mixed, mixing_of, pair_cosines, unit_vectors  # noqa: E402
+from megatron_moe_spec.kernels import mass as mass_kernels
+from megatron_moe_spec.kernels import rows as row_kernels
+from megatron_moe_spec.losses.coupling import routed_mass
+from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
+from megatron_moe_spec.losses.vectors import mixed, mixing_of, pair_cosines, unit_vectors
 
 WEIGHT = 0.25
 
@@ -150,7 +150,7 @@ def main() -> int:
             elif not arguments.smoke:
                 print(f"SKIPPED torch.compile of {model} {operation.name}: out of time", flush=True)
             for name, function in versions.items():
-                run = lambda: function(*operation.inputs)  # noqa: B023, E731
+                run = lambda: function(*operation.inputs)  # noqa: E731
                 took = milliseconds(run, repeats)
                 rate = operation.least_bytes / took / 1e6
                 rows.append(

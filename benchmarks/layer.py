@@ -16,11 +16,11 @@ from pathlib import Path
 if "--smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
-import moe  # noqa: E402  (first: it enables the CPU backend)
-import torch  # noqa: E402
-from common import MODELS, RESULTS, SMOKE, milliseconds, peak_bytes, write  # noqa: E402
+import moe
+import torch
+from common import MODELS, RESULTS, SMOKE, milliseconds, peak_bytes, write
 
-from megatron_moe_spec import SpecConfig, attach  # noqa: E402
+from megatron_moe_spec import SpecConfig, attach
 
 # name -> fields of SpecConfig; None: nothing attached
 VARIANTS = {

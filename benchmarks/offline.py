@@ -15,14 +15,14 @@ from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 
-import torch  # noqa: E402
-import triton  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from megatron_moe_spec.kernels import mass as mass_kernels  # noqa: E402
-from megatron_moe_spec.kernels import rows as row_kernels  # noqa: E402
+from megatron_moe_spec.kernels import mass as mass_kernels
+from megatron_moe_spec.kernels import rows as row_kernels
 
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -17,21 +17,21 @@ from pathlib import Path
 if "--smoke" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
-import moe  # noqa: E402  (first: it enables the CPU backend)
-import torch  # noqa: E402
-from common import RESULTS, on_gpu, write  # noqa: E402
-from megatron.core.distributed import (  # noqa: E402
+import moe
+import torch
+from common import RESULTS, on_gpu, write
+from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
-from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_moe_spec import SpecConfig, attach  # noqa: E402
+from megatron_moe_spec import SpecConfig, attach
 
 VOCABULARY = 256
 # Ten times the paper's coefficients, for the few tokens of this run.

@@ -8,8 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402
-from processes import HAS_MEGATRON  # noqa: E402
+import pytest
+from processes import HAS_MEGATRON
 
 
 @pytest.fixture(scope="session")

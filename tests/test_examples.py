@@ -11,7 +11,7 @@ import pytest
 from processes import ROOT, TESTS, needs_training_loop
 
 pytest.importorskip("yaml", reason="PyYAML is not installed")
-from examples.model_args import model_args  # noqa: E402
+from examples.model_args import model_args
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NAMES = [config.stem for config in CONFIGS]

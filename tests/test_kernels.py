@@ -9,14 +9,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from megatron_moe_spec.kernels import choose, interpreted  # noqa: E402
-from megatron_moe_spec.kernels import mass as mass_kernels  # noqa: E402
-from megatron_moe_spec.kernels import rows as row_kernels  # noqa: E402
-from megatron_moe_spec.losses import orthogonality_loss, specialization_loss  # noqa: E402
-from megatron_moe_spec.losses.coupling import routed_mass  # noqa: E402
-from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient  # noqa: E402
-from megatron_moe_spec.losses.vectors import inverse as inverse_of  # noqa: E402
-from megatron_moe_spec.losses.vectors import mixed, mixing_of, pair_cosines, unit_vectors  # noqa: E402
+from megatron_moe_spec.kernels import choose, interpreted
+from megatron_moe_spec.kernels import mass as mass_kernels
+from megatron_moe_spec.kernels import rows as row_kernels
+from megatron_moe_spec.losses import orthogonality_loss, specialization_loss
+from megatron_moe_spec.losses.coupling import routed_mass
+from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
+from megatron_moe_spec.losses.vectors import inverse as inverse_of
+from megatron_moe_spec.losses.vectors import mixed, mixing_of, pair_cosines, unit_vectors
 
 # Numpy's, of the tests with infinite values.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import loss_names
 import pytest
 import torch
+from example_loss import RoutingInformation
 from loss_names import coefficients
 
 from megatron_moe_spec import SpecConfig
@@ -109,3 +110,19 @@ def test_losses_of_a_measured_step(mm):
     for expected in ({"score_variance_loss"}, {"score_variance_loss", "specialization_loss", "coupling_loss"}):
         mm.run_model(model, mm.micro_batches(1)[0]).sum().backward()
         assert handle.metrics().keys() - {"diagnostics"} == expected
+
+
+def test_losses_of_the_scores_share_one_node_and_one_normalisation_each_way(mm, monkeypatch):
+    from megatron_moe_spec.integration.taps import scores
+
+    normalize, calls = scores.normalized_scores, []
+    monkeypatch.setattr(scores, "normalized_scores", lambda *args: calls.append(args) or normalize(*args))
+    nodes, add_gradient = [], scores.add_gradient
+    monkeypatch.setattr(scores, "add_gradient", lambda *args: nodes.append(args) or add_gradient(*args))
+    model = mm.build_model(num_layers=3)
+    handle = _attach(model, SpecConfig(score_variance_loss_coeff=1.0, extra_losses=(RoutingInformation(1.0),)))
+    loss = mm.run_model(model, mm.micro_batches(1)[0]).sum()
+    assert len(nodes) == len(calls) == 3
+    loss.backward()
+    assert len(calls) == 6
+    assert handle.metrics().keys() == {"score_variance_loss", "routing_information_loss"}

@@ -12,8 +12,8 @@ from processes import ROOT
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
-from examples.quickstart import data, report, results, run, training  # noqa: E402
-from examples.quickstart.progress import Progress  # noqa: E402
+from examples.quickstart import data, report, results, run, training
+from examples.quickstart.progress import Progress
 
 ITERATIONS = 120
 WINDOW = 12

@@ -48,7 +48,7 @@ def _surrounded(schedule: Callable) -> Callable:
                 arguments = stack.enter_context(enter(owner, schedule.__name__, arguments))
             return schedule(**arguments)
 
-    setattr(run, _MARK, True)  # noqa: B010 (mypy knows no attributes of functions)
+    setattr(run, _MARK, True)
     return run
 
 

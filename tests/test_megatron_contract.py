@@ -9,7 +9,7 @@ import inspect
 
 import pytest
 import torch
-from processes import HAS_MEGATRON, ROOT, needs_megatron, needs_training_loop
+from processes import ROOT, needs_megatron, needs_training_loop
 
 pytestmark = needs_megatron
 COMPAT = ROOT / "megatron_moe_spec" / "integration" / "compat"
@@ -64,7 +64,7 @@ ATTRIBUTES = {
     "experts.local_experts.0.linear_fc1": ["weight"],
     "token_dispatcher": ["config", "ep_group", "ep_size", "tp_ep_group", "tp_group", "tp_rank", "tp_size"],
 }
-OF_DISPATCHERS = {
+OF_DISPATCHER = {
     "alltoall": ["input_splits", "num_global_tokens_per_local_expert", "num_local_experts", "output_splits", "probs"],
     "allgather": ["local_map"],
 }
@@ -125,21 +125,20 @@ def test_fields_of_the_transformer_config(megatron):
     assert [name for name in FIELDS if not hasattr(config, name)] == []
 
 
-@pytest.mark.parametrize("dispatcher", OF_DISPATCHERS)
+@pytest.mark.parametrize("dispatcher", OF_DISPATCHER)
 def test_attributes_of_a_model_that_has_run(mm, dispatcher):
     model = mm.build_model(num_layers=1, moe_token_dispatcher_type=dispatcher)
     mm.run_model(model, mm.micro_batches(1)[0])
-    layer = model.decoder.layers[0].mlp
-    missing = []
-    for place, names in {**ATTRIBUTES, " of the dispatcher": OF_DISPATCHERS[dispatcher]}.items():
-        owner = layer.token_dispatcher if place.startswith(" ") else layer
-        for name in filter(None, place.strip().split(".")) if not place.startswith(" ") else ():
+    layer, missing = model.decoder.layers[0].mlp, []
+    for place, names in [*ATTRIBUTES.items(), ("token_dispatcher", OF_DISPATCHER[dispatcher])]:
+        owner = layer
+        for name in filter(None, place.split(".")):
             owner = owner[int(name)] if name.isdigit() else getattr(owner, name)
         missing += [f"{place}.{name}" for name in names if not hasattr(owner, name)]
     assert missing == []
 
 
-@pytest.mark.parametrize("dispatcher", OF_DISPATCHERS)
+@pytest.mark.parametrize("dispatcher", OF_DISPATCHER)
 def test_rows_lie_by_expert_then_token(mm, dispatcher):
     """The experts' input on one rank; the layout tests prove the orders over several ranks."""
     model = mm.build_model(num_layers=1, moe_token_dispatcher_type=dispatcher)
@@ -156,7 +155,6 @@ def test_rows_lie_by_expert_then_token(mm, dispatcher):
     assert torch.equal(seen["p_P"], probs_TE[tokens, experts])
 
 
-@pytest.mark.skipif(not HAS_MEGATRON, reason="megatron-core is not installed")
 def test_the_scale_of_auxiliary_losses(megatron):
     scaler = _resolve("core.transformer.moe.moe_utils:MoEAuxLossAutoScaler")
     assert scaler.main_loss_backward_scale is None or float(scaler.main_loss_backward_scale) > 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 from example_loss import RoutingInformation
 from loss_names import coefficients
+from other_losses import LengthSpread
 
 from megatron_moe_spec import SpecConfig
 
@@ -126,3 +127,14 @@ def test_losses_of_the_scores_share_one_node_and_one_normalisation_each_way(mm, 
     loss.backward()
     assert len(calls) == 6
     assert handle.metrics().keys() == {"score_variance_loss", "routing_information_loss"}
+
+
+@pytest.mark.parametrize("stride, number", [(1, 1), (3, 2)])
+def test_losses_of_the_same_rows_share_a_tap_unless_their_strides_differ(mm, stride, number):
+    model = mm.build_model(num_layers=1)
+    settings = dict(
+        specialization_loss_coeff=1.0, specialization_token_stride=stride, extra_losses=(LengthSpread(1.0),)
+    )
+    _attach(model, SpecConfig(**settings))
+    for expert in model.decoder.layers[0].mlp.experts.local_experts:
+        assert len(expert.linear_fc2._forward_pre_hooks) == number

@@ -59,6 +59,8 @@ class LayerTaps:
         if has_gradients:
             for tap in self._taps:
                 probs = tap.tap_probs(probs, call)
+        # Backward needs the call, but not these.
+        call.probs_TE = call.routing_map_TE = None
         return probs, routing_map
 
     def _observe(self, call: RouterCall) -> None:

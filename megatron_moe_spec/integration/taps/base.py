@@ -61,15 +61,16 @@ class RouterCall:
         micro_batch: that it serves.
         logits: detached, [..., E].
         padding_mask: bool, True for padding, in any shape; None: no padding.
-        routing, probs_TE, routing_map_TE: what it decided, without gradients; once it has run.
+        routing: what it decided; once it has run.
+        probs_TE, routing_map_TE: its results, without gradients; for ``observe`` and ``tap_probs``.
     """
 
     micro_batch: MicroBatch
     logits: Tensor
     padding_mask: Optional[Tensor]
     routing: LayerRouting = field(init=False)
-    probs_TE: Tensor = field(init=False)
-    routing_map_TE: Tensor = field(init=False)
+    probs_TE: Optional[Tensor] = None
+    routing_map_TE: Optional[Tensor] = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from test_pretrain import MODEL, scalars
 
 from megatron_moe_spec import SpecConfig, doctor
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args, spec_config_from_command_line
-from megatron_moe_spec.losses import LOSSES
+from megatron_moe_spec.losses import LOSSES, RowsLoss, ScoresLoss
 from megatron_moe_spec.losses.coupling import Coupling
 from megatron_moe_spec.losses.installed import GROUP, installed_losses
 
@@ -126,6 +126,49 @@ def test_coefficients_of_extra_losses_are_checked():
         LengthSpread(-1.0)
     with pytest.raises(ValueError, match="coeff of router_length_loss must be a number"):
         RouterLength("1")
+
+
+def test_a_loss_says_its_name_and_what_it_reads():
+    class Nameless(ScoresLoss):
+        pass
+
+    class OfNothing(RowsLoss):
+        name = "of_nothing_loss"
+
+    class OfATypo(ScoresLoss):
+        name, reads = "of_a_typo_loss", "score"
+
+    for loss, problem in (
+        (Nameless, "Nameless needs a name"),
+        (OfNothing, "OfNothing must have reads = 'activations' or 'outputs'; got None"),
+        (OfATypo, "OfATypo must have reads = 'scores'; got 'score'"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            loss(1.0)
+
+
+class MeanOfScores(ScoresLoss):
+    name = "mean_of_scores_loss"
+
+    def token_losses(self, scores_TE, active_TE, mean):
+        return scores_TE.square().mean()
+
+
+class MeanOfCosines(RowsLoss):
+    name, reads, uses_lengths = "mean_of_cosines_loss", "activations", False
+
+    def token_losses(self, cosines_TKK, lengths_TK, active_TK):
+        return cosines_TKK.square().mean(dim=(1, 2), keepdim=True)
+
+
+@pytest.mark.parametrize("loss", [MeanOfScores, MeanOfCosines])
+def test_a_loss_that_is_not_of_each_token_is_an_error(mm, loss):
+    from megatron_moe_spec import attach
+
+    model = mm.build_model()
+    attach(model, SpecConfig(extra_losses=(loss(1.0),)))
+    with pytest.raises(ValueError, match=f"{loss.__name__}.token_losses must return the loss of each token, .24.; got"):
+        mm.run_model(model, mm.micro_batches(1)[0])
 
 
 def test_a_router_without_enough_experts_is_refused(mm):

@@ -81,17 +81,23 @@ class Loss:
 
     Attributes:
         name: in the logs; ends in ``_loss``.
-        reads: what it reads of a layer; one of the constants above.
+        reads: what it reads of a layer; one of the constants above, among ``may_read``.
         measured: whether it is computed and logged in steps of ``metrics_interval``, too, if its coefficient is 0.
         coeff: its weight; the loss trains if that is above 0.
     """
 
     name: ClassVar[str]
     reads: ClassVar[str]
+    may_read: ClassVar[tuple[str, ...]] = (PAIRS, EXPERT_WEIGHTS)
     measured: ClassVar[bool] = False
     coeff: float
 
     def __post_init__(self):
+        which, reads = f"the loss {type(self).__name__}", getattr(self, "reads", None)
+        if not isinstance(getattr(self, "name", None), str):
+            raise ValueError(f"{which} needs a name, as a class attribute")
+        if reads not in self.may_read:
+            raise ValueError(f"{which} must have reads = {' or '.join(map(repr, self.may_read))}; got {reads!r}")
         check_options(self)
         if not any(one.name == "coeff" for one in options_of(self)):
             _check_number(f"coeff of {self.name}", self.coeff, float, 0)
@@ -146,6 +152,7 @@ class RowsLoss(Loss):
         uses_lengths: whether ``token_losses`` uses the vectors' lengths. If not, it gets None for them.
     """
 
+    may_read: ClassVar[tuple[str, ...]] = (ACTIVATIONS, OUTPUTS)
     token_stride: ClassVar[int] = 1
     uses_lengths: ClassVar[bool] = True
 
@@ -178,7 +185,7 @@ class RowsLoss(Loss):
         units, _ = unit_vectors(x)
         # |x| as <x, u>, whose gradient is u: in range wherever x is.
         lengths = (x * units.detach()).sum(dim=-1)
-        return token_mean(self.token_losses(pair_cosines(units), lengths, active))
+        return token_mean(one_per_token(self, self.token_losses(pair_cosines(units), lengths, active), len(x)))
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,7 @@ class ScoresLoss(Loss):
     """A loss of each token's router scores, and, if it says so, of means over the tokens of the micro-batch."""
 
     reads: ClassVar[str] = SCORES
+    may_read: ClassVar[tuple[str, ...]] = (SCORES,)
 
     def token_statistics(self, scores_TE: Tensor, active_TE: Tensor) -> Optional[Tensor]:
         """[T, ...] what of each token ``token_losses`` needs the mean of; None: nothing. Differentiable."""
@@ -213,7 +221,7 @@ class ScoresLoss(Loss):
         active = torch.zeros_like(scores, dtype=torch.bool) if active is None else active
         statistics = self.token_statistics(scores, active)
         mean = None if statistics is None else token_mean(statistics)
-        return token_mean(self.token_losses(scores, active, mean))
+        return token_mean(one_per_token(self, self.token_losses(scores, active, mean), len(scores)))
 
 
 @dataclass(frozen=True)
@@ -221,6 +229,7 @@ class RouterWeightLoss(Loss):
     """A loss of the router's weight alone."""
 
     reads: ClassVar[str] = ROUTER_WEIGHT
+    may_read: ClassVar[tuple[str, ...]] = (ROUTER_WEIGHT,)
 
     def of_weight(self, router_weight_EH: Tensor) -> Tensor:
         """Scalar; differentiable."""
@@ -228,6 +237,16 @@ class RouterWeightLoss(Loss):
 
 
 THIRD_PARTY = (RowsLoss, ScoresLoss, RouterWeightLoss)  # what losses of other packages may derive from
+
+
+def one_per_token(loss: Loss, losses_T: Tensor, num_tokens: int) -> Tensor:
+    """``losses_T`` as it is; raises ValueError that names the loss where it is not of shape [T]."""
+    if losses_T.shape != (num_tokens,):
+        raise ValueError(
+            f"{type(loss).__name__}.token_losses must return the loss of each token, [{num_tokens}]; got "
+            f"{list(losses_T.shape)}"
+        )
+    return losses_T
 
 
 def token_mean(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from megatron_moe_spec.integration.scaling import gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
 from megatron_moe_spec.losses import RowsLoss
+from megatron_moe_spec.losses.base import one_per_token
 from megatron_moe_spec.losses.vectors import mixing_of
 from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.token_rows import TokenRows, token_experts
@@ -154,7 +155,7 @@ class RowsTap(Tap[RowsLoss]):
             variables = cosines_TKK.requires_grad_(), lengths_TK.requires_grad_()
             for loss in self.wanted():
                 losses_T = loss.token_losses(cosines_TKK, lengths_TK if loss.uses_lengths else None, active_TK)
-                losses_T = torch.where(has_some_T, losses_T, 0.0)
+                losses_T = torch.where(has_some_T, one_per_token(loss, losses_T, len(active_TK)), 0.0)
                 value = losses_T.detach()[rows.own].sum() * self._stride / routing.divisor
                 recorder.record_loss(loss.name, value, routing.counts)
                 if loss.coeff > 0:

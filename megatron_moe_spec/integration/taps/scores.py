@@ -10,6 +10,7 @@ from megatron_moe_spec.integration.routing import LayerRouting, of_tokens
 from megatron_moe_spec.integration.scaling import gradient_factor
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap
 from megatron_moe_spec.losses import ScoresLoss
+from megatron_moe_spec.losses.base import one_per_token
 from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
@@ -36,12 +37,12 @@ class ScoresTap(Tap[ScoresLoss]):
         """This rank's sum over its tokens; keeps the means that it needs, and the gradient with respect to them."""
         statistics = loss.token_statistics(scores_TE, routing.active_TE)
         if statistics is None:
-            return of_tokens(loss.token_losses(scores_TE, routing.active_TE, None), padding_mask).sum()
+            return self._sum(loss, scores_TE, routing, None, padding_mask)
         group = self.layer.token_group
         mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.divisor
         with own_graph():
             mean.requires_grad_()
-            total = of_tokens(loss.token_losses(scores_TE, routing.active_TE, mean), padding_mask).sum()
+            total = self._sum(loss, scores_TE, routing, mean, padding_mask)
             (of_mean,) = torch.autograd.grad(total, mean, allow_unused=True, materialize_grads=True)
         of_mean = all_reduce_sum(of_mean, group) / routing.divisor
         routing.means[loss.name] = mean.detach(), of_mean
@@ -62,11 +63,16 @@ class ScoresTap(Tap[ScoresLoss]):
 
     def _weighted(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
         mean, of_mean = routing.means.get(loss.name, (None, None))
-        total = of_tokens(loss.token_losses(scores_TE, routing.active_TE, mean), padding_mask).sum()
+        total = self._sum(loss, scores_TE, routing, mean, padding_mask)
         if of_mean is not None:
             statistics = of_tokens(loss.token_statistics(scores_TE, routing.active_TE), padding_mask)
             total = total + (statistics * of_mean).sum()
         return loss.coeff * total
+
+    def _sum(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, mean, padding_mask) -> Tensor:
+        """Over this rank's tokens."""
+        losses_T = one_per_token(loss, loss.token_losses(scores_TE, routing.active_TE, mean), len(scores_TE))
+        return of_tokens(losses_T, padding_mask).sum()
 
     def _scores(self, logits: Tensor) -> Tensor:
         function = self.layer.transformer_config.moe_router_score_function

@@ -108,7 +108,9 @@ MODELS = {
         layouts=("one process", "EP2", "TP2+SP, ETP2", "PP2", "CP2"),
     ),
     "Triton kernels": dict(kernels="triton", like="plain", layouts=KERNEL_LAYOUTS),
-    "peers, Triton kernels": dict(losses=PEERS, kernels="triton", like="peers", layouts=KERNEL_LAYOUTS[:2]),
+    "peers, Triton kernels": dict(
+        losses=PEERS, kernels="triton", like="peers", without="plain", layouts=KERNEL_LAYOUTS[:2]
+    ),
     "Triton kernels, token stride": dict(kernels="triton", stride=3, like="plain", layouts=KERNEL_LAYOUTS[:2]),
 }
 

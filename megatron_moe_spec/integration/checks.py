@@ -1,6 +1,7 @@
 """Refusals of attach(): errors that name the flag to change."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Optional
 
 import torch
@@ -29,18 +30,18 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
     # Once there are layers their process groups count, whatever the settings say. A layer may have settings of its own.
     sizes = [column_group(layer.token_dispatcher).size() for layer in moe_layers]
     settings = {id(one): one for one in (transformer_config, *(layer.config for layer in moe_layers))}
+    facts = ModelFacts(
+        transformer_config=transformer_config,
+        moe_layers=moe_layers,
+        stages=stages,
+        kernels=spec.kernels,
+        tensor_size=process_groups(chunks[0]).tp.size() if moe_layers else 1,
+        expert_tensor_size=max(sizes, default=1),
+        shards_weights=any(map(shards_weights, chunks)),
+    )
     problems: list[str] = []
     for one in settings.values():
-        facts = ModelFacts(
-            transformer_config=one,
-            moe_layers=moe_layers,
-            stages=stages,
-            kernels=spec.kernels,
-            tensor_size=process_groups(chunks[0]).tp.size() if moe_layers else 1,
-            expert_tensor_size=max(sizes, default=1),
-            shards_weights=any(map(shards_weights, chunks)),
-        )
-        problems += _problems(facts, spec, device)
+        problems += _problems(replace(facts, transformer_config=one), spec, device)
     # Of a pipeline, one stage may be frozen.
     whole = len(stages.own) == len(stages.num_layers)
     if whole and moe_layers and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):

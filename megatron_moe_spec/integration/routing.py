@@ -74,8 +74,7 @@ def read_routing(
 
 def token_scores(logits: Tensor, score_function: str, padding_mask: Optional[Tensor]) -> Tensor:
     """[T, E] scores of a router's logits [..., E], 0 for padding tokens."""
-    scores_TE = normalized_scores(logits.detach().reshape(-1, logits.shape[-1]), score_function)
-    return scores_TE if padding_mask is None else scores_TE * ~padding_mask.reshape(-1, 1)
+    return of_tokens(normalized_scores(logits.detach().reshape(-1, logits.shape[-1]), score_function), padding_mask)
 
 
 def of_tokens(x_T: Tensor, padding_mask: Optional[Tensor]) -> Tensor:

@@ -24,6 +24,15 @@ def gradient_factor(transformer_config, num_tokens: Union[Tensor, int]) -> Union
     return scale * num_tokens if transformer_config.calculate_per_token_loss else scale
 
 
+def micro_batch_count(transformer_config, num_tokens: Union[Tensor, int]):
+    """Weight of a rank's micro-batch in a loss of the weights: its tokens with per-token loss, else one if it has any.
+
+    Args:
+        transformer_config, num_tokens: see ``gradient_factor``.
+    """
+    return num_tokens if transformer_config.calculate_per_token_loss else num_tokens > 0
+
+
 def weight_gradient_factor(transformer_config, group_count: Union[Tensor, int], num_shares: int):
     """The same for a loss of the weights alone, where a rank adds what its own experts' part of the weights gives.
 
@@ -35,8 +44,7 @@ def weight_gradient_factor(transformer_config, group_count: Union[Tensor, int], 
 
     Args:
         transformer_config: the layer's TransformerConfig.
-        group_count: sum over that group's ranks of what each one's micro-batch counts for: its non-padding tokens
-            with ``--calculate-per-token-loss``, else 1; 0 for one without tokens.
+        group_count: sum over that group's ranks of ``micro_batch_count``.
         num_shares: ranks that share a micro-batch (tensor x context parallel).
     """
     return backward_loss_scale() * group_count / num_shares

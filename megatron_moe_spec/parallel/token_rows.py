@@ -14,7 +14,7 @@ from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_max, a
 from megatron_moe_spec.parallel.rows import RowExchange
 
 
-def expert_rows(dispatched_TE: Tensor, active_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def expert_rows(dispatched_TE: Tensor, active_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Positions of each token's vectors among the rows of these tokens, ordered by (expert, token).
 
     No host synchronisation.
@@ -24,17 +24,13 @@ def expert_rows(dispatched_TE: Tensor, active_TE: Tensor, top_k: int) -> tuple[T
         active_TE: bool, the part of it that counts.
 
     Returns:
-        Row numbers [T, K], 0 where there is none, and which of them are there, bool [T, K].
+        Numbers of the rows [T, K], 0 where there is none, and of the experts [T, K], ascending; which are there, bool
+        [T, K].
     """
     row_TE = (dispatched_TE.T.reshape(-1).cumsum(0) - 1).view(dispatched_TE.shape[::-1]).T
-    experts_TK, active_TK = token_experts(active_TE, top_k)
-    return row_TE.gather(1, experts_TK) * active_TK, active_TK
-
-
-def token_experts(active_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Numbers of each token's experts [T, K] in ascending order, and which of them are there, bool [T, K]."""
     experts_TK = active_TE.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    return experts_TK, active_TE.gather(1, experts_TK)
+    active_TK = active_TE.gather(1, experts_TK)
+    return row_TE.gather(1, experts_TK) * active_TK, experts_TK, active_TK
 
 
 class TokenRows:
@@ -55,6 +51,7 @@ class TokenRows:
     Attributes:
         dispatched_TE: bool, the routing map of all tokens whose rows this rank's experts share.
         own: which of the compared tokens are this rank's.
+        experts_TK: numbers of the experts that the compared tokens have vectors of; until ``keep_mixing``.
         active_TK: bool, which vectors the compared tokens have.
         cosines_TKK, lengths_TK: between, and of, these vectors; from ``compare``.
 
@@ -86,10 +83,11 @@ class TokenRows:
         self.dispatched_TE = all_gather(dispatched_TE, column_group)
         active_TE = all_gather(active_TE, column_group)
         if on_other_ranks:
-            self._rows_TK, self.active_TK = expert_rows(self._used(self.dispatched_TE), self._used(active_TE), top_k)
+            used = expert_rows(self._used(self.dispatched_TE), self._used(active_TE), top_k)
         else:
-            rows_TK, active_TK = expert_rows(self.dispatched_TE, active_TE, top_k)
-            self._rows_TK, self.active_TK = self._used(rows_TK), self._used(active_TK)
+            rows_TK, experts_TK, active_TK = expert_rows(self.dispatched_TE, active_TE, top_k)
+            used = self._used(rows_TK), self._used(experts_TK), self._used(active_TK)
+        self._rows_TK, self.experts_TK, self.active_TK = used
         own = len(self._rows_TK) // ranks
         self.own = slice(column_group.rank() * own, (column_group.rank() + 1) * own)
         self._inverse_lengths_TK: Optional[Tensor] = None
@@ -147,7 +145,7 @@ class TokenRows:
     def keep_mixing(self, mixing_TKK: Tensor) -> None:
         """Takes how the gradient mixes the vectors' directions, from ``losses.vectors.mixing_of``, for backward."""
         self._mixing_TKK = mixing_TKK
-        del self.cosines_TKK, self.lengths_TK
+        del self.cosines_TKK, self.lengths_TK, self.experts_TK
 
     def add_gradient(self, part: int, weight, incoming: Tensor) -> Tensor:
         """incoming + weight * the gradient with respect to the rows of one part; each part asks once."""

@@ -20,7 +20,7 @@ from megatron_moe_spec.integration.compat.experts import (
 from megatron_moe_spec.integration.compat.groups import column_group, expert_group
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
-from megatron_moe_spec.integration.scaling import weight_gradient_factor
+from megatron_moe_spec.integration.scaling import micro_batch_count, weight_gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.integration.taps.router_weight import adapted, sharded
 from megatron_moe_spec.integration.taps.rows import quantization_problems
@@ -134,9 +134,9 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
 
         Ranks may hold different numbers of tokens. One all-reduce of one number, for the first layer that asks.
         """
-        micro_batch, routing = call.micro_batch, call.routing
+        micro_batch = call.micro_batch
         if micro_batch.expert_group_count is None:
-            own = routing.num_tokens if self.layer.transformer_config.calculate_per_token_loss else routing.counts
+            own = micro_batch_count(self.layer.transformer_config, call.routing.num_tokens)
             own = torch.as_tensor(own, dtype=torch.float32, device=self.layer.router.weight.device)
             micro_batch.expert_group_count = all_reduce_sum(own, expert_group(self.layer.dispatcher))
         return micro_batch.expert_group_count

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_moe_spec.integration.compat.experts import has_adapter
 from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
-from megatron_moe_spec.integration.scaling import weight_gradient_factor
+from megatron_moe_spec.integration.scaling import micro_batch_count, weight_gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap
 from megatron_moe_spec.losses import Loss, RouterWeightLoss
 
@@ -45,8 +45,8 @@ class RouterWeightTap(Tap[RouterWeightLoss]):
         with own_graph():
             total = sum(loss.coeff * loss.of_weight(weight) for loss in self.trained)
             (gradient,) = torch.autograd.grad(total, weight)
-        routing, transformer_config = call.routing, self.layer.transformer_config
-        count = routing.num_tokens if transformer_config.calculate_per_token_loss else routing.counts
+        transformer_config = self.layer.transformer_config
+        count = micro_batch_count(transformer_config, call.routing.num_tokens)
         factor = weight_gradient_factor(transformer_config, count, self.layer.token_group.size())
         return [(gradient * factor).to(weight.dtype)]
 

@@ -26,7 +26,7 @@ from megatron_moe_spec.losses import RowsLoss
 from megatron_moe_spec.losses.base import one_per_token
 from megatron_moe_spec.losses.vectors import mixing_of
 from megatron_moe_spec.parallel.collectives import all_gather
-from megatron_moe_spec.parallel.token_rows import TokenRows, token_experts
+from megatron_moe_spec.parallel.token_rows import TokenRows
 
 
 @dataclass
@@ -37,13 +37,15 @@ class _Run:
         rows: of the tokens that are used.
         tokens: which of this rank's they are.
         routing: the router's decision.
-        probs_TK: p of each vector, 1 where there is none; None where no loss asks for lengths.
+        experts_TK: numbers of the experts of this rank's tokens; None where no loss asks for lengths.
+        probs_TK: p of each vector, 1 where there is none; None likewise.
         probs_gradients: with respect to p of this rank's tokens; one, once the experts have run.
     """
 
     rows: TokenRows
     tokens: slice
     routing: LayerRouting
+    experts_TK: Optional[Tensor] = None
     probs_TK: Optional[Tensor] = None
     probs_gradients: list[Tensor] = field(default_factory=list)
 
@@ -108,12 +110,12 @@ class RowsTap(Tap[RowsLoss]):
         wanted = self.wanted()
         if not wanted:
             return probs
-        dispatcher, top_k = self.layer.dispatcher, self.layer.transformer_config.moe_router_topk
+        dispatcher = self.layer.dispatcher
         tokens = slice((self.layer.recorder.iteration + call.micro_batch.number) % self._stride, None, self._stride)
         rows = TokenRows(
             call.routing_map_TE,
             call.routing.active_TE,
-            top_k,
+            self.layer.transformer_config.moe_router_topk,
             tokens,
             self._num_parts,
             column_group(dispatcher),
@@ -123,8 +125,8 @@ class RowsTap(Tap[RowsLoss]):
         self._run = run = _Run(rows, tokens, call.routing)
         if not any(loss.uses_lengths for loss in wanted):
             return probs
-        experts_TK, active_TK = token_experts(call.routing.active_TE[tokens], top_k)
-        probs_TK = call.probs_TE[tokens].gather(1, experts_TK).masked_fill(~active_TK, 1.0)
+        run.experts_TK, active_TK = rows.experts_TK[rows.own], rows.active_TK[rows.own]
+        probs_TK = call.probs_TE[tokens].gather(1, run.experts_TK).masked_fill(~active_TK, 1.0)
         run.probs_TK = all_gather(probs_TK, column_group(dispatcher))
         return add_gradient(probs, partial(self._add_probs_gradient, run)) if self.trained else probs
 
@@ -175,9 +177,8 @@ class RowsTap(Tap[RowsLoss]):
 
     def _add_probs_gradient(self, run: _Run, incoming: Tensor) -> Tensor:
         gradient_TK = run.probs_gradients.pop() * self._weight(run.routing)
-        experts_TK, _ = token_experts(run.routing.active_TE[run.tokens], self.layer.transformer_config.moe_router_topk)
         gradient_TE = torch.zeros(incoming.shape, dtype=gradient_TK.dtype, device=incoming.device)
-        gradient_TE[run.tokens].scatter_add_(1, experts_TK, gradient_TK)
+        gradient_TE[run.tokens].scatter_add_(1, run.experts_TK, gradient_TK)
         return incoming + gradient_TE.to(incoming.dtype)
 
     def _weight(self, routing: LayerRouting):

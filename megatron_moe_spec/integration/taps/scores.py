@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from megatron_moe_spec.integration.injection import add_gradient, own_graph
-from megatron_moe_spec.integration.routing import LayerRouting, of_tokens
+from megatron_moe_spec.integration.routing import LayerRouting, of_tokens, token_scores
 from megatron_moe_spec.integration.scaling import gradient_factor
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap
 from megatron_moe_spec.losses import ScoresLoss
 from megatron_moe_spec.losses.base import one_per_token
-from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
+from megatron_moe_spec.losses.scores import normalized_scores_gradient
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 
@@ -28,8 +28,11 @@ class ScoresTap(Tap[ScoresLoss]):
         return add_gradient(logits, partial(self._add_gradient, call)) if self.trained else logits
 
     def observe(self, call: RouterCall) -> None:
+        wanted = self.wanted()
+        if not wanted:
+            return
         routing, scores_TE = call.routing, self._scores(call.logits)
-        for loss in self.wanted():
+        for loss in wanted:
             value = self._observe(loss, scores_TE, routing, call.padding_mask)
             self.layer.recorder.record_loss(loss.name, value / routing.divisor, routing.counts)
 
@@ -75,5 +78,4 @@ class ScoresTap(Tap[ScoresLoss]):
         return of_tokens(losses_T, padding_mask).sum()
 
     def _scores(self, logits: Tensor) -> Tensor:
-        function = self.layer.transformer_config.moe_router_score_function
-        return normalized_scores(logits.reshape(-1, logits.shape[-1]), function)
+        return token_scores(logits, self.layer.transformer_config.moe_router_score_function, padding_mask=None)

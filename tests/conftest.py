@@ -20,6 +20,9 @@ def megatron(tmp_path_factory):
     from megatron_moe_spec.cpu import enable
 
     enable()
+    from deep_ep_on_gloo import use_deep_ep
+
+    use_deep_ep()
     from grouped_linear import use_torch_grouped_linear
 
     use_torch_grouped_linear()

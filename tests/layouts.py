@@ -86,6 +86,10 @@ def run(sizes: dict, case: dict) -> dict:
     chunks = megatron_models.build_chunks(**settings)
     for chunk in chunks:
         draw_weights(chunk)
+    if case["pads_rows"]:
+        from row_padding import pad_rows
+
+        pad_rows(chunks, case["pads_rows"])
     own = losses_of_ones_own(case["own"]) if case["own"] is not None else ()
     handle = attach(chunks, SpecConfig(extra_losses=own, **case["config"]))
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -114,6 +118,9 @@ def run(sizes: dict, case: dict) -> dict:
 
 def main(job: str, output: str) -> None:
     enable()
+    from deep_ep_on_gloo import use_deep_ep
+
+    use_deep_ep()
     from grouped_linear import use_torch_grouped_linear
 
     use_torch_grouped_linear()

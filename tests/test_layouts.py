@@ -21,6 +21,8 @@ MOE_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["moe"
 SIGMOID = dict(
     moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_bias_update_rate=1e-3
 )
+DEEPEP = dict(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep")
+HYBRIDEP = dict(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
 ODD = dict(num_moe_experts=12, moe_router_topk=3, moe_shared_expert_intermediate_size=16, **SIGMOID)
 
 TP, CP, EP, ETP, PP, VPP = (
@@ -57,6 +59,7 @@ KERNEL_LAYOUTS = ("one process", "EP2", "TP2+SP, ETP2, EP2")
 PEERS_OF_TOKENS = tuple(name for name in PEERS if name != "erc_loss")
 PIPELINES = ("one process", *(name for name in LAYOUTS if "PP" in name))
 ONE_OF_EACH = ("one process", "DP2", "EP2", "TP2+SP, ETP2", "CP2", "PP2+VPP2", "TP2+SP, ETP2, EP2")
+FLEX_LAYOUTS = ("EP2", "EP4", "TP2+SP, ETP1, EP2", "CP2+EP2", "PP2+EP2", "PP2+VPP2, TP2+SP, ETP1, EP2")
 # name -> what the model and its data are like; compared with one process, of the model "like" where one is named.
 # "without": another model that, trained without losses, shows Megatron's own error of this one as well.
 # "layouts": where to run it, if not everywhere.
@@ -107,6 +110,59 @@ MODELS = {
         without="per-token loss",
         layouts=("one process", "EP2", "TP2+SP, ETP2", "PP2", "CP2"),
     ),
+    # DeepEP takes more than one process. Padding does not change what is computed.
+    "DeepEP": dict(model=DEEPEP, like="plain", layouts=FLEX_LAYOUTS),
+    "DeepEP, full recompute, token stride": dict(
+        model={**DEEPEP, **FULL_RECOMPUTE}, stride=3, like="plain", layouts=("EP2", "PP2+EP2")
+    ),
+    "HybridEP, grouped experts, moe_act recompute": dict(
+        model={**HYBRIDEP, **MOE_ACT}, like="grouped experts, moe_act recompute", layouts=FLEX_LAYOUTS
+    ),
+    "peers, HybridEP, grouped experts, moe_act recompute": dict(
+        losses=PEERS,
+        model={**HYBRIDEP, **MOE_ACT},
+        like="peers, grouped experts, moe_act recompute",
+        without="grouped experts, moe_act recompute",
+        layouts=("EP2", "EP4"),
+    ),
+    "padded rows": dict(
+        pads_rows="experts", like="plain", layouts=("one process", "EP2", "TP2+SP, ETP2", "TP2+SP, ETP2, EP2")
+    ),
+    "padded rows, grouped experts, moe_act recompute": dict(
+        model=MOE_ACT,
+        pads_rows="experts",
+        like="grouped experts, moe_act recompute",
+        layouts=("one process", "EP2", "EP4", "TP2+SP, ETP1, EP2", "PP2+EP2"),
+    ),
+    "padded rows, allgather dispatcher, token stride": dict(
+        model=dict(moe_token_dispatcher_type="allgather"),
+        pads_rows="experts",
+        stride=2,
+        like="allgather dispatcher",
+        layouts=("one process", "EP2"),
+    ),
+    "rows padded by HybridEP, grouped experts, full recompute, token stride": dict(
+        model={**HYBRIDEP, **FULL_RECOMPUTE, "moe_grouped_gemm": True},
+        pads_rows="experts",
+        stride=3,
+        like="grouped experts, moe_act recompute",
+        layouts=("EP2", "PP2+EP2"),
+    ),
+    "rows padded by the router, grouped experts, moe_act recompute": dict(
+        model=MOE_ACT,
+        pads_rows="router",
+        like="grouped experts, moe_act recompute",
+        layouts=("one process", "EP2", "EP4", "TP2+SP, ETP1, EP2"),
+    ),
+    "rows padded by the router, DeepEP, grouped experts, moe_act recompute": dict(
+        model={**DEEPEP, **MOE_ACT},
+        pads_rows="router",
+        like="grouped experts, moe_act recompute",
+        layouts=("EP2", "EP4"),
+    ),
+    "Triton kernels, padded rows": dict(
+        kernels="triton", pads_rows="experts", like="plain", layouts=KERNEL_LAYOUTS[:2]
+    ),
     "Triton kernels": dict(kernels="triton", like="plain", layouts=KERNEL_LAYOUTS),
     "peers, Triton kernels": dict(
         losses=PEERS, kernels="triton", like="peers", without="plain", layouts=KERNEL_LAYOUTS[:2]
@@ -129,6 +185,7 @@ def _case(properties: dict, coefficient: float) -> dict:
         padding=properties.get("padding", False),
         one_sequence=properties.get("one_sequence", False),
         bf16=properties.get("bf16", False),
+        pads_rows=properties.get("pads_rows"),
         own=coefficient if properties.get("own") else None,
         config=config,
     )
@@ -240,7 +297,7 @@ def _compare_diagnostics(found: dict, expected: dict) -> None:
 
 
 def test_the_losses_change_every_compared_model(jobs):
-    for model in MODELS:
+    for model in (name for name, _ in _cases("one process")):
         without = MODELS[model].get("without", MODELS[model].get("like", model))
         with_losses, plain = jobs.result("one process", model, 1.0), jobs.result("one process", without, 0.0)
         assert _worst_error(with_losses, plain) > 0.01, model

@@ -109,9 +109,7 @@ def test_model_that_does_not_fit_is_refused(megatron, settings, config, flag):
         ("use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
         ("cuda_graph_impl", "transformer_engine", "--cuda-graph-impl"),
         ("enable_cuda_graph", True, "--cuda-graph-impl"),
-        ("moe_token_dispatcher_type", "flex", "--moe-token-dispatcher-type"),
         ("transformer_impl", "inference_optimized", "--transformer-impl"),
-        ("fp8", "hybrid", "--fp8-format"),
     ],
 )
 def test_unsupported_setting_is_refused(megatron, field, value, flag):
@@ -124,6 +122,36 @@ def test_unsupported_setting_is_refused(megatron, field, value, flag):
     setattr(model.config, field, value)
     with pytest.raises(ValueError, match=flag):
         attach(model, SPECIALIZATION)
+
+
+@pytest.mark.parametrize(
+    "settings, expert_tensor_size, remedy",
+    [
+        (dict(moe_flex_dispatcher_backend="ncclep"), 1, "set --moe-flex-dispatcher-backend deepep or hybridep"),
+        (dict(moe_expert_rank_capacity_factor=1.5), 1, "remove --moe-expert-rank-capacity-factor"),
+        ({}, 2, "set --expert-tensor-parallel-size 1"),
+    ],
+)
+def test_rows_that_cannot_be_followed_are_refused(settings, expert_tensor_size, remedy):
+    from megatron_moe_spec.integration.compat.dispatch import dispatch_problems
+
+    for kind, number in (("flex", 1), ("alltoall", 0)):
+        config = types.SimpleNamespace(moe_token_dispatcher_type=kind, **settings)
+        problems = list(dispatch_problems(config, expert_tensor_size))
+        assert len(problems) == number and all(remedy in problem for problem in problems)
+
+
+def test_rows_that_cannot_be_followed_are_refused_at_attach(megatron):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    model = megatron_models.build_model(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
+    model.config.moe_expert_rank_capacity_factor = 1.5
+    attach(model, COUPLING).detach()
+    for config in (SPECIALIZATION, ORTHOGONALITY):
+        with pytest.raises(ValueError, match="remove --moe-expert-rank-capacity-factor"):
+            attach(model, config)
 
 
 def test_kernels_that_cannot_run_are_refused(megatron, monkeypatch):
@@ -139,11 +167,9 @@ def test_kernels_that_cannot_run_are_refused(megatron, monkeypatch):
 @pytest.mark.parametrize(
     "config, field, value, flag",
     [
-        (ORTHOGONALITY, "moe_token_dispatcher_type", "flex", "--moe-token-dispatcher-type"),
         (ORTHOGONALITY, "use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
-        (ORTHOGONALITY, "fp8", "hybrid", "--fp8-format"),
         (VARIANCE, "cuda_graph_impl", "transformer_engine", "--cuda-graph-impl"),
-        (ERC, "fp4", "e2m1", "--fp4-format"),
+        (ERC, "fp4_param", True, "--fp4-param-gather"),
         (ERC, "moe_latent_size", 8, "--moe-latent-size"),
         (ERC, "overlap_moe_expert_parallel_comm", True, "--overlap-moe-expert-parallel-comm"),
         (ERC, "delay_wgrad_compute", True, "--delay-wgrad-compute"),

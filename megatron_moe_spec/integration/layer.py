@@ -34,7 +34,7 @@ class LayerTaps:
         return set().union(*(tap.records() for tap in self._taps))
 
     def detach(self) -> None:
-        for tap in self._taps:
+        for tap in reversed(self._taps):  # which may have replaced the same method
             tap.detach()
         self._method.restore()
 

@@ -25,6 +25,8 @@ class RowExchange:
     def __init__(
         self, order: Optional[Tensor], num_rows: int, rows_for: Sequence[int], rows_from: Sequence[int], group
     ):
+        if (num_rows if order is None else len(order)) != sum(rows_for):
+            raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
         self._order = order
         self._num_rows = num_rows
         self._rows_for = [int(rows) for rows in rows_for]

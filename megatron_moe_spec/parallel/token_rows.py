@@ -3,6 +3,7 @@
 Suffixes: T tokens (every N-th with a token stride), E experts, K experts per token, P rows, D components of a row.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Optional
 
@@ -14,23 +15,19 @@ from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_max, a
 from megatron_moe_spec.parallel.rows import RowExchange
 
 
-def expert_rows(dispatched_TE: Tensor, active_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions of each token's vectors among the rows of these tokens, ordered by (expert, token).
+def expert_rows(dispatched_TE: Tensor, blocks_E: Optional[Sequence[int]] = None) -> Tensor:
+    """[T, E] positions of each token's rows among the rows of these tokens, ordered by (expert, token).
 
-    No host synchronisation.
+    No host synchronisation. Meaningless where a token has no row.
 
     Args:
-        dispatched_TE: bool, the routing map that the dispatcher permutes by.
-        active_TE: bool, the part of it that counts.
-
-    Returns:
-        Numbers of the rows [T, K], 0 where there is none, and of the experts [T, K], ascending; which are there, bool
-        [T, K].
+        dispatched_TE: bool, the map that the dispatcher has permuted by.
+        blocks_E: numbers of rows from each expert to the next, where those of an expert may be padded at the end.
     """
-    row_TE = (dispatched_TE.T.reshape(-1).cumsum(0) - 1).view(dispatched_TE.shape[::-1]).T
-    experts_TK = active_TE.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :top_k]
-    active_TK = active_TE.gather(1, experts_TK)
-    return row_TE.gather(1, experts_TK) * active_TK, experts_TK, active_TK
+    if blocks_E is None:
+        return (dispatched_TE.T.reshape(-1).cumsum(0) - 1).view(dispatched_TE.shape[::-1]).T
+    sizes_E = torch.tensor(blocks_E, device=dispatched_TE.device)
+    return dispatched_TE.cumsum(dim=0) - 1 + sizes_E.cumsum(0) - sizes_E
 
 
 class TokenRows:
@@ -49,47 +46,30 @@ class TokenRows:
     (bytes) per token and expert; none in backward.
 
     Attributes:
-        dispatched_TE: bool, the routing map of all tokens whose rows this rank's experts share.
         own: which of the compared tokens are this rank's.
-        experts_TK: numbers of the experts that the compared tokens have vectors of; until ``keep_mixing``.
+        experts_TK: numbers of the experts that the compared tokens have vectors of, ascending; until ``keep_mixing``.
         active_TK: bool, which vectors the compared tokens have.
         cosines_TKK, lengths_TK: between, and of, these vectors; from ``compare``.
 
     Args:
-        dispatched_TE, active_TE: of this rank's tokens, see ``expert_rows``.
+        active_TE: bool, the experts of this rank's tokens that count.
         top_k: experts per token.
         tokens: which of the tokens to use.
         num_parts: how many times rows are handed in.
         column_group: ranks that the columns of the rows are divided over.
-        on_other_ranks: whether rows are exchanged with other ranks before they are compared.
         fused: whether the Triton kernels compute; else eager PyTorch.
     """
 
-    def __init__(
-        self,
-        dispatched_TE: Tensor,
-        active_TE: Tensor,
-        top_k: int,
-        tokens: slice,
-        num_parts: int,
-        column_group,
-        on_other_ranks: bool,
-        fused: bool,
-    ):
+    def __init__(self, active_TE: Tensor, top_k: int, tokens: slice, num_parts: int, column_group, fused: bool):
         self._fused = fused
         self._group = column_group
         self._tokens = tokens
-        ranks = column_group.size()
-        self.dispatched_TE = all_gather(dispatched_TE, column_group)
-        active_TE = all_gather(active_TE, column_group)
-        if on_other_ranks:
-            used = expert_rows(self._used(self.dispatched_TE), self._used(active_TE), top_k)
-        else:
-            rows_TK, experts_TK, active_TK = expert_rows(self.dispatched_TE, active_TE, top_k)
-            used = self._used(rows_TK), self._used(experts_TK), self._used(active_TK)
-        self._rows_TK, self.experts_TK, self.active_TK = used
-        own = len(self._rows_TK) // ranks
+        active_TE = self._used(all_gather(active_TE, column_group))
+        self.experts_TK = active_TE.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :top_k]
+        self.active_TK = active_TE.gather(1, self.experts_TK)
+        own = len(active_TE) // column_group.size()
         self.own = slice(column_group.rank() * own, (column_group.rank() + 1) * own)
+        self._rows_TK: Optional[Tensor] = None
         self._inverse_lengths_TK: Optional[Tensor] = None
         self._mixing_TKK: Optional[Tensor] = None
         self._num_parts = num_parts
@@ -106,19 +86,25 @@ class TokenRows:
         """Whether all experts have handed in their rows."""
         return len(self._parts) == self._num_parts
 
-    @property
-    def num_rows(self) -> int:
-        return sum(len(rows) for rows in self._parts)
-
-    def compare(self, exchange: Optional[RowExchange]) -> None:
+    def compare(
+        self, dispatched_TE: Tensor, exchange: Optional[RowExchange], blocks_E: Optional[Sequence[int]] = None
+    ) -> None:
         """Compares the vectors of each token, once all rows are there.
 
         Args:
+            dispatched_TE: bool, the map that the dispatcher has permuted by, of all tokens whose rows the column group
+                shares.
             exchange: returns rows to the ranks of their tokens; None: they are there.
+            blocks_E: see ``expert_rows``; without an exchange.
         """
-        if exchange is not None and self._tokens.step > 1:
-            exchange = exchange.part(self._used_rows())
+        if exchange is None:
+            row_TE = self._used(expert_rows(dispatched_TE, blocks_E))
+        else:
+            row_TE = expert_rows(self._used(dispatched_TE))
+            if self._tokens.step > 1:
+                exchange = exchange.part(self._used_rows(dispatched_TE))
         self._exchange = exchange
+        self._rows_TK = row_TE.gather(1, self.experts_TK) * self.active_TK
         compare = self._compare_fused if self._fused else self._compare_eagerly
         self.cosines_TKK, self._inverse_lengths_TK = compare(self._rows())
         self.lengths_TK = inverse(self._inverse_lengths_TK)
@@ -187,11 +173,11 @@ class TokenRows:
         """Of [T, ...] for all tokens of the column group, that of the used tokens; a view but for the last step."""
         return x_T.unflatten(0, (self._group.size(), -1))[:, self._tokens].flatten(0, 1)
 
-    def _used_rows(self) -> Tensor:
+    def _used_rows(self, dispatched_TE: Tensor) -> Tensor:
         """Bool, in the order of (expert, token): the rows of used tokens."""
-        used_T = torch.zeros_like(self.dispatched_TE[:, 0])
+        used_T = torch.zeros_like(dispatched_TE[:, 0])
         used_T.unflatten(0, (self._group.size(), -1))[:, self._tokens] = True
-        return used_T.expand(self.dispatched_TE.shape[::-1])[self.dispatched_TE.T]
+        return used_T.expand(dispatched_TE.shape[::-1])[dispatched_TE.T]
 
     def _rows(self) -> Tensor:
         """[P, D] the rows of the group's tokens."""

@@ -7,53 +7,99 @@ Suffixes: T tokens of this source, G tokens of all sources, E experts, L local e
 expert-parallel ranks, C expert-tensor-parallel ranks, P rows.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.rows import RowExchange
 
 
-def exchanges_rows(dispatcher) -> bool:
-    """Whether a token's experts lie on several ranks."""
-    return dispatcher.ep_size > 1
+def dispatched_map(dispatcher, routing_map_TE: Tensor) -> Tensor:
+    """Bool, [T, E] by which the dispatcher has permuted this rank's tokens; the router's map, or made from it.
+
+    The alltoall dispatcher adds tokens that fill experts up (``moe_router_padding_for_quantization``); DeepEP takes the
+    K largest probabilities, which a probability of 0 may make another choice.
+    """
+    kind = dispatcher.config.moe_token_dispatcher_type
+    if kind == "alltoall":
+        return dispatcher.routing_map
+    if kind != "flex":
+        return routing_map_TE
+    manager = dispatcher._comm_manager
+    experts_TK = getattr(manager, "token_indices", None)
+    if experts_TK is None:  # HybridEP; it may add tokens, so that all ranks have the same number
+        return manager.routing_map[: len(routing_map_TE)]
+    num_experts = routing_map_TE.shape[1]
+    chosen_TE = routing_map_TE.new_zeros(len(experts_TK), num_experts + 1)
+    return chosen_TE.scatter_(1, experts_TK % (num_experts + 1), True)[:, :num_experts]  # -1: not dispatched
 
 
-def row_exchange(dispatcher, dispatched_TE: Tensor, num_rows: int) -> Optional[RowExchange]:
+def hands_over_tokens(dispatcher) -> bool:
+    """Whether a library takes the tokens of ``token_dispatch`` to the experts, and lays out their rows."""
+    return dispatcher.config.moe_token_dispatcher_type == "flex"
+
+
+def dispatch_problems(transformer_config, expert_tensor_size: int) -> Iterator[str]:
+    """Yields why the rows of a dispatcher cannot be followed, with the remedy."""
+    if getattr(transformer_config, "moe_token_dispatcher_type", "allgather") != "flex":
+        return
+    if getattr(transformer_config, "moe_flex_dispatcher_backend", "deepep") not in ("deepep", "hybridep"):
+        yield "NCCL-EP does not tell the order of its rows (set --moe-flex-dispatcher-backend deepep or hybridep)"
+    if expert_tensor_size > 1:
+        yield (
+            f"the flex dispatcher sends it to all of {expert_tensor_size} expert-tensor-parallel ranks "
+            "(set --expert-tensor-parallel-size 1)"
+        )
+    if getattr(transformer_config, "moe_expert_rank_capacity_factor", None) is not None:
+        yield "the dispatcher drops rows unseen (remove --moe-expert-rank-capacity-factor)"
+
+
+def row_exchange(
+    dispatcher, dispatched_TE: Tensor, counts_L: Sequence[int], blocks_L: Sequence[int]
+) -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their sources; None where each rank has all experts.
 
     Call it between dispatch and combine: the next micro-batch overwrites the dispatcher's attributes.
 
     Args:
-        dispatcher: MoEAlltoAllTokenDispatcher or MoEAllGatherTokenDispatcher.
-        dispatched_TE: bool, the routing map of this source's tokens.
-        num_rows: rows of this rank's experts.
+        dispatcher: MoEAlltoAllTokenDispatcher, MoEAllGatherTokenDispatcher or MoEFlexTokenDispatcher.
+        dispatched_TE: bool, the dispatched map of this source's tokens.
+        counts_L: numbers of rows that the dispatcher has handed to each local expert.
+        blocks_L: numbers of rows from each to the next among the rows to exchange, with padding at their ends.
     """
-    if not exchanges_rows(dispatcher):
+    if dispatcher.ep_size == 1:
         return None
-    if dispatcher.config.moe_token_dispatcher_type == "allgather":
-        return _of_allgather(dispatcher, dispatched_TE, num_rows)
+    kind = dispatcher.config.moe_token_dispatcher_type
+    if kind == "allgather":
+        return _of_allgather(dispatcher, dispatched_TE, counts_L, blocks_L)
+    if kind == "flex":
+        return _of_flex(dispatcher, dispatched_TE, blocks_L)
     if dispatcher.tp_size > 1:
-        return _of_alltoall_and_gather(dispatcher, dispatched_TE, num_rows)
-    return _of_alltoall(dispatcher, num_rows)
+        return _of_alltoall_and_gather(dispatcher, dispatched_TE, counts_L, blocks_L)
+    return _of_alltoall(dispatcher, counts_L, blocks_L)
 
 
-def _of_alltoall(dispatcher, num_rows: int) -> RowExchange:
+def _of_alltoall(dispatcher, counts_L: Sequence[int], blocks_L: Sequence[int]) -> RowExchange:
     # Rows lie by (local expert, source, token) and were received by (source, local expert, token).
-    ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
+    ranks, local, device = dispatcher.ep_size, dispatcher.num_local_experts, dispatcher.probs.device
     order = None
     if local > 1:
         rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
-        order = _by_source(rows_RL.T, num_rows).to(dispatcher.probs.device)
+        order = _by_source(rows_RL.T, sum(counts_L)).to(device)
+    order = _in_blocks(order, counts_L, blocks_L, device)
     rows_for, rows_from = dispatcher.output_splits, dispatcher.input_splits
     if rows_for is None:  # every expert is padded to its capacity
-        rows_for = rows_from = [num_rows // ranks] * ranks
-    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group)
+        rows_for = rows_from = [sum(counts_L) // ranks] * ranks
+    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
 
 
-def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> RowExchange:
+def _of_alltoall_and_gather(
+    dispatcher, dispatched_TE: Tensor, counts_L: Sequence[int], blocks_L: Sequence[int]
+) -> RowExchange:
     # Rows lie by (local expert, tensor-parallel rank, source, token). The dispatcher keeps the counts only where it
     # needs them: one all-gather of E numbers, and one host synchronisation.
     ranks, peers, local = dispatcher.ep_size, dispatcher.tp_size, dispatcher.num_local_experts
@@ -61,23 +107,62 @@ def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) ->
     rows_RCRL = all_gather(own_E, dispatcher.tp_ep_group).view(ranks, peers, ranks, local)
     rank = dispatcher.ep_group.rank()
     here_RCL = rows_RCRL[:, :, rank]
-    order = _by_source(here_RCL.permute(2, 1, 0), num_rows)
+    order = _by_source(here_RCL.permute(2, 1, 0), sum(counts_L))
+    order = _in_blocks(order, counts_L, blocks_L, order.device)
     rows_for = here_RCL.sum(dim=(1, 2)).tolist()
     rows_from = rows_RCRL[rank].sum(dim=(0, 2)).tolist()
-    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group)
+    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
 
 
-def _of_allgather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> RowExchange:
+def _of_allgather(dispatcher, dispatched_TE: Tensor, counts_L: Sequence[int], blocks_L: Sequence[int]) -> RowExchange:
     # Rows lie by (local expert, global token); source r has the r-th T of the global tokens.
     local_map_GL = dispatcher.local_map
     ranks, num_tokens = dispatcher.ep_size, len(dispatched_TE)
     flat = local_map_GL.T.reshape(-1).to(torch.uint8)
-    token_P = flat.argsort(descending=True, stable=True)[:num_rows] % len(local_map_GL)
+    token_P = flat.argsort(descending=True, stable=True)[: sum(counts_L)] % len(local_map_GL)
     order = (token_P // num_tokens).argsort(stable=True)
+    order = _in_blocks(order, counts_L, blocks_L, order.device)
     # The dispatcher itself synchronises with the host for its counts.
     rows_for = local_map_GL.view(ranks, -1).sum(dim=1).tolist()
     rows_from = dispatched_TE.view(num_tokens, ranks, -1).sum(dim=(0, 2)).tolist()
-    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group)
+    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
+
+
+def _of_flex(dispatcher, dispatched_TE: Tensor, blocks_L: Sequence[int]) -> RowExchange:
+    # DeepEP receives tokens by (source, token), which Megatron permutes by (local expert, source, token); HybridEP
+    # hands the rows over in this order. Neither promises it, see ``RowCheck``. One all-to-all of E numbers, and one
+    # host synchronisation. What the dispatcher counts may be padded.
+    ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
+    sent_RL = dispatched_TE.sum(dim=0).view(ranks, local)
+    rows_RL = torch.empty_like(sent_RL)
+    dist.all_to_all_single(rows_RL, sent_RL, group=dispatcher.ep_group)
+    rows_for, rows_from = torch.stack([rows_RL.sum(dim=1), sent_RL.sum(dim=1)]).tolist()
+    order, counts_L = _by_source(rows_RL.T, sum(rows_for)), rows_RL.sum(dim=0)
+    fillers = _fillers(dispatcher)
+    if fillers is not None:
+        order, counts_L = (
+            (~fillers).nonzero().squeeze(1)[order],
+            dispatcher._comm_manager.dispatched_routing_map.sum(dim=0),
+        )
+    order = _in_blocks(order, counts_L.tolist(), blocks_L, order.device)
+    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
+
+
+def _fillers(dispatcher) -> Optional[Tensor]:
+    """Bool, which rows only fill an expert up, where they lie between the others; None where they lie at its end.
+
+    They do where DeepEP's received tokens are added to experts (``moe_router_padding_for_quantization``).
+    """
+    manager = dispatcher._comm_manager
+    if (
+        getattr(manager, "dispatched_indices", None) is None
+        or not dispatcher.config.moe_router_padding_for_quantization
+    ):
+        return None
+    permuted_TL, num_experts = manager.dispatched_routing_map.bool(), dispatcher.num_local_experts
+    chosen_TL = permuted_TL.new_zeros(len(permuted_TL), num_experts + 1)
+    chosen_TL.scatter_(1, manager.dispatched_indices % (num_experts + 1), True)
+    return ~chosen_TL[:, :num_experts].T[permuted_TL.T]
 
 
 def _by_source(rows: Tensor, num_rows: int) -> Tensor:
@@ -86,10 +171,23 @@ def _by_source(rows: Tensor, num_rows: int) -> Tensor:
     return sources.repeat_interleave(rows.reshape(-1), output_size=num_rows).argsort(stable=True)
 
 
+def _in_blocks(order: Optional[Tensor], counts_L: Sequence[int], blocks_L: Sequence[int], device) -> Optional[Tensor]:
+    """The order among rows whose blocks are padded at their ends, of one among as many rows without padding."""
+    if list(counts_L) == list(blocks_L):
+        return order
+    order = torch.arange(sum(counts_L), device=device) if order is None else order
+    padding_L = torch.tensor([block - count for block, count in zip(blocks_L, counts_L, strict=True)])
+    before_P = (padding_L.cumsum(0) - padding_L).repeat_interleave(torch.tensor(counts_L))
+    return order + before_P.to(device)[order]
+
+
 def describe_dispatch(transformer_config) -> str:
     """One line: the dispatcher, and the ranks that rows are on."""
     ranks = transformer_config.expert_model_parallel_size
     columns = transformer_config.expert_tensor_parallel_size or transformer_config.tensor_model_parallel_size
+    backend = getattr(transformer_config, "moe_flex_dispatcher_backend", "deepep")
+    kind = transformer_config.moe_token_dispatcher_type
+    kind = f"flex ({backend})" if kind == "flex" else kind
     where = f"rows are returned from {ranks} expert-parallel ranks" if ranks > 1 else "every rank has all experts"
     summed = f"; products are summed over {columns} expert-tensor-parallel ranks" if columns > 1 else ""
-    return f"{transformer_config.moe_token_dispatcher_type}; {where}{summed}"
+    return f"{kind}; {where}{summed}"

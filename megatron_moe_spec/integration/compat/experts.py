@@ -57,6 +57,16 @@ def describe_down_projections(transformer_config) -> str:
     return f"input of each local expert's linear_fc2 (SequentialMLP{why})"
 
 
+def keeps_quantized_rows(transformer_config) -> bool:
+    """Whether backward needs the input of ``linear_fc2`` only as it was quantized, by a model's settings."""
+    if not (getattr(transformer_config, "fp8", None) or getattr(transformer_config, "fp4", None)):
+        return False
+    if transformer_config.recompute_granularity == "full":
+        return False
+    recomputed = transformer_config.recompute_granularity == "selective" and transformer_config.recompute_modules
+    return not {"moe", "moe_act"} & set(recomputed or ())
+
+
 def gate_rows(moe_layer: nn.Module, weight: Tensor) -> Tensor:
     """The rows of an expert's ``linear_fc1`` weight [2 F, H] that make its gate, as a view [..., H] of F rows.
 

@@ -23,7 +23,6 @@ from megatron_moe_spec.integration.injection import add_weight_gradients, own_gr
 from megatron_moe_spec.integration.scaling import micro_batch_count, weight_gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.integration.taps.router_weight import adapted, sharded
-from megatron_moe_spec.integration.taps.rows import quantization_problems
 from megatron_moe_spec.losses.expert_router_coupling import (
     ExpertRouterCoupling,
     excess,
@@ -77,7 +76,8 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
                 f"{loss.title} cannot add to weight gradients that are computed apart from the backward pass "
                 "(remove --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad)"
             )
-        yield from quantization_problems(loss.title, transformer_config)
+        if getattr(transformer_config, "fp8_param", False) or getattr(transformer_config, "fp4_param", False):
+            yield f"{loss.title} reads weights that are not quantized (remove --fp8-param-gather / --fp4-param-gather)"
 
     @classmethod
     def describe(cls, losses: Sequence[ExpertRouterCoupling], model: ModelFacts) -> Iterator[tuple[str, str]]:

@@ -13,14 +13,25 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat.dispatch import describe_dispatch, exchanges_rows, row_exchange
-from megatron_moe_spec.integration.compat.experts import describe_down_projections, expert_down_projections
+from megatron_moe_spec.integration.compat.dispatch import (
+    describe_dispatch,
+    dispatch_problems,
+    dispatched_map,
+    hands_over_tokens,
+    row_exchange,
+)
+from megatron_moe_spec.integration.compat.experts import (
+    describe_down_projections,
+    expert_down_projections,
+    keeps_quantized_rows,
+)
 from megatron_moe_spec.integration.compat.groups import column_group
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_gradient, own_graph
 from megatron_moe_spec.integration.routing import LayerRouting
 from megatron_moe_spec.integration.scaling import gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
+from megatron_moe_spec.integration.taps.row_check import RowCheck
 from megatron_moe_spec.kernels import choose
 from megatron_moe_spec.losses import RowsLoss
 from megatron_moe_spec.losses.base import one_per_token
@@ -37,6 +48,9 @@ class _Run:
         rows: of the tokens that are used.
         tokens: which of this rank's they are.
         routing: the router's decision.
+        routing_map_TE: bool, by which this rank's tokens go to experts, as the router has it; until they have run.
+        counts_L: numbers of rows that the dispatcher has handed to each local expert; known when they begin to run.
+        blocks_L: numbers of rows that each has handed in, padded where Megatron pads them.
         experts_TK: numbers of the experts of this rank's tokens; None where no loss asks for lengths.
         probs_TK: p of each vector, 1 where there is none; None likewise.
         probs_gradients: with respect to p of this rank's tokens; one, once the experts have run.
@@ -45,6 +59,9 @@ class _Run:
     rows: TokenRows
     tokens: slice
     routing: LayerRouting
+    routing_map_TE: Tensor
+    counts_L: list[int] = field(default_factory=list)
+    blocks_L: list[int] = field(default_factory=list)
     experts_TK: Optional[Tensor] = None
     probs_TK: Optional[Tensor] = None
     probs_gradients: list[Tensor] = field(default_factory=list)
@@ -66,7 +83,9 @@ class RowsTap(Tap[RowsLoss]):
         self._fused = choose(layer.recorder.spec.kernels, layer.router.weight.device)
         self._stride = losses[0].token_stride
         self._run: Optional[_Run] = None
-        self._hooks = self._register()
+        self._check = RowCheck(layer)
+        experts = layer.module.experts
+        self._hooks = [experts.register_forward_pre_hook(Hook(partial(_tap_inputs, self))), *self._register()]
 
     def _register(self) -> list:
         raise NotImplementedError
@@ -83,12 +102,8 @@ class RowsTap(Tap[RowsLoss]):
                 f"the legacy GroupedMLP does not hand out the rows for {names} "
                 "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
             )
-        if getattr(transformer_config, "moe_token_dispatcher_type", "allgather") == "flex":
-            yield (
-                f"the flex dispatcher does not tell which token a row belongs to, which {names} must know "
-                "(set --moe-token-dispatcher-type alltoall)"
-            )
-        yield from quantization_problems(names, transformer_config)
+        for problem in dispatch_problems(transformer_config, model.expert_tensor_size):
+            yield f"{names} cannot tell which token a row belongs to: {problem}"
 
     @classmethod
     def describe(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[tuple[str, str]]:
@@ -100,6 +115,7 @@ class RowsTap(Tap[RowsLoss]):
         raise NotImplementedError
 
     def detach(self) -> None:
+        self._check.detach()
         for hook in self._hooks:
             hook.remove()
 
@@ -113,16 +129,14 @@ class RowsTap(Tap[RowsLoss]):
         dispatcher = self.layer.dispatcher
         tokens = slice((self.layer.recorder.iteration + call.micro_batch.number) % self._stride, None, self._stride)
         rows = TokenRows(
-            call.routing_map_TE,
             call.routing.active_TE,
             self.layer.transformer_config.moe_router_topk,
             tokens,
             self._num_parts,
             column_group(dispatcher),
-            on_other_ranks=exchanges_rows(dispatcher),
-            fused=self._fused,
+            self._fused,
         )
-        self._run = run = _Run(rows, tokens, call.routing)
+        self._run = run = _Run(rows, tokens, call.routing, call.routing_map_TE)
         if not any(loss.uses_lengths for loss in wanted):
             return probs
         run.experts_TK, active_TK = rows.experts_TK[rows.own], rows.active_TK[rows.own]
@@ -130,18 +144,39 @@ class RowsTap(Tap[RowsLoss]):
         run.probs_TK = all_gather(probs_TK, column_group(dispatcher))
         return add_gradient(probs, partial(self._add_probs_gradient, run)) if self.trained else probs
 
-    def tap_rows(self, part: int, rows_PD: Tensor) -> Tensor:
+    def tap_inputs(self, inputs_PH: Tensor, counts_L: list[int]) -> None:
+        """Takes note of what the experts are to run on."""
+        if self._run is None:
+            return
+        self._run.counts_L = counts_L
+        self._check.received(inputs_PH, self._run.routing_map_TE, counts_L)
+
+    def tap_rows(self, part: int, rows_PD: Tensor, blocks_L: list[int]) -> Tensor:
         """Takes part of the layer's rows; returns what the model is to go on with instead."""
         run = self._run
         if run is None:
             return rows_PD
         run.rows.add(rows_PD)
+        run.blocks_L += blocks_L
         if run.rows.complete:
             with torch.no_grad():
-                run.rows.compare(row_exchange(self.layer.dispatcher, run.rows.dispatched_TE, run.rows.num_rows))
+                self._compare(run, run.rows)
                 self._evaluate(run)
             self._run = None
         return add_gradient(rows_PD, partial(self._add_gradient, run, part)) if self.trained else rows_PD
+
+    def _compare(self, run: _Run, rows: TokenRows) -> None:
+        dispatcher = self.layer.dispatcher
+        if any(block < count for count, block in zip(run.counts_L, run.blocks_L, strict=True)):
+            raise RuntimeError(
+                f"the experts of MoE layer {self.layer.global_index} ran on {run.blocks_L} rows each, of "
+                f"{run.counts_L} that the dispatcher had handed to them: these cannot be told apart by token"
+            )
+        dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), column_group(dispatcher))
+        exchange = row_exchange(dispatcher, dispatched_TE, run.counts_L, run.blocks_L)
+        padded = run.blocks_L != run.counts_L or hands_over_tokens(dispatcher)
+        rows.compare(dispatched_TE, exchange, run.blocks_L if padded else None)
+        del run.routing_map_TE
 
     def _evaluate(self, run: _Run) -> None:
         """Records the losses, and leaves what backward needs of them."""
@@ -200,6 +235,19 @@ class ActivationsTap(RowsTap):
         ]
 
     @classmethod
+    def describe(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[tuple[str, str]]:
+        yield from super().describe(losses, model)
+        if keeps_quantized_rows(model.transformer_config):
+            size = 2 * model.transformer_config.moe_router_topk * model.transformer_config.moe_ffn_hidden_size
+            yield (
+                "kept until backward",
+                (
+                    f"{size // model.expert_tensor_size} bytes a token and layer, for Transformer Engine keeps quantized rows "
+                    "(none with --recompute-granularity selective --recompute-modules moe_act)"
+                ),
+            )
+
+    @classmethod
     def _place(cls, transformer_config) -> str:
         return describe_down_projections(transformer_config)
 
@@ -236,16 +284,24 @@ class OutputsTap(RowsTap):
             )
 
 
-def quantization_problems(names: str, transformer_config) -> Iterator[str]:
-    if getattr(transformer_config, "fp8", None) or getattr(transformer_config, "fp4", None):
-        yield f"quantized experts are not supported yet, for {names} (remove --fp8-format / --fp4-format)"
+def _tap_inputs(tap: RowsTap, module: nn.Module, args) -> None:
+    """Forward pre-hook of the experts, whose first inputs are the tokens in permuted rows, and their numbers."""
+    tap.tap_inputs(args[0], _numbers(args[1]))
 
 
 def _tap_activations(tap: ActivationsTap, part: int, module: nn.Module, args):
-    """Forward pre-hook of ``linear_fc2``, whose first input is p * z, in permuted rows."""
-    return (tap.tap_rows(part, args[0]), *args[1:])
+    """Forward pre-hook of ``linear_fc2``, whose first input is p * z, in permuted rows.
+
+    The second is how many rows each expert has, padding included, where one module serves them all.
+    """
+    blocks_L = _numbers(args[1]) if len(args) > 1 else [len(args[0])]
+    return (tap.tap_rows(part, args[0], blocks_L), *args[1:])
 
 
 def _tap_outputs(tap: OutputsTap, module: nn.Module, args, outputs):
-    """Forward hook of the experts, which return (p * x, no bias)."""
-    return (tap.tap_rows(0, outputs[0]), *outputs[1:])
+    """Forward hook of the experts, which return (p * x, no bias); as many rows as came in."""
+    return (tap.tap_rows(0, outputs[0], _numbers(args[1])), *outputs[1:])
+
+
+def _numbers(tokens_per_expert) -> list[int]:
+    return tokens_per_expert.tolist() if isinstance(tokens_per_expert, Tensor) else list(map(int, tokens_per_expert))

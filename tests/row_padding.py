@@ -1,0 +1,57 @@
+"""Padding of the experts' rows as for quantized matrix products, without the products being quantized.
+
+Import only after the CPU backend is enabled.
+"""
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer import transformer_block
+from megatron.core.transformer.moe import experts, moe_layer, token_dispatcher
+
+try:
+    from megatron.core import recompute
+except ImportError:  # before 0.19
+    recompute = transformer_block
+
+SIZE = 8
+_CALLERS_OF_TE_CHECKPOINT = recompute, moe_layer
+
+
+class PadRows(torch.nn.Module):
+    """As Transformer Engine's Fp8Padding: zeros after each expert's rows, up to a multiple of a size."""
+
+    def forward(self, x, splits):
+        padded = [-(-rows // SIZE) * SIZE for rows in splits]
+        parts = zip(x.split(list(splits)), padded)
+        return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, rows - len(part))) for part, rows in parts]), padded
+
+
+class UnpadRows(torch.nn.Module):
+    """As Fp8Unpadding."""
+
+    def forward(self, x, splits):
+        padded = [-(-rows // SIZE) * SIZE for rows in splits]
+        return torch.cat([part[:rows] for part, rows in zip(x.split(padded), splits)])
+
+
+def pad_rows(chunks, where: str) -> None:
+    """Has Megatron take a model's experts for quantized: it pads their rows.
+
+    Args:
+        where: "experts", which HybridEP does in their place; "router": by tokens that it adds to experts.
+    """
+    for module in (experts, token_dispatcher):
+        module.get_align_size_for_quantization = lambda config: SIZE
+    for module in _CALLERS_OF_TE_CHECKPOINT:
+        module.te_checkpoint = _checkpoint
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if isinstance(module, experts.TEGroupedMLP):
+            module.quantization_padding, module.quantization_unpadding = PadRows(), UnpadRows()
+    # Set on a model that exists: to build one, Megatron asks for Transformer Engine.
+    for chunk in chunks:
+        chunk.config.fp8, chunk.config.fp8_recipe = "e4m3", "blockwise"
+        chunk.config.moe_router_padding_for_quantization = where == "router"
+
+
+def _checkpoint(function, distribute_saved_activations, tracker, group, *args):
+    return tensor_parallel.checkpoint(function, distribute_saved_activations, *args)

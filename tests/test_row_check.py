@@ -1,0 +1,108 @@
+"""Rows that do not lie where the tokens' rows are looked for end the run: no gradient is silently wrong."""
+
+from types import MethodType
+
+import deep_ep_on_gloo
+import pytest
+import torch
+from loss_names import coefficients
+
+from megatron_moe_spec import SpecConfig
+
+HYBRIDEP = dict(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
+ROWS = SpecConfig(**coefficients(["specialization_loss", "orthogonality_loss"]))
+
+
+@pytest.fixture
+def another_order(monkeypatch):
+    return lambda: monkeypatch.setattr(deep_ep_on_gloo.Order, "reversed", True)
+
+
+def _attach(model, config=ROWS):
+    from megatron_moe_spec import attach
+
+    return attach(model, config)
+
+
+def _gradients(mm, **settings):
+    model = mm.build_model(**settings)
+    handle = _attach(model)
+    return mm.train_step(model, mm.micro_batches(2)), handle.metrics()
+
+
+def test_rows_of_the_library(mm):
+    expected, metrics = _gradients(mm)
+    found, found_metrics = _gradients(mm, **HYBRIDEP)
+    assert found_metrics == pytest.approx(metrics, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_another_order_of_the_library_is_noticed(mm, another_order, grouped):
+    another_order()
+    model = mm.build_model(moe_grouped_gemm=grouped, **HYBRIDEP)
+    plain = mm.train_step(model, mm.micro_batches(2), main_loss_weight=1.0)
+    assert any(gradient.abs().max() > 0 for gradient in plain.values()), "Megatron itself takes any order"
+    _attach(model)
+    with pytest.raises(RuntimeError, match="flex dispatcher.*--moe-token-dispatcher-type alltoall"):
+        mm.train_step(model, mm.micro_batches(2))
+
+
+def test_the_order_is_looked_at_again_after_weights_were_loaded(mm, another_order):
+    model = mm.build_model(**HYBRIDEP)
+    _attach(model)
+    mm.train_step(model, mm.micro_batches(2))
+    another_order()
+    mm.train_step(model, mm.micro_batches(2))
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="flex dispatcher"):
+        mm.train_step(model, mm.micro_batches(2))
+
+
+def test_detach_leaves_the_dispatcher_as_it_was(mm):
+    model = mm.build_model(num_layers=1, **HYBRIDEP)
+    layer = model.decoder.layers[0].mlp
+    hooks = len(layer._load_state_dict_post_hooks), len(layer.experts._forward_pre_hooks)
+    handle = _attach(model)
+    assert "token_dispatch" in vars(layer.token_dispatcher)
+    handle.detach()
+    assert "token_dispatch" not in vars(layer.token_dispatcher)
+    assert (len(layer._load_state_dict_post_hooks), len(layer.experts._forward_pre_hooks)) == hooks
+
+
+def _pad_in_dispatcher(layer):
+    """What no dispatcher of Megatron's does: rows of zeros that neither its map nor its experts tell of."""
+    original = layer.token_dispatcher.dispatch_postprocess
+
+    def padded(self, hidden_states, probs):
+        rows, counts, probs = original(hidden_states, probs)
+        parts = zip(rows.split(counts.tolist()), probs.split(counts.tolist()))
+        pad = torch.nn.functional.pad
+        parts = [(pad(x, (0, 0, 0, 2)), pad(p, (0, 2))) for x, p in parts]
+        return torch.cat([x for x, _ in parts]), counts + 2, torch.cat([p for _, p in parts])
+
+    layer.token_dispatcher.dispatch_postprocess = MethodType(padded, layer.token_dispatcher)
+
+
+def test_counts_that_do_not_add_up(mm):
+    model = mm.build_model()
+    _attach(model)
+    _pad_in_dispatcher(model.decoder.layers[1].mlp)
+    with pytest.raises(RuntimeError, match="MoE layer 1.*alltoall dispatcher"):
+        mm.run_model(model, mm.micro_batches(1)[0])
+
+
+def test_experts_that_run_on_fewer_rows(mm, monkeypatch):
+    from row_padding import PadRows, UnpadRows, pad_rows
+
+    model = mm.build_model(moe_grouped_gemm=True)
+    pad_rows([model], "experts")
+    _attach(model)
+    pad = PadRows.forward
+    drop = lambda self, x, splits: (x[2:], [splits[0] - 2, *splits[1:]])  # noqa: E731
+    monkeypatch.setattr(PadRows, "forward", drop)
+    monkeypatch.setattr(UnpadRows, "forward", lambda self, x, splits: torch.nn.functional.pad(x, (0, 0, 2, 0)))
+    with pytest.raises(RuntimeError, match="cannot be told apart"):
+        mm.run_model(model, mm.micro_batches(1)[0])
+    monkeypatch.setattr(PadRows, "forward", pad)

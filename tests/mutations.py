@@ -163,6 +163,55 @@ MUTATIONS = [
         "start, step.num_taken = 0, num_tokens",
         "tests/test_programs.py::test_policy_and_reference_in_one_tensor_between_stages",
     ),
+    (
+        "order of the flex dispatcher's rows not checked",
+        "integration/taps/row_check.py",
+        "if not self._due:",
+        "if True:",
+        "tests/test_row_check.py::test_another_order_of_the_library_is_noticed",
+    ),
+    (
+        "numbers of rows not checked against the map",
+        "integration/taps/row_check.py",
+        "return dispatcher.ep_size > 1 or counts_E.tolist() == counts_L",
+        "return True",
+        "tests/test_row_check.py::test_counts_that_do_not_add_up",
+    ),
+    (
+        "flex dispatcher's rows by another source",
+        "integration/compat/dispatch.py",
+        "order, counts_L = _by_source(rows_RL.T, sum(rows_for)), rows_RL.sum(dim=0)",
+        "order, counts_L = _by_source(rows_RL.flip(0).T, sum(rows_for)), rows_RL.sum(dim=0)",
+        f"{LAYOUT}[EP2-DeepEP]",
+    ),
+    (
+        "rows of padding taken for rows of tokens",
+        "integration/taps/rows.py",
+        "rows.compare(dispatched_TE, exchange, run.blocks_L if padded else None)",
+        "rows.compare(dispatched_TE, exchange)",
+        f"{LAYOUT}[one process-padded rows, grouped experts, moe_act recompute]",
+    ),
+    (
+        "rows of padding exchanged as rows of tokens",
+        "integration/compat/dispatch.py",
+        "return order + before_P.to(device)[order]",
+        "return order",
+        f"{LAYOUT}[EP2-padded rows, grouped experts, moe_act recompute]",
+    ),
+    (
+        "rows that DeepEP adds taken for rows of tokens",
+        "integration/compat/dispatch.py",
+        "order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0)",
+        "counts_L = permuted_TL.sum(dim=0)",
+        f"{LAYOUT}[EP2-rows padded by the router, DeepEP, grouped experts, moe_act recompute]",
+    ),
+    (
+        "router's map instead of the padded one",
+        "integration/compat/dispatch.py",
+        "return dispatcher.routing_map",
+        "return routing_map_TE",
+        f"{LAYOUT}[EP2-rows padded by the router, fused, grouped experts, moe_act recompute]",
+    ),
 ]
 
 

@@ -6,7 +6,7 @@ Import only after the CPU backend is enabled.
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer import transformer_block
-from megatron.core.transformer.moe import experts, moe_layer, token_dispatcher
+from megatron.core.transformer.moe import experts, moe_layer, moe_utils, token_dispatcher
 
 try:
     from megatron.core import recompute
@@ -38,7 +38,8 @@ def pad_rows(chunks, where: str) -> None:
     """Has Megatron take a model's experts for quantized: it pads their rows.
 
     Args:
-        where: "experts", which HybridEP does in their place; "router": by tokens that it adds to experts.
+        where: "experts", which HybridEP does in their place; "router": by tokens that are added to its map, in place;
+            "router, fused": as by Megatron's kernel, which leaves the router's map as it is.
     """
     for module in (experts, token_dispatcher):
         module.get_align_size_for_quantization = lambda config: SIZE
@@ -50,7 +51,12 @@ def pad_rows(chunks, where: str) -> None:
     # Set on a model that exists: to build one, Megatron asks for Transformer Engine.
     for chunk in chunks:
         chunk.config.fp8, chunk.config.fp8_recipe = "e4m3", "blockwise"
-        chunk.config.moe_router_padding_for_quantization = where == "router"
+        chunk.config.moe_router_padding_for_quantization = where.startswith("router")
+    token_dispatcher.pad_routing_map = _pad_a_copy if where == "router, fused" else moe_utils.pad_routing_map
+
+
+def _pad_a_copy(routing_map, pad_multiple):
+    return moe_utils.pad_routing_map(routing_map.clone(), pad_multiple)
 
 
 def _checkpoint(function, distribute_saved_activations, tracker, group, *args):

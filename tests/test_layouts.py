@@ -154,6 +154,9 @@ MODELS = {
         like="grouped experts, moe_act recompute",
         layouts=("one process", "EP2", "EP4", "TP2+SP, ETP1, EP2"),
     ),
+    "rows padded by the router, fused, grouped experts, moe_act recompute": dict(
+        model=MOE_ACT, pads_rows="router, fused", like="grouped experts, moe_act recompute", layouts=("EP2",)
+    ),
     "rows padded by the router, DeepEP, grouped experts, moe_act recompute": dict(
         model={**DEEPEP, **MOE_ACT},
         pads_rows="router",

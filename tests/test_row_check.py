@@ -1,6 +1,6 @@
 """Rows that do not lie where the tokens' rows are looked for end the run: no gradient is silently wrong."""
 
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import deep_ep_on_gloo
 import pytest
@@ -69,6 +69,18 @@ def test_detach_leaves_the_dispatcher_as_it_was(mm):
     handle.detach()
     assert "token_dispatch" not in vars(layer.token_dispatcher)
     assert (len(layer._load_state_dict_post_hooks), len(layer.experts._forward_pre_hooks)) == hooks
+
+
+def test_map_of_deep_ep():
+    """A token goes to the experts of its K largest probabilities, which need not be those of the map."""
+    from megatron_moe_spec.integration.compat.dispatch import dispatched_map
+
+    chosen = torch.tensor([[2, 0], [1, -1], [-1, -1]])
+    dispatcher = SimpleNamespace(
+        config=SimpleNamespace(moe_token_dispatcher_type="flex"), _comm_manager=SimpleNamespace(token_indices=chosen)
+    )
+    found = dispatched_map(dispatcher, torch.ones(3, 3, dtype=torch.bool))
+    assert found.tolist() == [[True, False, True], [False, True, False], [False, False, False]]
 
 
 def _pad_in_dispatcher(layer):

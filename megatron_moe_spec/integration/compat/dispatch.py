@@ -33,9 +33,7 @@ def dispatched_map(dispatcher, routing_map_TE: Tensor) -> Tensor:
     experts_TK = getattr(manager, "token_indices", None)
     if experts_TK is None:  # HybridEP; it may add tokens, so that all ranks have the same number
         return manager.routing_map[: len(routing_map_TE)]
-    num_experts = routing_map_TE.shape[1]
-    chosen_TE = routing_map_TE.new_zeros(len(experts_TK), num_experts + 1)
-    return chosen_TE.scatter_(1, experts_TK % (num_experts + 1), True)[:, :num_experts]  # -1: not dispatched
+    return _map_of(experts_TK, routing_map_TE.shape[1])
 
 
 def hands_over_tokens(dispatcher) -> bool:
@@ -138,31 +136,20 @@ def _of_flex(dispatcher, dispatched_TE: Tensor, blocks_L: Sequence[int]) -> RowE
     dist.all_to_all_single(rows_RL, sent_RL, group=dispatcher.ep_group)
     rows_for, rows_from = torch.stack([rows_RL.sum(dim=1), sent_RL.sum(dim=1)]).tolist()
     order, counts_L = _by_source(rows_RL.T, sum(rows_for)), rows_RL.sum(dim=0)
-    fillers = _fillers(dispatcher)
-    if fillers is not None:
-        order, counts_L = (
-            (~fillers).nonzero().squeeze(1)[order],
-            dispatcher._comm_manager.dispatched_routing_map.sum(dim=0),
-        )
+    manager = dispatcher._comm_manager
+    if dispatcher.config.moe_router_padding_for_quantization and hasattr(manager, "dispatched_indices"):
+        # DeepEP's received tokens that fill experts up lie between the others.
+        permuted_TL = manager.dispatched_routing_map.bool()
+        chosen_TL = _map_of(manager.dispatched_indices, local)
+        order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0)
     order = _in_blocks(order, counts_L.tolist(), blocks_L, order.device)
     return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
 
 
-def _fillers(dispatcher) -> Optional[Tensor]:
-    """Bool, which rows only fill an expert up, where they lie between the others; None where they lie at its end.
-
-    They do where DeepEP's received tokens are added to experts (``moe_router_padding_for_quantization``).
-    """
-    manager = dispatcher._comm_manager
-    if (
-        getattr(manager, "dispatched_indices", None) is None
-        or not dispatcher.config.moe_router_padding_for_quantization
-    ):
-        return None
-    permuted_TL, num_experts = manager.dispatched_routing_map.bool(), dispatcher.num_local_experts
-    chosen_TL = permuted_TL.new_zeros(len(permuted_TL), num_experts + 1)
-    chosen_TL.scatter_(1, manager.dispatched_indices % (num_experts + 1), True)
-    return ~chosen_TL[:, :num_experts].T[permuted_TL.T]
+def _map_of(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Bool, [T, E] of the numbers of the experts of each token, -1 for none."""
+    chosen_TE = torch.zeros(len(experts_TK), num_experts + 1, dtype=torch.bool, device=experts_TK.device)
+    return chosen_TE.scatter_(1, experts_TK % (num_experts + 1), True)[:, :num_experts]
 
 
 def _by_source(rows: Tensor, num_rows: int) -> Tensor:

@@ -241,10 +241,8 @@ class ActivationsTap(RowsTap):
             size = 2 * model.transformer_config.moe_router_topk * model.transformer_config.moe_ffn_hidden_size
             yield (
                 "kept until backward",
-                (
-                    f"{size // model.expert_tensor_size} bytes a token and layer, for Transformer Engine keeps quantized rows "
-                    "(none with --recompute-granularity selective --recompute-modules moe_act)"
-                ),
+                f"{size // model.expert_tensor_size} bytes a token and layer, beside Transformer Engine's quantized rows "
+                "(none with --recompute-granularity selective --recompute-modules moe_act)",
             )
 
     @classmethod

@@ -105,16 +105,35 @@ def test_counts_that_do_not_add_up(mm):
         mm.run_model(model, mm.micro_batches(1)[0])
 
 
+def test_padding_that_a_tensor_tells(mm, monkeypatch):
+    """As with Megatron's ``moe_use_grouped_tensor``, where the linear layers get their splits on the device."""
+    from row_padding import PadRows, pad_rows
+
+    expected, metrics = _gradients(mm, moe_grouped_gemm=True)
+    model = mm.build_model(moe_grouped_gemm=True)
+    pad_rows([model], "experts")
+    pad = PadRows.forward
+
+    def padded(self, x, splits):
+        rows, sizes = pad(self, x, splits)
+        return rows, torch.tensor(sizes)
+
+    monkeypatch.setattr(PadRows, "forward", padded)
+    handle = _attach(model)
+    found = mm.train_step(model, mm.micro_batches(2))
+    assert handle.metrics() == pytest.approx(metrics, rel=1e-6)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
 def test_experts_that_run_on_fewer_rows(mm, monkeypatch):
     from row_padding import PadRows, UnpadRows, pad_rows
 
     model = mm.build_model(moe_grouped_gemm=True)
     pad_rows([model], "experts")
     _attach(model)
-    pad = PadRows.forward
     drop = lambda self, x, splits: (x[2:], [splits[0] - 2, *splits[1:]])  # noqa: E731
     monkeypatch.setattr(PadRows, "forward", drop)
     monkeypatch.setattr(UnpadRows, "forward", lambda self, x, splits: torch.nn.functional.pad(x, (0, 0, 2, 0)))
     with pytest.raises(RuntimeError, match="cannot be told apart"):
         mm.run_model(model, mm.micro_batches(1)[0])
-    monkeypatch.setattr(PadRows, "forward", pad)

@@ -241,7 +241,7 @@ class ActivationsTap(RowsTap):
             size = 2 * model.transformer_config.moe_router_topk * model.transformer_config.moe_ffn_hidden_size
             yield (
                 "kept until backward",
-                f"{size // model.expert_tensor_size} bytes a token and layer, beside Transformer Engine's quantized rows "
+                f"{size // model.expert_tensor_size} bytes a token and layer, beside the rows as they are quantized "
                 "(none with --recompute-granularity selective --recompute-modules moe_act)",
             )
 

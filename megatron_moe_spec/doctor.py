@@ -4,6 +4,7 @@ python -m megatron_moe_spec.doctor [MEGATRON'S FLAGS ...]
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import platform
@@ -17,8 +18,9 @@ USABLE, REFUSED, USAGE = 0, 1, 2
 _USAGE = """usage: python -m megatron_moe_spec.doctor [MEGATRON'S FLAGS ...]
 
 Says what is installed and, for the flags of a training run, what the losses would hook and what they would refuse.
-Nothing is trained and no GPU is needed. Without flags of this package the measured losses are assumed, at the
-paper's coefficients. Run it where the training script lies, so that a Megatron-LM checkout there is found.
+Nothing is trained. A GPU and transformer-engine are taken for there where they are missing, so that any machine can
+judge the flags of any other. Without coefficients the measured losses are assumed, at their paper's. Run it where the
+training script lies, so that a Megatron-LM checkout there is found.
 
 exit status: 0 usable, 1 refused or missing, 2 Megatron itself does not take the flags
 """
@@ -33,7 +35,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     if not _found("torch"):
         _print_section("installed", [("torch", "not installed (needed)")])
         return _verdict(["No module named 'torch': pip install torch"])
-    device, gpu = _device(), _gpu()
+    device = _device()
+    gpu = _gpu(device)
     _do_without_gpu()
     _print_section("installed", [("GPU", gpu), *_installed()])
     missing = _missing(wants_training=bool(argv))
@@ -45,11 +48,20 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 def _examine(argv: list[str], device) -> int:
-    """Prints what would be used with a training run's flags, and the verdict."""
+    """Prints what would be used with a training run's flags, and the verdict; the run may be on another machine."""
+    from megatron_moe_spec.integration.compat.assumed import training_machine
+
+    with training_machine(has_gpu=device.type == "cuda"):
+        return _examine_on(argv, device)
+
+
+def _examine_on(argv: list[str], device) -> int:
     from megatron_moe_spec.arguments import spec_config_from_args
-    from megatron_moe_spec.integration.checks import facts_of_flags, unsupported_settings
+    from megatron_moe_spec.integration.checks import facts_of_flags, notices, unsupported_settings
+    from megatron_moe_spec.integration.compat.assumed import missing_libraries
     from megatron_moe_spec.integration.compat.settings import moe_layers_of_stages
     from megatron_moe_spec.integration.stages import Stages
+    from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
 
     try:
         args, transformer_config = _settings(argv)
@@ -59,26 +71,45 @@ def _examine(argv: list[str], device) -> int:
     except ValueError as error:
         return _verdict([str(error)])
     try:
-        asked = spec_config_from_args(args, argv)
+        spec = spec_config_from_args(args, argv)
+        if assumed := not spec.enabled:
+            spec = _of_the_paper(spec, argv)
     except ValueError as error:
         return _verdict([str(error)])
-    spec = asked if asked.enabled else _of_the_paper()
     numbers = moe_layers_of_stages(args, transformer_config)
     stages = Stages(numbers, [0], transformer_config.num_moe_experts or 0)
-    facts = facts_of_flags(transformer_config, stages, spec)
+    spec = resolve_across_stages(spec, stages, transformer_config)
+    facts = facts_of_flags(args, transformer_config, stages, spec)
     if sum(numbers):
-        _print_section("would be used", _used(facts, spec, asked.enabled, device))
-    return _verdict(unsupported_settings(facts, spec, device))
+        machine = ", ".join([*missing_libraries(transformer_config), *_assumed_gpu(device)])
+        rows = [("assumed", f"{machine} (not installed here)")] if machine else []
+        _print_section("would be used", [*_used(facts, spec, assumed, device), *rows])
+        if said := notices(facts, spec):
+            _print_section("notice", ((str(number), text) for number, text in enumerate(said, 1)))
+    # Which kernels can run is a question of the other machine.
+    return _verdict(unsupported_settings(facts, spec, device if device.type == "cuda" else None))
 
 
-def _of_the_paper():
-    """The losses that are measured by default, at their paper's coefficients."""
-    from megatron_moe_spec.config import SpecConfig
+def _assumed_gpu(device) -> list[str]:
+    import torch
+
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return [] if device.type == "cuda" else [f"a GPU of capability {capability}"]
+
+
+def _of_the_paper(spec, argv: list[str]):
+    """With those losses that are measured by default, at their paper's coefficients, unless a flag says otherwise."""
     from megatron_moe_spec.losses import LOSSES
     from megatron_moe_spec.losses.base import config_field, options_of
 
     coefficients = [one for loss in LOSSES if loss.measured for one in options_of(loss) if one.name == "coeff"]
-    return SpecConfig(**{config_field(one): float(one.metadata["paper"].split(",")[0]) for one in coefficients})
+    given = {flag.partition("=")[0] for flag in argv}
+    papers = {
+        config_field(one): float(one.metadata["paper"].split(",")[0])
+        for one in coefficients
+        if one.metadata["flag"] not in given
+    }
+    return dataclasses.replace(spec, **papers)
 
 
 def _verdict(problems: list[str]) -> int:
@@ -148,10 +179,10 @@ def _found(module: str) -> bool:
         return False
 
 
-def _gpu() -> str:
+def _gpu(device) -> str:
     import torch
 
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return "none seen by torch"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
@@ -199,12 +230,12 @@ def _silence():
         yield printed
 
 
-def _used(facts, spec, asked: bool, device) -> Iterator[tuple[str, str]]:
+def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
     from megatron_moe_spec.integration.taps import by_tap
 
     transformer_config, stages = facts.transformer_config, facts.stages
     losses = ", ".join(str(loss) for loss in spec.losses if loss.coeff > 0) or "none, measuring alone"
-    yield "losses", losses + ("" if asked else " (assumed: no flag of this package was given)")
+    yield "losses", losses + (" (assumed: no coefficient was given)" if assumed else "")
     number = f"{sum(stages.num_layers)} of {transformer_config.num_layers}"
     spread = f", by pipeline stage {stages.num_layers}" if len(stages.num_layers) > 1 else ""
     experts = f"{transformer_config.num_moe_experts} experts, {transformer_config.moe_router_topk} for each token"
@@ -218,10 +249,13 @@ def _used(facts, spec, asked: bool, device) -> Iterator[tuple[str, str]]:
 def _kernels(spec, device) -> str:
     from megatron_moe_spec.kernels import choose, unavailable
 
-    if spec.kernels != "torch" and not unavailable(device):
+    why = unavailable(device)
+    if spec.kernels == "torch" or (device.type == "cuda" and not why):
         return "Triton" if choose(spec.kernels, device) else "eager PyTorch"
-    why = "" if spec.kernels == "torch" else f" (Triton cannot run: {unavailable(device)})"
-    return f"eager PyTorch{why}"
+    if device.type == "cuda":
+        return f"eager PyTorch (Triton cannot run: {why})"
+    here = "refused" if spec.kernels == "triton" else "eager PyTorch"
+    return "Triton on the GPU" + (f"; here {here} (Triton cannot run: {why})" if why else "")
 
 
 if __name__ == "__main__":

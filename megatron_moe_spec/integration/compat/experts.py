@@ -1,9 +1,8 @@
 """The experts of an MoE layer: their linear layers, and their weights' gradients."""
 
-import importlib.util
-
 from torch import Tensor, nn
 
+from megatron_moe_spec.integration.compat.assumed import has_transformer_engine
 from megatron_moe_spec.integration.compat.models import unwrapped
 
 
@@ -45,7 +44,7 @@ def has_adapter(module: nn.Module) -> bool:
 def has_grouped_experts(transformer_config) -> bool:
     """Whether a layer's local experts are one module, by the flags; transformer-engine has it."""
     wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
-    return wanted and importlib.util.find_spec("transformer_engine") is not None
+    return wanted and has_transformer_engine()
 
 
 def describe_down_projections(transformer_config) -> str:

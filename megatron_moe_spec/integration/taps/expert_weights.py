@@ -18,6 +18,7 @@ from megatron_moe_spec.integration.compat.experts import (
     has_adapted_weights,
 )
 from megatron_moe_spec.integration.compat.groups import column_group, expert_group
+from megatron_moe_spec.integration.compat.remedies import without_overlap
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
 from megatron_moe_spec.integration.scaling import micro_batch_count, weight_gradient_factor
@@ -70,7 +71,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         if getattr(transformer_config, "overlap_moe_expert_parallel_comm", False):
             yield (
                 f"{loss.title} joins a router to its experts in one backward pass, which the schedule of "
-                f"--overlap-moe-expert-parallel-comm splits (remove it, or set {loss.off})"
+                f"--overlap-moe-expert-parallel-comm splits ({without_overlap(transformer_config)}, or set {loss.off})"
             )
         if delays_weight_gradients(transformer_config):
             yield (

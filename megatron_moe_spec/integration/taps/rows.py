@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_moe_spec.integration.compat.dispatch import describe_dispatch, exchanges_rows, row_exchange
 from megatron_moe_spec.integration.compat.experts import describe_down_projections, expert_down_projections
 from megatron_moe_spec.integration.compat.groups import column_group
+from megatron_moe_spec.integration.compat.remedies import without_op_fuser
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_gradient, own_graph
 from megatron_moe_spec.integration.routing import LayerRouting
@@ -75,7 +76,7 @@ class RowsTap(Tap[RowsLoss]):
     def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
         transformer_config, names = model.transformer_config, " and ".join(loss.title for loss in losses)
         if getattr(transformer_config, "use_transformer_engine_op_fuser", False):
-            yield f"the fused experts do not hand out the rows for {names} (remove --use-transformer-engine-op-fuser)"
+            yield f"the fused experts do not hand out the rows for {names} ({without_op_fuser(transformer_config)})"
         elif getattr(transformer_config, "moe_use_legacy_grouped_gemm", False) or not all(
             map(expert_down_projections, model.moe_layers)
         ):

@@ -72,8 +72,8 @@ def _examine_on(argv: list[str], device) -> int:
         return _verdict([str(error)])
     try:
         spec = spec_config_from_args(args, argv)
-        if assumed := not spec.enabled:
-            spec = _of_the_paper(spec, argv)
+        if assumed := not spec.enabled and not _gives_coefficient(argv):
+            spec = _of_the_paper(spec)
     except ValueError as error:
         return _verdict([str(error)])
     numbers = moe_layers_of_stages(args, transformer_config)
@@ -97,18 +97,21 @@ def _assumed_gpu(device) -> list[str]:
     return [] if device.type == "cuda" else [f"a GPU of capability {capability}"]
 
 
-def _of_the_paper(spec, argv: list[str]):
-    """With those losses that are measured by default, at their paper's coefficients, unless a flag says otherwise."""
+def _gives_coefficient(argv: list[str]) -> bool:
+    from megatron_moe_spec.losses import LOSSES
+    from megatron_moe_spec.losses.base import options_of
+
+    known = {one.metadata["flag"] for loss in LOSSES for one in options_of(loss) if one.name == "coeff"}
+    return bool(known & {flag.partition("=")[0] for flag in argv})
+
+
+def _of_the_paper(spec):
+    """With the losses that are measured by default, at their paper's coefficients."""
     from megatron_moe_spec.losses import LOSSES
     from megatron_moe_spec.losses.base import config_field, options_of
 
     coefficients = [one for loss in LOSSES if loss.measured for one in options_of(loss) if one.name == "coeff"]
-    given = {flag.partition("=")[0] for flag in argv}
-    papers = {
-        config_field(one): float(one.metadata["paper"].split(",")[0])
-        for one in coefficients
-        if one.metadata["flag"] not in given
-    }
+    papers = {config_field(one): float(one.metadata["paper"].split(",")[0]) for one in coefficients}
     return dataclasses.replace(spec, **papers)
 
 
@@ -234,7 +237,9 @@ def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
     from megatron_moe_spec.integration.taps import by_tap
 
     transformer_config, stages = facts.transformer_config, facts.stages
-    losses = ", ".join(str(loss) for loss in spec.losses if loss.coeff > 0) or "none, measuring alone"
+    losses = ", ".join(str(loss) for loss in spec.losses if loss.coeff > 0) or "none"
+    if not spec.trained_losses and spec.metrics_interval:
+        losses += ", measuring alone"
     yield "losses", losses + (" (assumed: no coefficient was given)" if assumed else "")
     number = f"{sum(stages.num_layers)} of {transformer_config.num_layers}"
     spread = f", by pipeline stage {stages.num_layers}" if len(stages.num_layers) > 1 else ""

@@ -48,9 +48,10 @@ def test_without_the_flags_both_losses_are_assumed(diagnose):
 
 
 @needs_training_loop
-def test_coefficients_that_are_given_are_not_assumed(diagnose):
-    _, _, rows = diagnose(*MODEL, "--moe-specialization-loss-coeff", 0)
-    assert rows["losses"].startswith("coupling (mass, exact) x 0.001 (assumed")
+def test_where_a_coefficient_is_given_none_is_assumed(diagnose):
+    status, _, rows = diagnose(*MODEL, "--moe-specialization-loss-coeff=0")
+    assert status == 0 and rows["losses"] == "none"
+    assert diagnose(*MODEL, "--moe-spec-metrics-interval", 5)[2]["losses"] == "none, measuring alone"
 
 
 RECIPE = """

@@ -28,6 +28,12 @@ def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:
     return [] if any(weight is None for weight in weights) else weights
 
 
+def joins_expert_weights(transformer_config) -> bool:
+    """Whether one parameter holds the weights of all local experts, by the flags."""
+    names = ("moe_single_grouped_weight", "moe_use_legacy_grouped_gemm")
+    return transformer_config.moe_grouped_gemm and any(getattr(transformer_config, name, False) for name in names)
+
+
 def has_adapted_weights(moe_layer: nn.Module) -> bool:
     """Whether adapters were put around the router, or around what reads the experts' first weights."""
     experts = unwrapped(moe_layer.experts)

@@ -16,6 +16,7 @@ from megatron_moe_spec.integration.compat.experts import (
     expert_first_weights,
     gate_rows,
     has_adapted_weights,
+    joins_expert_weights,
 )
 from megatron_moe_spec.integration.compat.groups import column_group, expert_group
 from megatron_moe_spec.integration.compat.remedies import without_overlap
@@ -63,7 +64,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             yield sharded(loss)
         if any(map(has_adapted_weights, model.moe_layers)):
             yield adapted(loss, _ADAPTED)
-        if not all(expert_first_weights(layer) for layer in model.moe_layers):
+        if joins_expert_weights(transformer_config) or not all(map(expert_first_weights, model.moe_layers)):
             yield (
                 f"{loss.title} needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
                 "--moe-use-legacy-grouped-gemm)"

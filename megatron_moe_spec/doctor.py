@@ -34,28 +34,67 @@ def main(argv: Optional[list[str]] = None) -> int:
         return USABLE
     if not _found("torch"):
         _print_section("installed", [("torch", "not installed (needed)")])
-        return _verdict(["No module named 'torch': pip install torch"])
+        return _print_verdict(["No module named 'torch': pip install torch"])
     device = _device()
     gpu = _gpu(device)
     _do_without_gpu()
     _print_section("installed", [("GPU", gpu), *_installed()])
     missing = _missing(wants_training=bool(argv))
     if missing:
-        return _verdict([missing])
+        return _print_verdict([missing])
     if not argv:
-        return _verdict([])
-    return _examine(argv, device)
+        return _print_verdict([])
+    verdict = judge(argv)
+    if verdict.objection:
+        print(f"\nMegatron does not take these flags: {verdict.objection}")
+        return USAGE
+    if verdict.used:
+        _print_section("would be used", verdict.used)
+    if verdict.notices:
+        _print_section("notice", _numbered(verdict.notices))
+    return _print_verdict(verdict.problems)
 
 
-def _examine(argv: list[str], device) -> int:
-    """Prints what would be used with a training run's flags, and the verdict; the run may be on another machine."""
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the losses would do with the flags of a training run.
+
+    Attributes:
+        used: rows (name, text): what would be used.
+        notices: what is worth knowing.
+        problems: why they are refused, with the remedies; empty if they are usable.
+        objection: why Megatron itself does not take them; empty if it does.
+    """
+
+    used: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notices: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    objection: str = ""
+
+
+def judge(argv: list[str]) -> Verdict:
+    """Examines the flags of a run, which may be on another machine.
+
+    Raises:
+        ImportError: Megatron's training program is not there, or lacks a package.
+    """
+    device = _device()
+    _do_without_gpu()
     from megatron_moe_spec.integration.compat.assumed import training_machine
+    from megatron_moe_spec.integration.compat.settings import training_modules
 
+    with _silence():
+        training_modules()
     with training_machine(has_gpu=device.type == "cuda"):
-        return _examine_on(argv, device)
+        try:
+            return _judge(argv, device)
+        except _NotTaken as error:
+            return Verdict(objection=str(error))
+        except ValueError as error:
+            return Verdict(problems=[str(error)])
 
 
-def _examine_on(argv: list[str], device) -> int:
+def _judge(argv: list[str], device) -> Verdict:
     from megatron_moe_spec.arguments import spec_config_from_args
     from megatron_moe_spec.integration.checks import facts_of_flags, notices, unsupported_settings
     from megatron_moe_spec.integration.compat.assumed import missing_libraries
@@ -63,31 +102,24 @@ def _examine_on(argv: list[str], device) -> int:
     from megatron_moe_spec.integration.stages import Stages
     from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
 
-    try:
-        args, transformer_config = _settings(argv)
-    except _NotTaken as error:
-        print(f"\nMegatron does not take these flags: {error}")
-        return USAGE
-    except ValueError as error:
-        return _verdict([str(error)])
-    try:
-        spec = spec_config_from_args(args, argv)
-        if assumed := not spec.enabled and not _gives_coefficient(argv):
-            spec = _of_the_paper(spec)
-    except ValueError as error:
-        return _verdict([str(error)])
+    args, transformer_config = _settings(argv)
+    spec = spec_config_from_args(args, argv)
+    if assumed := not spec.enabled and not _gives_coefficient(argv):
+        spec = _of_the_paper(spec)
     numbers = moe_layers_of_stages(args, transformer_config)
     stages = Stages(numbers, [0], transformer_config.num_moe_experts or 0)
     spec = resolve_across_stages(spec, stages, transformer_config)
     facts = facts_of_flags(args, transformer_config, stages, spec)
-    if sum(numbers):
-        machine = ", ".join([*missing_libraries(transformer_config), *_assumed_gpu(device)])
-        rows = [("assumed", f"{machine} (not installed here)")] if machine else []
-        _print_section("would be used", [*_used(facts, spec, assumed, device), *rows])
-        if said := notices(facts, spec):
-            _print_section("notice", ((str(number), text) for number, text in enumerate(said, 1)))
     # Which kernels can run is a question of the other machine.
-    return _verdict(unsupported_settings(facts, spec, device if device.type == "cuda" else None))
+    problems = unsupported_settings(facts, spec, device if device.type == "cuda" else None)
+    if not sum(numbers):
+        return Verdict(problems=problems)
+    machine = ", ".join([*missing_libraries(transformer_config), *_assumed_gpu(device)])
+    used = [
+        *_used(facts, spec, assumed, device),
+        *([("assumed", f"{machine} (not installed here)")] if machine else []),
+    ]
+    return Verdict(used, notices(facts, spec), problems)
 
 
 def _assumed_gpu(device) -> list[str]:
@@ -115,11 +147,15 @@ def _of_the_paper(spec):
     return dataclasses.replace(spec, **papers)
 
 
-def _verdict(problems: list[str]) -> int:
+def _print_verdict(problems: list[str]) -> int:
     if problems:
-        _print_section("refused", ((str(number), problem) for number, problem in enumerate(problems, 1)))
+        _print_section("refused", _numbered(problems))
     print(f"\n{'refused' if problems else 'usable'}")
     return REFUSED if problems else USABLE
+
+
+def _numbered(texts: list[str]) -> list[tuple[str, str]]:
+    return [(str(number), text) for number, text in enumerate(texts, 1)]
 
 
 def _print_section(title: str, rows) -> None:

@@ -24,9 +24,9 @@ this table. `make recipes` makes it anew.
 
 The flags and the file of each source are in `configs/recipes.json`. Flags from Megatron-MoE-ModelZoo follow from its
 configs and scripts; the others were transcribed: what matters here is the source's, shapes of models are partly from
-memory. In {changed} of them something that this Megatron does not take was changed, as the file says. Where a recipe has
-no flag of this package, specialization and coupling are on, at the paper's coefficients. Transformer Engine, DeepEP and
-the GPUs are taken for there.
+memory. In {changed} of them something that this Megatron does not take was changed, as the file says. Where a recipe
+has no flag of this package, specialization and coupling are on, at the paper's coefficients. Transformer Engine, DeepEP
+and the GPUs are taken for there.
 
 | recipe | source | losses | verdict | left out, and worth knowing |
 |---|---|---|---|---|

@@ -24,6 +24,7 @@ CASES = [
     (ERC + ["no --swiglu"], {"--swiglu": ()}),
     (ERC + ["no --swiglu"], {"--moe-erc-loss-coeff": 0}),
     (ERC + FSDP, {"--moe-erc-loss-coeff": 0}),
+    (ERC + ["--expert-tensor-parallel-num-weight-shards", 2], {"--expert-tensor-parallel-num-weight-shards": None}),
     (ROUTER + FSDP, {"--moe-router-orthogonality-loss-coeff": 0}),
     (ERC + OVERLAP, WITHOUT_OVERLAP),
     (ERC + OVERLAP, {"--moe-erc-loss-coeff": 0}),
@@ -103,4 +104,51 @@ def test_remedy_makes_the_flags_usable(diagnose, flags, remedy):  # noqa: F811
     for flag in remedy:
         assert re.search(rf"{flag}\b", said), said
     status, report, _ = diagnose(*_changed(refused, remedy))
+    assert status == 0, report
+
+
+DISPATCHER = {"--moe-token-dispatcher-type": "alltoall"}
+FP8 = ["--fp8-format", "e4m3", "--fp8-recipe", "mxfp8", "--fp8-param-gather", "--use-distributed-optimizer"]
+FP8 += ["--reuse-grad-buf-for-mxfp8-param-ag", "--moe-router-padding-for-quantization"]
+
+
+@needs_training_loop
+@pytest.mark.parametrize(
+    "remedy, flags, others",
+    [
+        ("with_alltoall", ["--moe-token-dispatcher-type", "flex"], DISPATCHER),
+        ("with_alltoall", ["--moe-token-dispatcher-type", "flex", "--moe-enable-deepep"], DISPATCHER),
+        (
+            "with_alltoall",
+            ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "hybridep"],
+            DISPATCHER,
+        ),
+        (
+            "with_alltoall",
+            ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "ncclep"],
+            DISPATCHER,
+        ),
+        ("without_quantization", ["--fp8-format", "hybrid"], {}),
+        ("without_quantization", FP8, {}),
+    ],
+)
+def test_remedy_names_all_flags_that_megatron_wants_changed(diagnose, monkeypatch, remedy, flags, others):  # noqa: F811
+    from megatron_moe_spec import doctor
+    from megatron_moe_spec.integration.compat import remedies
+
+    texts = []
+
+    def settings(argv):
+        args, transformer_config = examine(argv)
+        texts.append(getattr(remedies, remedy)(transformer_config))
+        return args, transformer_config
+
+    examine = doctor._settings
+    monkeypatch.setattr(doctor, "_settings", settings)
+    status, report, _ = diagnose(*RECIPE, *flags)
+    if status == 2 and "argument" in report:
+        pytest.skip("this Megatron has other flags")
+    assert status != 2, report
+    named = {flag: None for flag in re.findall(r"--[a-z0-9-]+", texts[0])}
+    status, report, _ = diagnose(*_changed([*RECIPE, *flags], {**named, **others}))
     assert status == 0, report

@@ -28,6 +28,11 @@ def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:
     return [] if any(weight is None for weight in weights) else weights
 
 
+def divides_expert_weights(transformer_config) -> bool:
+    """Whether ranks with other tokens keep shards of an expert's weights, which they gather for each pass (GTP)."""
+    return getattr(transformer_config, "expert_gtp_weight_remat_size", 1) > 1
+
+
 def joins_expert_weights(transformer_config) -> bool:
     """Whether one parameter holds the weights of all local experts, by the flags."""
     names = ("moe_single_grouped_weight", "moe_use_legacy_grouped_gemm")

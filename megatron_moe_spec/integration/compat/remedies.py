@@ -2,61 +2,53 @@
 
 
 def without_overlap(transformer_config) -> str:
-    return _remove(
-        "--overlap-moe-expert-parallel-comm",
-        transformer_config,
-        delay_wgrad_compute="--delay-wgrad-compute",
-        ep_overlap_early_attn_memory_release="--ep-overlap-early-attn-memory-release",
-    )
+    needing = {
+        "--delay-wgrad-compute": "delay_wgrad_compute",
+        "--ep-overlap-early-attn-memory-release": "ep_overlap_early_attn_memory_release",
+    }
+    return _remove(["--overlap-moe-expert-parallel-comm"], needing, transformer_config)
 
 
 def without_op_fuser(transformer_config) -> str:
-    return _remove(
-        "--use-transformer-engine-op-fuser",
-        transformer_config,
-        moe_single_grouped_weight="--moe-single-grouped-weight",
-        moe_expert_rank_capacity_factor="--moe-expert-rank-capacity-factor",
-        moe_paged_stash="--moe-paged-stash",
-    ) + _offloading(transformer_config)
+    needing = {
+        "--moe-single-grouped-weight": "moe_single_grouped_weight",
+        "--moe-expert-rank-capacity-factor": "moe_expert_rank_capacity_factor",
+        "--moe-paged-stash": "moe_paged_stash",
+    }
+    remedy = _remove(["--use-transformer-engine-op-fuser"], needing, transformer_config)
+    if "fused_group_mlp" in (getattr(transformer_config, "offload_modules", None) or []):
+        remedy += ", and fused_group_mlp from --offload-modules"
+    return remedy
 
 
 def without_quantization(transformer_config) -> str:
-    flags = [
-        flag for name, flag in (("fp8", "--fp8-format"), ("fp4", "--fp4-format")) if _is_set(transformer_config, name)
-    ]
-    return _remove(
-        " and ".join(flags) or "--fp8-format",
-        transformer_config,
-        fp8_param="--fp8-param-gather and --reuse-grad-buf-for-mxfp8-param-ag",
-        fp4_param="--fp4-param-gather",
-        moe_router_padding_for_quantization="--moe-router-padding-for-quantization and --moe-router-padding-for-fp8",
-    )
+    formats = {"--fp8-format": "fp8", "--fp4-format": "fp4"}
+    needing = {
+        "--fp8-param-gather": "fp8_param",
+        "--reuse-grad-buf-for-mxfp8-param-ag": "fp8_param",
+        "--fp4-param-gather": "fp4_param",
+        "--moe-router-padding-for-quantization": "moe_router_padding_for_quantization",
+        "--moe-router-padding-for-fp8": "moe_router_padding_for_fp8",
+    }
+    return _remove([], {**formats, **needing}, transformer_config)
 
 
 def with_alltoall(transformer_config) -> str:
-    remedy = _remove(
-        "",
-        transformer_config,
-        moe_enable_deepep="--moe-enable-deepep",
-        moe_expert_rank_capacity_factor="--moe-expert-rank-capacity-factor",
-        moe_paged_stash="--moe-paged-stash",
-    )
-    if getattr(transformer_config, "moe_flex_dispatcher_backend", None) in ("hybridep", "ncclep"):
-        remedy = f"{remedy} and --moe-flex-dispatcher-backend" if remedy else "remove --moe-flex-dispatcher-backend"
+    """For the flex dispatcher."""
+    needing = {
+        "--moe-enable-deepep": "moe_enable_deepep",
+        "--moe-expert-rank-capacity-factor": "moe_expert_rank_capacity_factor",
+        "--moe-paged-stash": "moe_paged_stash",
+    }
+    backend = getattr(transformer_config, "moe_flex_dispatcher_backend", None)
+    first = ["--moe-flex-dispatcher-backend"] if backend == "ncclep" else []
+    remedy = _remove(first, needing, transformer_config)
     return "set --moe-token-dispatcher-type alltoall" + (f", and {remedy}" if remedy else "")
 
 
-def _remove(flag: str, transformer_config, **needing: str) -> str:
-    """ "remove FLAG and ...": with the flags of those settings that cannot stay without it."""
-    flags = [flag, *(other for name, other in needing.items() if _is_set(transformer_config, name))]
-    flags = [one for one in flags if one]
-    return f"remove {' and '.join(flags)}" if flags else ""
-
-
-def _offloading(transformer_config) -> str:
-    fused = "fused_group_mlp" in (getattr(transformer_config, "offload_modules", None) or [])
-    return ", and fused_group_mlp from --offload-modules" if fused else ""
-
-
-def _is_set(transformer_config, name: str) -> bool:
-    return getattr(transformer_config, name, None) not in (None, False)
+def _remove(flags: list[str], needing: dict[str, str], transformer_config) -> str:
+    """ "remove FLAG and FLAG": with those whose setting, by its name, is there and cannot stay; empty for none."""
+    there = [flag for flag, name in needing.items() if getattr(transformer_config, name, None) not in (None, False)]
+    *first, last = [*flags, *there] or [""]
+    joined = f"{', '.join(first)} and {last}" if first else last
+    return f"remove {joined}" if joined else ""

@@ -72,13 +72,18 @@ def settings_of_flags(flags: list[str], add_arguments: Callable):
     finally:
         sys.argv = argv
     if "WORLD_SIZE" not in os.environ:
-        dense = args.tensor_model_parallel_size * args.context_parallel_size
         columns = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-        experts = args.expert_model_parallel_size * columns
+        dense = _shards(args, "tensor_parallel", args.tensor_model_parallel_size) * args.context_parallel_size
+        experts = args.expert_model_parallel_size * _shards(args, "expert_tensor_parallel", columns)
         args.world_size = math.lcm(dense, experts) * args.pipeline_model_parallel_size
     set_connections(will_shard_weights(args))
     arguments.validate_args(args)
     return args, arguments.core_transformer_config_from_args(args)
+
+
+def _shards(args, what: str, columns: int) -> int:
+    """Ranks that have parts of a weight; newer releases divide it over more than the tensor-parallel ones."""
+    return max(getattr(args, f"{what}_num_weight_shards", None) or 1, columns)
 
 
 def moe_layers_of_stages(args, transformer_config) -> list[int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_moe_spec.integration.compat.experts import (
     adds_to_main_gradient,
     delays_weight_gradients,
+    divides_expert_weights,
     expert_first_weights,
     gate_rows,
     has_adapted_weights,
@@ -68,6 +69,11 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             yield (
                 f"{loss.title} needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
                 "--moe-use-legacy-grouped-gemm)"
+            )
+        if divides_expert_weights(transformer_config):
+            yield (
+                f"{loss.title} reads whole weights, of which a rank has shards between passes "
+                f"(remove --expert-tensor-parallel-num-weight-shards, or set {loss.off})"
             )
         if getattr(transformer_config, "overlap_moe_expert_parallel_comm", False):
             yield (

@@ -12,7 +12,7 @@ GPU_ARGS ?=
 PEER_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare test test-all lint test-primary test-oldest test-versions peer-tests gpu clean
+.PHONY: help quickstart compare recipes test test-all lint test-primary test-oldest test-versions peer-tests gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make compare       train it with each of several specialization losses, and compare them (about 60 minutes)"
 	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to python -m examples.compare;"
 	@echo "                   interrupted, it goes on where it was"
+	@echo "make recipes       judge public training recipes: what takes the losses as it is (docs/recipes.md; 20 seconds)"
 	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes)"
 	@echo "make test-all      all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
@@ -51,6 +52,10 @@ quickstart:
 compare:
 	@.ci/venv $(PRIMARY)
 	exec .venv/bin/python -m examples.compare $(COMPARE_ARGS)
+
+recipes:
+	@.ci/venv $(PRIMARY)
+	exec .venv/bin/python -W ignore -m examples.recipes --write
 
 test:
 	@$(newest_environment); \

@@ -4,6 +4,7 @@ python -m megatron_moe_spec.doctor [MEGATRON'S FLAGS ...]
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import platform
@@ -17,8 +18,9 @@ USABLE, REFUSED, USAGE = 0, 1, 2
 _USAGE = """usage: python -m megatron_moe_spec.doctor [MEGATRON'S FLAGS ...]
 
 Says what is installed and, for the flags of a training run, what the losses would hook and what they would refuse.
-Nothing is trained and no GPU is needed. Without flags of this package the measured losses are assumed, at the
-paper's coefficients. Run it where the training script lies, so that a Megatron-LM checkout there is found.
+Nothing is trained. A GPU and transformer-engine are taken for there where they are missing, so that any machine can
+judge the flags of any other. Without coefficients the measured losses are assumed, at their paper's. Run it where the
+training script lies, so that a Megatron-LM checkout there is found.
 
 exit status: 0 usable, 1 refused or missing, 2 Megatron itself does not take the flags
 """
@@ -32,60 +34,128 @@ def main(argv: Optional[list[str]] = None) -> int:
         return USABLE
     if not _found("torch"):
         _print_section("installed", [("torch", "not installed (needed)")])
-        return _verdict(["No module named 'torch': pip install torch"])
-    device, gpu = _device(), _gpu()
+        return _print_verdict(["No module named 'torch': pip install torch"])
+    device = _device()
+    gpu = _gpu(device)
     _do_without_gpu()
     _print_section("installed", [("GPU", gpu), *_installed()])
     missing = _missing(wants_training=bool(argv))
     if missing:
-        return _verdict([missing])
+        return _print_verdict([missing])
     if not argv:
-        return _verdict([])
-    return _examine(argv, device)
+        return _print_verdict([])
+    verdict = judge(argv)
+    if verdict.objection:
+        print(f"\nMegatron does not take these flags: {verdict.objection}")
+        return USAGE
+    if verdict.used:
+        _print_section("would be used", verdict.used)
+    if verdict.notices:
+        _print_section("notice", _numbered(verdict.notices))
+    return _print_verdict(verdict.problems)
 
 
-def _examine(argv: list[str], device) -> int:
-    """Prints what would be used with a training run's flags, and the verdict."""
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the losses would do with the flags of a training run.
+
+    Attributes:
+        used: rows (name, text): what would be used.
+        notices: what is worth knowing.
+        problems: why they are refused, with the remedies; empty if they are usable.
+        objection: why Megatron itself does not take them; empty if it does.
+    """
+
+    used: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    notices: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)
+    objection: str = ""
+
+
+def judge(argv: list[str]) -> Verdict:
+    """Examines the flags of a run, which may be on another machine.
+
+    Raises:
+        ImportError: Megatron's training program is not there, or lacks a package.
+    """
+    device = _device()
+    _do_without_gpu()
+    from megatron_moe_spec.integration.compat.assumed import training_machine
+    from megatron_moe_spec.integration.compat.settings import training_modules
+
+    with _silence():
+        training_modules()
+    with training_machine(has_gpu=device.type == "cuda"):
+        try:
+            return _judge(argv, device)
+        except _NotTaken as error:
+            return Verdict(objection=str(error))
+        except ValueError as error:
+            return Verdict(problems=[str(error)])
+
+
+def _judge(argv: list[str], device) -> Verdict:
     from megatron_moe_spec.arguments import spec_config_from_args
-    from megatron_moe_spec.integration.checks import facts_of_flags, unsupported_settings
+    from megatron_moe_spec.integration.checks import facts_of_flags, notices, unsupported_settings
+    from megatron_moe_spec.integration.compat.assumed import missing_libraries
     from megatron_moe_spec.integration.compat.settings import moe_layers_of_stages
     from megatron_moe_spec.integration.stages import Stages
+    from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
 
-    try:
-        args, transformer_config = _settings(argv)
-    except _NotTaken as error:
-        print(f"\nMegatron does not take these flags: {error}")
-        return USAGE
-    except ValueError as error:
-        return _verdict([str(error)])
-    try:
-        asked = spec_config_from_args(args, argv)
-    except ValueError as error:
-        return _verdict([str(error)])
-    spec = asked if asked.enabled else _of_the_paper()
+    args, transformer_config = _settings(argv)
+    spec = spec_config_from_args(args, argv)
+    if assumed := not spec.enabled and not _gives_coefficient(argv):
+        spec = _of_the_paper(spec)
     numbers = moe_layers_of_stages(args, transformer_config)
     stages = Stages(numbers, [0], transformer_config.num_moe_experts or 0)
-    facts = facts_of_flags(transformer_config, stages, spec)
-    if sum(numbers):
-        _print_section("would be used", _used(facts, spec, asked.enabled, device))
-    return _verdict(unsupported_settings(facts, spec, device))
+    spec = resolve_across_stages(spec, stages, transformer_config)
+    facts = facts_of_flags(args, transformer_config, stages, spec)
+    # Which kernels can run is a question of the other machine.
+    problems = unsupported_settings(facts, spec, device if device.type == "cuda" else None)
+    if not sum(numbers):
+        return Verdict(problems=problems)
+    machine = ", ".join([*missing_libraries(transformer_config), *_assumed_gpu(device)])
+    used = [
+        *_used(facts, spec, assumed, device),
+        *([("assumed", f"{machine} (not installed here)")] if machine else []),
+    ]
+    return Verdict(used, notices(facts, spec), problems)
 
 
-def _of_the_paper():
-    """The losses that are measured by default, at their paper's coefficients."""
-    from megatron_moe_spec.config import SpecConfig
+def _assumed_gpu(device) -> list[str]:
+    import torch
+
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    return [] if device.type == "cuda" else [f"a GPU of capability {capability}"]
+
+
+def _gives_coefficient(argv: list[str]) -> bool:
+    from megatron_moe_spec.losses import LOSSES
+    from megatron_moe_spec.losses.base import options_of
+
+    known = {one.metadata["flag"] for loss in LOSSES for one in options_of(loss) if one.name == "coeff"}
+    return bool(known & {flag.partition("=")[0] for flag in argv})
+
+
+def _of_the_paper(spec):
+    """With the losses that are measured by default, at their paper's coefficients."""
     from megatron_moe_spec.losses import LOSSES
     from megatron_moe_spec.losses.base import config_field, options_of
 
     coefficients = [one for loss in LOSSES if loss.measured for one in options_of(loss) if one.name == "coeff"]
-    return SpecConfig(**{config_field(one): float(one.metadata["paper"].split(",")[0]) for one in coefficients})
+    papers = {config_field(one): float(one.metadata["paper"].split(",")[0]) for one in coefficients}
+    return dataclasses.replace(spec, **papers)
 
 
-def _verdict(problems: list[str]) -> int:
+def _print_verdict(problems: list[str]) -> int:
     if problems:
-        _print_section("refused", ((str(number), problem) for number, problem in enumerate(problems, 1)))
+        _print_section("refused", _numbered(problems))
     print(f"\n{'refused' if problems else 'usable'}")
     return REFUSED if problems else USABLE
+
+
+def _numbered(texts: list[str]) -> list[tuple[str, str]]:
+    return [(str(number), text) for number, text in enumerate(texts, 1)]
 
 
 def _print_section(title: str, rows) -> None:
@@ -148,10 +218,10 @@ def _found(module: str) -> bool:
         return False
 
 
-def _gpu() -> str:
+def _gpu(device) -> str:
     import torch
 
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return "none seen by torch"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
@@ -199,12 +269,14 @@ def _silence():
         yield printed
 
 
-def _used(facts, spec, asked: bool, device) -> Iterator[tuple[str, str]]:
+def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
     from megatron_moe_spec.integration.taps import by_tap
 
     transformer_config, stages = facts.transformer_config, facts.stages
-    losses = ", ".join(str(loss) for loss in spec.losses if loss.coeff > 0) or "none, measuring alone"
-    yield "losses", losses + ("" if asked else " (assumed: no flag of this package was given)")
+    losses = ", ".join(str(loss) for loss in spec.losses if loss.coeff > 0) or "none"
+    if not spec.trained_losses and spec.metrics_interval:
+        losses += ", measuring alone"
+    yield "losses", losses + (" (assumed: no coefficient was given)" if assumed else "")
     number = f"{sum(stages.num_layers)} of {transformer_config.num_layers}"
     spread = f", by pipeline stage {stages.num_layers}" if len(stages.num_layers) > 1 else ""
     experts = f"{transformer_config.num_moe_experts} experts, {transformer_config.moe_router_topk} for each token"
@@ -218,10 +290,13 @@ def _used(facts, spec, asked: bool, device) -> Iterator[tuple[str, str]]:
 def _kernels(spec, device) -> str:
     from megatron_moe_spec.kernels import choose, unavailable
 
-    if spec.kernels != "torch" and not unavailable(device):
+    why = unavailable(device)
+    if spec.kernels == "torch" or (device.type == "cuda" and not why):
         return "Triton" if choose(spec.kernels, device) else "eager PyTorch"
-    why = "" if spec.kernels == "torch" else f" (Triton cannot run: {unavailable(device)})"
-    return f"eager PyTorch{why}"
+    if device.type == "cuda":
+        return f"eager PyTorch (Triton cannot run: {why})"
+    here = "refused" if spec.kernels == "triton" else "eager PyTorch"
+    return "Triton on the GPU" + (f"; here {here} (Triton cannot run: {why})" if why else "")
 
 
 if __name__ == "__main__":

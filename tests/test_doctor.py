@@ -1,5 +1,7 @@
 """The doctor says before a run what attach() would say in it."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 
@@ -34,7 +36,8 @@ def test_usable_model(diagnose):
     assert rows["MoE layers"].startswith("2 of 2, 4 experts, 2 for each token")
     assert rows["activation tap"] == "input of each local expert's linear_fc2 (SequentialMLP)"
     assert rows["dispatcher"] == "alltoall; rows are returned from 2 expert-parallel ranks"
-    assert rows["kernels"].startswith("eager PyTorch (Triton cannot run: they need an NVIDIA GPU")
+    assert rows["kernels"].startswith("Triton on the GPU; here eager PyTorch (Triton cannot run: they need an NVIDIA")
+    assert rows["assumed"] == "a GPU of capability 9.0 (not installed here)"
 
 
 @needs_training_loop
@@ -45,13 +48,83 @@ def test_without_the_flags_both_losses_are_assumed(diagnose):
 
 
 @needs_training_loop
+def test_where_a_coefficient_is_given_none_is_assumed(diagnose):
+    status, _, rows = diagnose(*MODEL, "--moe-specialization-loss-coeff=0")
+    assert status == 0 and rows["losses"] == "none"
+    assert diagnose(*MODEL, "--moe-spec-metrics-interval", 5)[2]["losses"] == "none, measuring alone"
+
+
+RECIPE = """
+    --num-layers 4 --hidden-size 2048 --num-attention-heads 16 --ffn-hidden-size 6144 --seq-length 4096
+    --max-position-embeddings 4096 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+    --num-experts 64 --moe-router-topk 8 --moe-ffn-hidden-size 768 --moe-grouped-gemm --moe-permute-fusion
+    --moe-router-fusion --expert-model-parallel-size 8 --moe-token-dispatcher-type alltoall
+    --transformer-impl transformer_engine --bf16 --micro-batch-size 1 --global-batch-size 256 --train-iters 1000
+    --lr 1e-4 --tokenizer-type HuggingFaceTokenizer --tokenizer-model no/such/folder --data-path no/such/file
+    --load no/such/checkpoint --split 99,1,0
+""".split()
+FSDP = ["--use-megatron-fsdp", "--use-distributed-optimizer", "--ckpt-format", "fsdp_dtensor"]
+
+
+@needs_training_loop
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--tensor-model-parallel-size", 2, "--sequence-parallel", "--tp-comm-overlap"],
+        FSDP,
+        ["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"],
+    ],
+)
+def test_any_machine_judges_the_flags_of_a_cluster(diagnose, flags):
+    status, report, rows = diagnose(*RECIPE, *LOSSES, *flags)
+    assert status == 0, report
+    if importlib.util.find_spec("transformer_engine") is None:
+        assert rows["assumed"].startswith("transformer-engine, ")
+        assert rows["activation tap"] == "input of linear_fc2 of all local experts (TEGroupedMLP)"
+
+
+@needs_training_loop
+def test_what_is_assumed_is_forgotten(diagnose):
+    from megatron.core import utils
+
+    from megatron_moe_spec.integration.compat.assumed import has_transformer_engine
+
+    before = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
+    diagnose(*RECIPE)
+    has_some = importlib.util.find_spec("transformer_engine") is not None
+    assert has_transformer_engine() == utils.is_te_min_version("1.0") == has_some
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == before
+    for module in list(sys.modules.values()):
+        assert "assumed" not in getattr(getattr(module, "is_te_min_version", None), "__module__", ""), module
+
+
+@needs_training_loop
+def test_sharded_weights_are_refused(diagnose):
+    status, report, _ = diagnose(*RECIPE, *FSDP, "--moe-erc-loss-coeff", 1)
+    assert status == 1 and "--moe-erc-loss-coeff to 0" in report
+
+
+@needs_training_loop
+def test_notices(diagnose):
+    overlap = ["--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 2, "--num-layers", 8]
+    overlap += ["--overlap-moe-expert-parallel-comm"]
+    status, report, rows = diagnose(*RECIPE, *overlap, "--moe-router-force-load-balancing")
+    assert status == 0, report
+    assert "--moe-router-force-load-balancing replaces" in rows["1"]
+    assert "different pipeline stages (3 of 7) are neither" in rows["2"] and "--overlap-moe-expert" in rows["2"]
+    assert "coupling (mass, drop)" in rows["losses"]
+    status, report, rows = diagnose(*RECIPE, *overlap, *LOSSES, "--moe-coupling-across-stages", "exact")
+    assert status == 1 and "--moe-coupling-across-stages auto or drop" in rows["1"]
+
+
+@needs_training_loop
 @pytest.mark.parametrize(
     "flags, remedy",
     [
         (["--moe-router-topk", 1, "--moe-router-pre-softmax"], "--moe-router-topk is 1"),
         (["--num-layers", 1], "--moe-coupling-loss-coeff to 0"),
         (["--moe-layer-freq", "[0,1]"], "--moe-coupling-loss-coeff to 0"),
-        (["--moe-spec-kernels", "triton"], "set --moe-spec-kernels to auto or torch"),
         (["--moe-specialization-loss-coeff", -1], "--moe-specialization-loss-coeff"),
         (["--expert-tensor-parallel-size", 2], "--expert-tensor-parallel-size 2 is larger"),
     ],
@@ -64,16 +137,22 @@ def test_refusals(diagnose, flags, remedy):
 
 @needs_training_loop
 def test_every_refusal_is_listed(diagnose):
-    status, _, rows = diagnose(*MODEL, *LOSSES, "--num-layers", 1, "--moe-spec-kernels", "triton")
+    status, _, rows = diagnose(*MODEL, *LOSSES, "--num-layers", 1, "--expert-tensor-parallel-size", 2)
     assert status == 1
-    assert "Triton" in rows["1"] and "two MoE layers" in rows["2"]
+    assert "two MoE layers" in rows["1"] and "--expert-tensor-parallel-size" in rows["2"]
 
 
 @needs_training_loop
 def test_kernels(diagnose, monkeypatch):
-    assert diagnose(*MODEL, *LOSSES, "--moe-spec-kernels", "torch")[2]["kernels"] == "eager PyTorch"
+    def row(kernels):
+        status, _, rows = diagnose(*MODEL, *LOSSES, "--moe-spec-kernels", kernels)
+        assert status == 0
+        return rows["kernels"]
+
+    assert row("torch") == "eager PyTorch"
+    assert row("triton").startswith("Triton on the GPU; here refused (")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert diagnose(*MODEL, *LOSSES, "--moe-spec-kernels", "triton")[2]["kernels"] == "Triton"
+    assert row("triton") == "Triton on the GPU"
 
 
 @needs_training_loop

@@ -11,7 +11,7 @@ from loss_names import coefficients
 from megatron_moe_spec import SpecConfig
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
 from megatron_moe_spec.losses import LOSSES
-from megatron_moe_spec.losses.base import EXPERT_WEIGHTS, ROUTER_WEIGHT
+from megatron_moe_spec.losses.base import ACTIVATIONS, EXPERT_WEIGHTS, OUTPUTS, ROUTER_WEIGHT
 
 SPECIALIZATION = SpecConfig(specialization_loss_coeff=1.0)
 COUPLING = SpecConfig(coupling_loss_coeff=1.0)
@@ -192,6 +192,31 @@ def test_setting_unsupported_by_a_loss_is_refused(megatron, config, field, value
         attach(model, config)
 
 
+@pytest.mark.parametrize("name", [loss.name for loss in LOSSES if loss.reads not in (ACTIVATIONS, OUTPUTS)])
+def test_fused_experts_are_refused_by_losses_of_rows_alone(megatron, name):
+    """Before they run, fused experts call every pre-hook of their linear layers without an input."""
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    def build():
+        model = megatron_models.build_model(moe_grouped_gemm=True)
+        model.config.use_transformer_engine_op_fuser = True
+        return model
+
+    model = build()
+    attach(model, SpecConfig(**coefficients([name])))
+    for layer in model.decoder.layers:
+        experts = layer.mlp.experts
+        if hasattr(experts, "_make_fused_impl_pre_forward_hook"):
+            experts._make_fused_impl_pre_forward_hook()(experts)
+        for linear in (experts.linear_fc1, experts.linear_fc2):
+            assert not any(module._forward_pre_hooks for module in linear.modules())
+    # What is measured besides needs rows, too.
+    with pytest.raises(ValueError, match="or set --moe-specialization-loss-coeff and --moe-spec-metrics-interval to 0"):
+        attach(build(), SpecConfig(**coefficients([name]), metrics_interval=1))
+
+
 def test_settings_that_matter_to_other_losses_only_are_allowed(megatron):
     import megatron_models
 
@@ -253,6 +278,41 @@ def test_model_without_moe_layers_is_refused(megatron):
 
     with pytest.raises(ValueError, match="--num-experts"):
         attach(torch.nn.Linear(2, 2), SPECIALIZATION)
+
+
+class MixtureOfExperts(torch.nn.Module):
+    """An MoE layer of a fork, not derived from Megatron's."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.router, self.experts = layer.router, layer.experts
+
+
+def test_other_moe_layers_than_megatrons_are_named(megatron, caplog):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    model = megatron_models.build_model()
+    for layer in model.decoder.layers[1:]:
+        layer.mlp = MixtureOfExperts(layer.mlp)
+    handle = attach(model, SPECIALIZATION)
+    assert handle.layers == ["decoder.layers.0.mlp"]
+    assert list(handle.left_out) == ["decoder.layers.1.mlp", "decoder.layers.2.mlp"]
+    assert "decoder.layers.2.mlp (a test_refusals.MixtureOfExperts, not Megatron's MoELayer)" in caplog.text
+    handle.detach()
+    model.decoder.layers[0].mlp = MixtureOfExperts(model.decoder.layers[0].mlp)
+    with pytest.raises(ValueError, match="decoder.layers.0.mlp .a test_refusals.MixtureOfExperts.*derive the class"):
+        attach(model, SPECIALIZATION)
+
+
+def test_routing_at_random_is_said(megatron, caplog):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    attach(megatron_models.build_model(moe_router_force_load_balancing=True), SPECIALIZATION)
+    assert "--moe-router-force-load-balancing replaces the routers' logits" in caplog.text
 
 
 class FullyShardedDataParallel(torch.nn.Module):

@@ -18,6 +18,7 @@ from megatron_moe_spec.integration.microbatch import MicroBatchTracker
 from megatron_moe_spec.integration.pipeline import Carries
 from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.stages import Stages
+from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
 
 logger = logging.getLogger(__name__)
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # MoE layers
@@ -59,17 +60,18 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
     transformer_config = model_config(chunks)
     stages = Stages.of_model(chunks, [len(one.taken) for one in found], transformer_config, config)
     layers = [layer for one in found for layer in one.taken.values()]
-    check_supported(chunks, transformer_config, layers, stages, config)
+    config = resolve_across_stages(config, stages, transformer_config)
+    notices = check_supported(chunks, transformer_config, layers, stages, config)
     groups = [group] if group is not None else model_ranks(chunks[0])
     SpecHandle.ever_attached = True
-    return SpecHandle(config, list(zip(chunks, found)), stages, groups)
+    return SpecHandle(config, list(zip(chunks, found)), stages, groups, notices)
 
 
 class SpecHandle:
     """The losses on one model, from ``attach``.
 
     Attributes:
-        config: what they are.
+        config: what they are; ``coupling_across_stages`` as it is done.
         layers: names of the MoE layers that have them, in this rank's chunks one after another.
         left_out: names of the other MoE layers in these chunks, each with the reason.
         ever_attached: of the class: whether any model of this process has got losses.
@@ -78,7 +80,12 @@ class SpecHandle:
     ever_attached = False
 
     def __init__(
-        self, config: SpecConfig, chunks: list[tuple[nn.Module, FoundLayers]], stages: Stages, groups: Sequence
+        self,
+        config: SpecConfig,
+        chunks: list[tuple[nn.Module, FoundLayers]],
+        stages: Stages,
+        groups: Sequence,
+        notices: Sequence[str] = (),
     ):
         self.config = config
         self.layers = [name for _, found in chunks for name in found.taken]
@@ -102,8 +109,8 @@ class SpecHandle:
         logger.info("%s", self.describe())
         if self.left_out:
             logger.warning("MoE layers without losses: %s", _reasons(self.left_out))
-        if config.enabled and len(stages.num_layers) > len(stages.own) and not config.carries_messages:
-            logger.warning("pairs of MoE layers in different pipeline stages are neither trained on nor measured")
+        for notice in notices:
+            logger.warning("%s", notice)
 
     def describe(self) -> str:
         """One line: the MoE layers of this rank's chunks with the losses, and those without."""

@@ -9,15 +9,18 @@ import torch
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import column_group, process_groups
 from megatron_moe_spec.integration.compat.models import router_of, shards_weights
-from megatron_moe_spec.integration.compat.settings import graphed_modules
+from megatron_moe_spec.integration.compat.settings import graphed_modules, replaced_logits, will_shard_weights
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import ModelFacts
 from megatron_moe_spec.kernels import choose
 
 
-def check_supported(chunks: list, transformer_config, moe_layers: list, stages: Stages, spec: SpecConfig) -> None:
+def check_supported(chunks: list, transformer_config, moe_layers: list, stages: Stages, spec: SpecConfig) -> list[str]:
     """Raises ValueError that lists everything about the model that is not supported, with its remedy.
+
+    Returns:
+        Notices: what is worth knowing of a model that is supported.
 
     Args:
         chunks: the model chunks of this rank.
@@ -40,18 +43,22 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         shards_weights=any(map(shards_weights, chunks)),
     )
     problems: list[str] = []
+    notes: list[str] = []
     for one in settings.values():
-        problems += _problems(replace(facts, transformer_config=one), spec, device)
+        of_layer = replace(facts, transformer_config=one)
+        problems += _problems(of_layer, spec, device)
+        notes += notices(of_layer, spec)
     # Of a pipeline, one stage may be frozen.
     whole = len(stages.own) == len(stages.num_layers)
     if whole and moe_layers and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
         problems.append("the whole model is frozen: attach to the one that is trained")
     if problems:
         raise ValueError("the auxiliary losses cannot be attached: " + "; ".join(dict.fromkeys(problems)))
+    return list(dict.fromkeys(notes))
 
 
-def facts_of_flags(transformer_config, stages: Stages, spec: SpecConfig) -> ModelFacts:
-    """Facts about a model that is not built yet."""
+def facts_of_flags(args, transformer_config, stages: Stages, spec: SpecConfig) -> ModelFacts:
+    """Facts about a model that is not built yet; args, transformer_config: see ``settings_of_flags``."""
     tensor_size = transformer_config.tensor_model_parallel_size
     return ModelFacts(
         transformer_config=transformer_config,
@@ -60,12 +67,25 @@ def facts_of_flags(transformer_config, stages: Stages, spec: SpecConfig) -> Mode
         kernels=spec.kernels,
         tensor_size=tensor_size,
         expert_tensor_size=transformer_config.expert_tensor_parallel_size or tensor_size,
+        shards_weights=will_shard_weights(args),
     )
 
 
 def unsupported_settings(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device]) -> list[str]:
     """Lists the complaints of ``check_supported`` about a model that is not built yet, as far as its flags tell."""
     return list(_problems(facts, spec, device))
+
+
+def notices(facts: ModelFacts, spec: SpecConfig) -> list[str]:
+    """Lists what is worth knowing of a model that is supported."""
+    found = []
+    if replaced := replaced_logits(facts.transformer_config):
+        found.append(
+            f"{replaced} replaces the routers' logits by random ones, for benchmarks: no loss says anything of training"
+        )
+    for tap, losses in by_tap(spec.computed_losses):
+        found += tap.notices(losses, facts)
+    return found
 
 
 def _problems(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device]) -> Iterator[str]:

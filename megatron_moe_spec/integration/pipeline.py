@@ -296,7 +296,7 @@ class Carries:
     def __init__(self, chunks: list[nn.Module], stages: Stages, spec: SpecConfig):
         self.of_chunks: list[Optional[StageCarry]] = [None] * len(chunks)
         self._carries: list[StageCarry] = []
-        if len(stages.num_layers) <= len(chunks) or not spec.carries_messages:
+        if not stages.several_ranks or not spec.carries_messages:
             return
         (loss,) = (loss for loss in spec.losses if isinstance(loss, Coupling))
         self._form = MessageForm(loss.kind, stages.num_experts, spec.metrics_interval > 0)

@@ -57,6 +57,11 @@ class Stages:
         return cls(num_layers, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts)
 
     @property
+    def several_ranks(self) -> bool:
+        """Whether other ranks have other stages."""
+        return len(self.num_layers) > len(self.own)
+
+    @property
     def first_layers(self) -> list[int]:
         """Number of MoE layers before each of this rank's chunks."""
         return [sum(self.num_layers[:stage]) for stage in self.own]

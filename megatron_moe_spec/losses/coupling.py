@@ -35,16 +35,17 @@ class Coupling(Loss):
         choices=COUPLING_TYPES,
     )
     across_stages: str = option(
-        "exact",
+        "auto",
         "--moe-coupling-across-stages",
         "Pairs of adjacent MoE layers in different pipeline stages. exact: their loss counts; what it needs travels "
-        "with the hidden states and their gradient. drop: their loss is left out.",
-        choices=("exact", "drop"),
+        "with the hidden states and their gradient. drop: their loss is left out. auto: exact where the pipeline "
+        "schedule can carry it, else drop.",
+        choices=("auto", "exact", "drop"),
     )
 
     @property
     def carries_messages(self) -> bool:
-        """Whether routing travels between pipeline stages."""
+        """Whether routing travels between pipeline stages; ``attach`` resolves auto before it asks."""
         return self.coeff > 0 and self.across_stages == "exact"
 
 

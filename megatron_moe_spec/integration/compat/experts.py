@@ -1,9 +1,8 @@
 """The experts of an MoE layer: their linear layers, and their weights' gradients."""
 
-import importlib.util
-
 from torch import Tensor, nn
 
+from megatron_moe_spec.integration.compat.assumed import has_transformer_engine
 from megatron_moe_spec.integration.compat.models import unwrapped
 
 
@@ -29,6 +28,17 @@ def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:
     return [] if any(weight is None for weight in weights) else weights
 
 
+def divides_expert_weights(transformer_config) -> bool:
+    """Whether ranks with other tokens keep shards of an expert's weights, which they gather for each pass (GTP)."""
+    return getattr(transformer_config, "expert_gtp_weight_remat_size", 1) > 1
+
+
+def joins_expert_weights(transformer_config) -> bool:
+    """Whether one parameter holds the weights of all local experts, by the flags."""
+    names = ("moe_single_grouped_weight", "moe_use_legacy_grouped_gemm")
+    return transformer_config.moe_grouped_gemm and any(getattr(transformer_config, name, False) for name in names)
+
+
 def has_adapted_weights(moe_layer: nn.Module) -> bool:
     """Whether adapters were put around the router, or around what reads the experts' first weights."""
     experts = unwrapped(moe_layer.experts)
@@ -45,7 +55,7 @@ def has_adapter(module: nn.Module) -> bool:
 def has_grouped_experts(transformer_config) -> bool:
     """Whether a layer's local experts are one module, by the flags; transformer-engine has it."""
     wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
-    return wanted and importlib.util.find_spec("transformer_engine") is not None
+    return wanted and has_transformer_engine()
 
 
 def describe_down_projections(transformer_config) -> str:

@@ -25,7 +25,9 @@ def model_ranks(chunk: nn.Module) -> list:
     groups = process_groups(chunk)
     found = [getattr(groups, name, None) for name in ("tp_dp_cp", "pp")]
     if found[0] is None:
-        found[:1] = [getattr(groups, name, None) for name in ("tp", "dp_cp")]
+        # Ranks that keep shards of one weight (GTP) have other tokens, and are not all of dp_cp.
+        data = "dp_cp_gtp_remat" if hasattr(groups, "dp_cp_gtp_remat") else "dp_cp"
+        found[:1] = [getattr(groups, name, None) for name in ("tp", data)]
     return [group for group in found if group is not None]
 
 

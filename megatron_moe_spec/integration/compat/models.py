@@ -11,7 +11,7 @@ class FoundLayers:
 
     Attributes:
         taken: those that the chunk's own decoder runs.
-        left_out: the others, and why.
+        left_out: the others, and why; also modules that look like MoE layers and are none of Megatron's.
     """
 
     taken: dict[str, nn.Module]
@@ -25,15 +25,23 @@ def moe_layers(chunk: nn.Module) -> FoundLayers:
     frozen. A chunk without any such model is taken for a decoder as it is.
 
     Raises:
-        ValueError: it cannot be told which of several models in the chunk is trained, or none is.
+        ValueError: it cannot be told which of several models in the chunk is trained, or none is; or what looks like
+            MoE layers is none of Megatron's.
     """
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     stage = stage_module(chunk)
     names = {name: layer for name, layer in chunk.named_modules() if isinstance(layer, MoELayer)}
+    left_out = {name: f"a {_path(type(one))}, not Megatron's MoELayer" for name, one in _lookalikes(chunk).items()}
+    if left_out and not names:
+        found = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+        raise ValueError(
+            f"the losses know Megatron's MoE layers alone, and this model has others: {found} (build the model with "
+            f"{_path(MoELayer)}, or derive the class from it)"
+        )
     model = _trained_model(stage, set(names.values()))
     own = set(model._modules.get("decoder", model).modules())
-    taken, left_out = {}, {}
+    taken = {}
     for name, layer in names.items():
         if "mtp" in name.split("."):
             left_out[name] = "it belongs to multi-token prediction"
@@ -42,6 +50,21 @@ def moe_layers(chunk: nn.Module) -> FoundLayers:
         else:
             taken[name] = layer
     return FoundLayers(taken, left_out)
+
+
+def _lookalikes(chunk: nn.Module) -> dict[str, nn.Module]:
+    """Modules with a router and experts of their own, as forks have them, by name."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    return {
+        name: module
+        for name, module in chunk.named_modules()
+        if {"router", "experts"} <= module._modules.keys() and not isinstance(module, MoELayer)
+    }
+
+
+def _path(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _trained_model(stage: nn.Module, layers: set[nn.Module]) -> nn.Module:

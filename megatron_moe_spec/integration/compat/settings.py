@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Union
 
+from megatron_moe_spec.integration.compat.assumed import set_connections
+
 
 def graphed_modules(transformer_config) -> Union[list[str], str]:
     """Names of what CUDA graphs capture: a list of module kinds, "everything", or an empty list."""
@@ -20,6 +22,20 @@ def graphed_modules(transformer_config) -> Union[list[str], str]:
         return "everything"
     names = scope.split(",") if isinstance(scope, str) else [getattr(s, "name", s) for s in scope]
     return "everything" if {"full", "full_iteration"} & set(names) else names
+
+
+def replaced_logits(transformer_config) -> str:
+    """The flag by which routers decide by random logits in place of their own; empty if there is none."""
+    if getattr(transformer_config, "moe_router_force_load_balancing", False):
+        return "--moe-router-force-load-balancing"
+    if getattr(transformer_config, "moe_router_force_biased", None) is not None:
+        return "--moe-router-force-biased"
+    return ""
+
+
+def will_shard_weights(args) -> bool:
+    """Whether FSDP will leave each rank a shard of each weight, see ``compat.models.shards_weights``."""
+    return any(getattr(args, name, False) for name in ("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"))
 
 
 def training_modules():
@@ -56,12 +72,18 @@ def settings_of_flags(flags: list[str], add_arguments: Callable):
     finally:
         sys.argv = argv
     if "WORLD_SIZE" not in os.environ:
-        dense = args.tensor_model_parallel_size * args.context_parallel_size
         columns = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-        experts = args.expert_model_parallel_size * columns
+        dense = _shards(args, "tensor_parallel", args.tensor_model_parallel_size) * args.context_parallel_size
+        experts = args.expert_model_parallel_size * _shards(args, "expert_tensor_parallel", columns)
         args.world_size = math.lcm(dense, experts) * args.pipeline_model_parallel_size
+    set_connections(will_shard_weights(args))
     arguments.validate_args(args)
     return args, arguments.core_transformer_config_from_args(args)
+
+
+def _shards(args, what: str, columns: int) -> int:
+    """Ranks that have parts of a weight; newer releases divide it over more than the tensor-parallel ones."""
+    return max(getattr(args, f"{what}_num_weight_shards", None) or 1, columns)
 
 
 def moe_layers_of_stages(args, transformer_config) -> list[int]:

@@ -118,6 +118,11 @@ class Tap(Generic[L]):
         return iter(())
 
     @classmethod
+    def notices(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[str]:
+        """Yields what the losses leave out in a model that they are attached to."""
+        return iter(())
+
+    @classmethod
     def describe(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[tuple[str, str]]:
         """Yields rows of the doctor's report, (name, text): where the quantity would be read."""
         return iter(())

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from megatron_moe_spec.integration.compat.experts import (
     adds_to_main_gradient,
     delays_weight_gradients,
+    divides_expert_weights,
     expert_first_weights,
     gate_rows,
     has_adapted_weights,
+    joins_expert_weights,
 )
 from megatron_moe_spec.integration.compat.groups import column_group, expert_group
+from megatron_moe_spec.integration.compat.remedies import without_overlap
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
 from megatron_moe_spec.integration.scaling import micro_batch_count, weight_gradient_factor
@@ -61,15 +64,20 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             yield sharded(loss)
         if any(map(has_adapted_weights, model.moe_layers)):
             yield adapted(loss, _ADAPTED)
-        if not all(expert_first_weights(layer) for layer in model.moe_layers):
+        if joins_expert_weights(transformer_config) or not all(map(expert_first_weights, model.moe_layers)):
             yield (
                 f"{loss.title} needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
                 "--moe-use-legacy-grouped-gemm)"
             )
+        if divides_expert_weights(transformer_config):
+            yield (
+                f"{loss.title} reads whole weights, of which a rank has shards between passes "
+                f"(remove --expert-tensor-parallel-num-weight-shards, or set {loss.off})"
+            )
         if getattr(transformer_config, "overlap_moe_expert_parallel_comm", False):
             yield (
                 f"{loss.title} joins a router to its experts in one backward pass, which the schedule of "
-                f"--overlap-moe-expert-parallel-comm splits (remove it, or set {loss.off})"
+                f"--overlap-moe-expert-parallel-comm splits ({without_overlap(transformer_config)}, or set {loss.off})"
             )
         if delays_weight_gradients(transformer_config):
             yield (

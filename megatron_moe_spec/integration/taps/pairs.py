@@ -5,14 +5,18 @@ and overlapped schedules need nothing special. Suffixes: T tokens, E experts.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Optional, Union
 
 from torch import Tensor
 
+from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.integration.compat.remedies import without_overlap
 from megatron_moe_spec.integration.injection import add_gradient
 from megatron_moe_spec.integration.routing import LayerRouting, token_scores
 from megatron_moe_spec.integration.scaling import gradient_factor
+from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
 from megatron_moe_spec.losses.coupling import Coupling, joint_scores, routed_mass, strongest_successors
@@ -41,8 +45,21 @@ class PairsTap(Tap[Coupling]):
             if loss.coeff > 0:
                 yield from _layer_problems(loss, model)
                 yield from _precision_problems(model)
-            if loss.carries_messages and len(model.stages.num_layers) > len(model.stages.own):
-                yield from _message_problems(loss, model.transformer_config)
+            if loss.carries_messages and model.stages.several_ranks:
+                for why, remedy in _no_messages(model.transformer_config):
+                    yield f"{why} (set --moe-coupling-across-stages auto or drop, or {remedy})"
+
+    @classmethod
+    def notices(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[str]:
+        stages = model.stages
+        number = sum(stages.num_layers) - 1
+        dropped = number - sum(max(length - 1, 0) for length in stages.num_layers)
+        if stages.several_ranks and dropped and not any(loss.carries_messages for loss in losses):
+            reasons = [why for why, _ in _no_messages(model.transformer_config)]
+            yield (
+                f"pairs of MoE layers in different pipeline stages ({dropped} of {number}) are neither trained on nor "
+                f"measured{': ' if reasons else ''}{'; '.join(reasons)}"
+            )
 
     def records(self) -> set[str]:
         from_before = self._loss.carries_messages and self.layer.global_index > 0
@@ -97,14 +114,24 @@ class PairsTap(Tap[Coupling]):
         return add_logits_gradient(kind, routing, pulls, call.logits, function, factor, incoming, self._fused)
 
 
+def resolve_across_stages(spec: SpecConfig, stages: Stages, transformer_config) -> SpecConfig:
+    """With ``auto`` made ``drop`` where the pipeline's schedule carries no messages, else ``exact``."""
+    if spec.coupling_across_stages != "auto":
+        return spec
+    drops = stages.several_ranks and any(_no_messages(transformer_config))
+    across_stages = "drop" if drops else "exact"
+    return replace(spec, coupling_across_stages=across_stages)  # type: ignore[call-arg]
+
+
 def _layer_problems(loss: Coupling, model: ModelFacts) -> Iterator[str]:
     stages = model.stages
     if sum(stages.num_layers) < 2:
         yield f"coupling needs two MoE layers, the model has one (set {loss.flag} to 0)"
     elif loss.across_stages == "drop" and max(stages.num_layers) < 2:
+        remedies = [f"{remedy}, or set {loss.flag} to 0" for _, remedy in _no_messages(model.transformer_config)]
         yield (
             "no pipeline stage has two MoE layers, so no pair of layers is left for coupling "
-            "(set --moe-coupling-across-stages exact)"
+            f"({'; '.join(remedies) or 'set --moe-coupling-across-stages exact'})"
         )
 
 
@@ -116,16 +143,18 @@ def _precision_problems(model: ModelFacts) -> Iterator[str]:
         )
 
 
-def _message_problems(loss: Coupling, transformer_config) -> Iterator[str]:
+def _no_messages(transformer_config) -> Iterator[tuple[str, str]]:
+    """Why a pipeline cannot carry the coupling of layers in different stages, with the setting that is in its way."""
     if getattr(transformer_config, "mtp_standalone", False):
         yield (
-            "stages with MTP layers of their own send tensors of another shape "
-            "(set --moe-coupling-across-stages drop, or leave MTP layers in the last stage)"
+            "stages with MTP layers of their own send tensors of another shape",
+            "leave MTP layers in the last stage (--pipeline-model-parallel-layout)",
         )
     if getattr(transformer_config, "overlap_moe_expert_parallel_comm", False):
         yield (
             "the schedule of --overlap-moe-expert-parallel-comm hands gradients past what carries the coupling of "
-            "layers in different pipeline stages (set --moe-coupling-across-stages drop)"
+            "layers in different pipeline stages",
+            without_overlap(transformer_config),
         )
 
 

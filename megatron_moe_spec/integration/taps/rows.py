@@ -26,6 +26,7 @@ from megatron_moe_spec.integration.compat.experts import (
     keeps_quantized_rows,
 )
 from megatron_moe_spec.integration.compat.groups import column_group
+from megatron_moe_spec.integration.compat.remedies import without_op_fuser
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_gradient, own_graph
 from megatron_moe_spec.integration.routing import LayerRouting
@@ -94,7 +95,11 @@ class RowsTap(Tap[RowsLoss]):
     def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
         transformer_config, names = model.transformer_config, " and ".join(loss.title for loss in losses)
         if getattr(transformer_config, "use_transformer_engine_op_fuser", False):
-            yield f"the fused experts do not hand out the rows for {names} (remove --use-transformer-engine-op-fuser)"
+            off = ", ".join(loss.off for loss in losses)
+            yield (
+                f"the fused experts do not hand out the rows for {names} "
+                f"({without_op_fuser(transformer_config)}, or set {off})"
+            )
         elif getattr(transformer_config, "moe_use_legacy_grouped_gemm", False) or not all(
             map(expert_down_projections, model.moe_layers)
         ):

@@ -1,0 +1,85 @@
+"""What is taken for installed while flags are examined on another machine than the one that trains.
+
+Megatron refuses flags for want of transformer-engine where it is missing, and asks what the GPU is. Nothing here
+computes anything: of functions that are only there with transformer-engine, validation asks whether they are there.
+"""
+
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from unittest import mock
+
+_TRANSFORMER_ENGINE = "transformer_engine"
+_assumed: set[str] = set()
+
+
+def has_transformer_engine() -> bool:
+    """Whether Megatron builds its layers from transformer-engine here, or would on the machine that is assumed."""
+    return _TRANSFORMER_ENGINE in _assumed or _is_installed(_TRANSFORMER_ENGINE)
+
+
+@contextlib.contextmanager
+def training_machine(has_gpu: bool) -> Iterator[None]:
+    """Takes transformer-engine for installed, for the time of the ``with`` block.
+
+    Import Megatron before: names are replaced in the modules that are there. The environment is that of the other
+    machine, too: without a GPU, what is set for one here says nothing.
+    """
+    assumes = not _is_installed(_TRANSFORMER_ENGINE)
+    with mock.patch.dict(os.environ):
+        if not has_gpu:
+            os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+        if assumes:
+            _assumed.add(_TRANSFORMER_ENGINE)
+            original = sys.modules["megatron.core.utils"].is_te_min_version
+            _replace("is_te_min_version", original, _always)
+            _replace("fused_", None, _never_called)
+        try:
+            yield
+        finally:
+            if assumes:  # also in modules that were imported meanwhile
+                _replace("fused_", _never_called, None)
+                _replace("is_te_min_version", _always, original)
+                _assumed.discard(_TRANSFORMER_ENGINE)
+
+
+def missing_libraries(transformer_config) -> list[str]:
+    """Libraries that a model will want and that are not installed here."""
+    wanted = {
+        _TRANSFORMER_ENGINE: transformer_config.transformer_impl != "local",
+        "apex": transformer_config.gradient_accumulation_fusion,
+        "deep_ep": transformer_config.moe_token_dispatcher_type == "flex",
+    }
+    return [module.replace("_", "-") for module, is_wanted in wanted.items() if is_wanted and not _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ModuleNotFoundError, ValueError):  # it is blocked, or a stand-in
+        return False
+
+
+def _replace(prefix: str, old, new) -> None:
+    """In every module of Megatron, a name that begins so and means ``old``."""
+    for module_name, module in list(sys.modules.items()):
+        if module is not None and module_name.split(".")[0] == "megatron":
+            for name, value in list(vars(module).items()):
+                if name.startswith(prefix) and value is old:
+                    setattr(module, name, new)
+
+
+def _always(*args, **kwargs) -> bool:
+    return True
+
+
+def _never_called(*args, **kwargs):
+    raise RuntimeError("flags are examined here, and nothing is computed")
+
+
+def set_connections(shards_weights: bool) -> None:
+    """CUDA_DEVICE_MAX_CONNECTIONS as Megatron wants it, with FSDP or without, unless it is set."""
+    if not shards_weights:
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -1,0 +1,154 @@
+"""A remedy, applied to the flags that were refused, makes them usable: it names all flags that have to change."""
+
+import re
+
+import pytest
+from processes import needs_training_loop
+from test_doctor import FSDP, RECIPE, diagnose  # noqa: F401
+
+SPECIALIZATION = ["--moe-specialization-loss-coeff", 1e-3]
+ERC = ["--moe-erc-loss-coeff", 1]
+ORTHOGONALITY = ["--moe-orthogonality-loss-coeff", 1e-4]
+ROUTER = ["--moe-router-orthogonality-loss-coeff", 1e-2]
+COUPLING = ["--moe-coupling-loss-coeff", 1e-3]
+PIPELINE = ["--num-layers", 8, "--pipeline-model-parallel-size", 2, "--num-layers-per-virtual-pipeline-stage", 2]
+OVERLAP = ["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"]
+SINGLES = ["--num-layers", 2, "--pipeline-model-parallel-size", 2]
+FUSED = ["--use-transformer-engine-op-fuser"]
+TOP_1 = ["--moe-router-topk", 1, "--moe-router-pre-softmax"]
+OFF = {"--moe-spec-metrics-interval": 0}
+WITHOUT_OVERLAP = {flag: None for flag in OVERLAP}
+
+CASES = [
+    (ERC + ["--moe-latent-size", 256], {"--moe-latent-size": None}),
+    (ERC + ["no --swiglu"], {"--swiglu": ()}),
+    (ERC + ["no --swiglu"], {"--moe-erc-loss-coeff": 0}),
+    (ERC + FSDP, {"--moe-erc-loss-coeff": 0}),
+    (ERC + ["--expert-tensor-parallel-num-weight-shards", 2], {"--expert-tensor-parallel-num-weight-shards": None}),
+    (ROUTER + FSDP, {"--moe-router-orthogonality-loss-coeff": 0}),
+    (ERC + OVERLAP, WITHOUT_OVERLAP),
+    (ERC + OVERLAP, {"--moe-erc-loss-coeff": 0}),
+    (
+        ERC + ["--overlap-dispatch-backward-with-experts-wgrad"],
+        {"--overlap-dispatch-backward-with-experts-wgrad": None},
+    ),
+    (ERC + FUSED + ["--moe-single-grouped-weight"], {"--moe-single-grouped-weight": None}),
+    (COUPLING + ["--num-layers", 1], {"--moe-coupling-loss-coeff": 0}),
+    (COUPLING + SINGLES + ["--moe-coupling-across-stages", "drop"], {"--moe-coupling-across-stages": "exact"}),
+    (
+        COUPLING + PIPELINE + OVERLAP + ["--moe-coupling-across-stages", "exact"],
+        {"--moe-coupling-across-stages": "auto"},
+    ),
+    (
+        COUPLING + PIPELINE + OVERLAP + ["--moe-coupling-across-stages", "exact"],
+        {"--moe-coupling-across-stages": "drop"},
+    ),
+    (COUPLING + PIPELINE + OVERLAP + ["--moe-coupling-across-stages", "exact"], WITHOUT_OVERLAP),
+    (COUPLING + PIPELINE[:-1] + [1, "--num-layers", 4, *OVERLAP], WITHOUT_OVERLAP),
+    (COUPLING + PIPELINE[:-1] + [1, "--num-layers", 4, *OVERLAP], {"--moe-coupling-loss-coeff": 0}),
+    (
+        COUPLING + ["--moe-router-dtype", "fp64", "--moe-spec-kernels", "triton"],
+        {"--moe-router-dtype": "fp32"},
+    ),
+    (SPECIALIZATION + TOP_1, {"--moe-router-topk": 2}),
+    (ORTHOGONALITY + TOP_1, {"--moe-orthogonality-loss-coeff": 0}),
+    (SPECIALIZATION + FUSED, {"--use-transformer-engine-op-fuser": None}),
+    (SPECIALIZATION + FUSED, {"--moe-specialization-loss-coeff": 0, **OFF}),
+    (COUPLING + FUSED + ["--moe-spec-metrics-interval", 10], {"--moe-specialization-loss-coeff": 0, **OFF}),
+    (
+        SPECIALIZATION + FUSED + ["--moe-single-grouped-weight"],
+        {"--use-transformer-engine-op-fuser": None, "--moe-single-grouped-weight": None},
+    ),
+    (
+        SPECIALIZATION + ["--tensor-model-parallel-size", 1, "--expert-tensor-parallel-size", 2],
+        {"--expert-tensor-parallel-size": None},
+    ),
+    (
+        ORTHOGONALITY + ["--tensor-model-parallel-size", 2, "--sequence-parallel", "--expert-tensor-parallel-size", 2],
+        {"--expert-tensor-parallel-size": 1},
+    ),
+    (
+        ["no --num-experts", "no --expert-model-parallel-size", "no --moe-grouped-gemm", "no --moe-ffn-hidden-size"],
+        {"--num-experts": 8},
+    ),
+]
+
+
+def _changed(flags: list[str], changes: dict) -> list[str]:
+    """Flags with others' values; None: without the flag, (): with it, without a value."""
+    changed: list[str] = []
+    skips = False
+    for word in flags:
+        skips = skips and not word.startswith("--")
+        if word in changes:
+            skips = True
+        if not skips:
+            changed.append(word)
+    for flag, value in changes.items():
+        if value is not None:
+            changed += [flag] if value == () else [flag, str(value)]
+    return changed
+
+
+@needs_training_loop
+@pytest.mark.parametrize("flags, remedy", CASES)
+def test_remedy_makes_the_flags_usable(diagnose, flags, remedy):  # noqa: F811
+    flags = [str(word) for word in flags]
+    left = {word.removeprefix("no "): None for word in flags if word.startswith("no ")}
+    refused = _changed(RECIPE, left) + [word for word in flags if not word.startswith("no ")]
+    status, report, _ = diagnose(*refused)
+    if status == 2 and "unrecognized arguments" in report:
+        pytest.skip("this Megatron has other flags")
+    assert status == 1, report
+    said = report[report.rindex("refused\n  1") :]
+    for flag in remedy:
+        assert re.search(rf"{flag}\b", said), said
+    status, report, _ = diagnose(*_changed(refused, remedy))
+    assert status == 0, report
+
+
+DISPATCHER = {"--moe-token-dispatcher-type": "alltoall"}
+FP8 = ["--fp8-format", "e4m3", "--fp8-recipe", "mxfp8", "--fp8-param-gather", "--use-distributed-optimizer"]
+FP8 += ["--reuse-grad-buf-for-mxfp8-param-ag", "--moe-router-padding-for-quantization"]
+
+
+@needs_training_loop
+@pytest.mark.parametrize(
+    "remedy, flags, others",
+    [
+        ("with_alltoall", ["--moe-token-dispatcher-type", "flex"], DISPATCHER),
+        ("with_alltoall", ["--moe-token-dispatcher-type", "flex", "--moe-enable-deepep"], DISPATCHER),
+        (
+            "with_alltoall",
+            ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "hybridep"],
+            DISPATCHER,
+        ),
+        (
+            "with_alltoall",
+            ["--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "ncclep"],
+            DISPATCHER,
+        ),
+        ("without_quantization", ["--fp8-format", "hybrid"], {}),
+        ("without_quantization", FP8, {}),
+    ],
+)
+def test_remedy_names_all_flags_that_megatron_wants_changed(diagnose, monkeypatch, remedy, flags, others):  # noqa: F811
+    from megatron_moe_spec import doctor
+    from megatron_moe_spec.integration.compat import remedies
+
+    texts = []
+
+    def settings(argv):
+        args, transformer_config = examine(argv)
+        texts.append(getattr(remedies, remedy)(transformer_config))
+        return args, transformer_config
+
+    examine = doctor._settings
+    monkeypatch.setattr(doctor, "_settings", settings)
+    status, report, _ = diagnose(*RECIPE, *flags)
+    if status == 2 and "argument" in report:
+        pytest.skip("this Megatron has other flags")
+    assert status != 2, report
+    named = {flag: None for flag in re.findall(r"--[a-z0-9-]+", texts[0])}
+    status, report, _ = diagnose(*_changed([*RECIPE, *flags], {**named, **others}))
+    assert status == 0, report

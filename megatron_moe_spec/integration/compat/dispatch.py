@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe_spec.integration.compat.remedies import without_rank_capacity
 from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.rows import RowExchange
 
@@ -53,7 +54,7 @@ def dispatch_problems(transformer_config, expert_tensor_size: int) -> Iterator[s
             "(set --expert-tensor-parallel-size 1)"
         )
     if getattr(transformer_config, "moe_expert_rank_capacity_factor", None) is not None:
-        yield "the dispatcher drops rows unseen (remove --moe-expert-rank-capacity-factor)"
+        yield f"the dispatcher drops rows unseen ({without_rank_capacity(transformer_config)})"
 
 
 def row_exchange(

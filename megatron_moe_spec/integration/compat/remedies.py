@@ -21,16 +21,17 @@ def without_op_fuser(transformer_config) -> str:
     return remedy
 
 
-def without_quantization(transformer_config) -> str:
-    formats = {"--fp8-format": "fp8", "--fp4-format": "fp4"}
+def without_quantized_weights(transformer_config) -> str:
     needing = {
         "--fp8-param-gather": "fp8_param",
         "--reuse-grad-buf-for-mxfp8-param-ag": "fp8_param",
         "--fp4-param-gather": "fp4_param",
-        "--moe-router-padding-for-quantization": "moe_router_padding_for_quantization",
-        "--moe-router-padding-for-fp8": "moe_router_padding_for_fp8",
     }
-    return _remove([], {**formats, **needing}, transformer_config)
+    return _remove([], needing, transformer_config)
+
+
+def without_rank_capacity(transformer_config) -> str:
+    return _remove(["--moe-expert-rank-capacity-factor"], {"--moe-paged-stash": "moe_paged_stash"}, transformer_config)
 
 
 def with_alltoall(transformer_config) -> str:

@@ -20,7 +20,7 @@ from megatron_moe_spec.integration.compat.experts import (
     joins_expert_weights,
 )
 from megatron_moe_spec.integration.compat.groups import column_group, expert_group
-from megatron_moe_spec.integration.compat.remedies import without_overlap
+from megatron_moe_spec.integration.compat.remedies import without_overlap, without_quantized_weights
 from megatron_moe_spec.integration.hooks import Hook
 from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
 from megatron_moe_spec.integration.scaling import micro_batch_count, weight_gradient_factor
@@ -84,8 +84,8 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
                 f"{loss.title} cannot add to weight gradients that are computed apart from the backward pass "
                 "(remove --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad)"
             )
-        if getattr(transformer_config, "fp8_param", False) or getattr(transformer_config, "fp4_param", False):
-            yield f"{loss.title} reads weights that are not quantized (remove --fp8-param-gather / --fp4-param-gather)"
+        if remedy := without_quantized_weights(transformer_config):
+            yield f"{loss.title} reads weights that are not quantized ({remedy}, or set {loss.off})"
 
     @classmethod
     def describe(cls, losses: Sequence[ExpertRouterCoupling], model: ModelFacts) -> Iterator[tuple[str, str]]:

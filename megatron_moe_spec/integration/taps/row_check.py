@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_moe_spec.integration.compat.dispatch import dispatched_map, hands_over_tokens, row_exchange
 from megatron_moe_spec.integration.compat.groups import column_group
+from megatron_moe_spec.integration.compat.remedies import with_alltoall
 from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
 from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.parallel.collectives import all_gather
@@ -63,11 +64,12 @@ class RowCheck:
             right = right.to(inputs_PH.device)
             dist.all_reduce(right, op=dist.ReduceOp.MIN, group=self._layer.dispatcher.ep_group)
         if not right:
-            kind, layer = self._layer.transformer_config.moe_token_dispatcher_type, self._layer.global_index
+            transformer_config, layer = self._layer.transformer_config, self._layer.global_index
+            kind = transformer_config.moe_token_dispatcher_type
+            remedy = f"{with_alltoall(transformer_config)}, or " if kind == "flex" else ""
             raise RuntimeError(
-                f"MoE layer {layer}: the rows that the {kind} dispatcher hands to the experts do not lie as expected: "
-                "they cannot be told apart by token (set --moe-token-dispatcher-type alltoall, or the coefficients of "
-                "the losses of activations and outputs to 0)"
+                f"MoE layer {layer}: the rows that the {kind} dispatcher hands to the experts do not lie as expected, "
+                f"and cannot be told apart by token ({remedy}set the coefficients of the losses of rows to 0)"
             )
         self._due, self._tokens_TH = False, None
 

@@ -92,8 +92,8 @@ def test_what_is_assumed_is_forgotten(diagnose):
 
     before = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS")
     diagnose(*RECIPE)
-    has_some = importlib.util.find_spec("transformer_engine") is not None
-    assert has_transformer_engine() == utils.is_te_min_version("1.0") == has_some
+    assert has_transformer_engine() == (importlib.util.find_spec("transformer_engine") is not None)
+    assert utils.is_te_min_version.__module__ == utils.__name__
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == before
     for module in list(sys.modules.values()):
         assert "assumed" not in getattr(getattr(module, "is_te_min_version", None), "__module__", ""), module

@@ -108,6 +108,13 @@ def _changed(flags: list[str], changes: dict) -> list[str]:
     return changed
 
 
+def _skip_if_older_megatron_objects(status: int) -> None:
+    from megatron_moe_spec.integration.compat.release import megatron_version
+
+    if status == 2 and megatron_version().startswith(("0.16", "0.17", "0.18")):
+        pytest.skip("this Megatron has other flags")
+
+
 @needs_training_loop
 @pytest.mark.parametrize("flags, remedy", CASES)
 def test_remedy_makes_the_flags_usable(diagnose, flags, remedy):  # noqa: F811
@@ -115,8 +122,7 @@ def test_remedy_makes_the_flags_usable(diagnose, flags, remedy):  # noqa: F811
     left = {word.removeprefix("no "): None for word in flags if word.startswith("no ")}
     refused = _changed(RECIPE, left) + [word for word in flags if not word.startswith("no ")]
     status, report, _ = diagnose(*refused)
-    if status == 2 and "unrecognized arguments" in report:
-        pytest.skip("this Megatron has other flags")
+    _skip_if_older_megatron_objects(status)
     assert status == 1, report
     said = report[report.rindex("refused\n  1") :]
     for flag in remedy:
@@ -142,8 +148,7 @@ def test_remedy_of_a_dispatcher_whose_rows_lie_otherwise(diagnose, monkeypatch, 
     examine = doctor._settings
     monkeypatch.setattr(doctor, "_settings", settings)
     status, report, _ = diagnose(*RECIPE, *FLEX, *backend)
-    if status == 2 and "argument" in report:
-        pytest.skip("this Megatron has other flags")
+    _skip_if_older_megatron_objects(status)
     assert status != 2, report
     named = {flag: None for flag in re.findall(r"--[a-z0-9-]+", texts[0])}
     status, report, _ = diagnose(*_changed([*RECIPE, *FLEX, *backend], {**named, FLEX[0]: "alltoall"}))

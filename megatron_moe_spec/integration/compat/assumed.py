@@ -33,6 +33,9 @@ def training_machine(has_gpu: bool) -> Iterator[None]:
             os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
         if assumes:
             _assumed.add(_TRANSFORMER_ENGINE)
+            absent = [name for name in _FUSED if not hasattr(_moe_utils(), name)]
+            for name in absent:
+                setattr(_moe_utils(), name, None)
             original = sys.modules["megatron.core.utils"].is_te_min_version
             _replace("is_te_min_version", original, _always)
             _replace("fused_", None, _never_called)
@@ -41,8 +44,26 @@ def training_machine(has_gpu: bool) -> Iterator[None]:
         finally:
             if assumes:  # also in modules that were imported meanwhile
                 _replace("fused_", _never_called, None)
+                for name in absent:
+                    delattr(_moe_utils(), name)
                 _replace("is_te_min_version", _always, original)
                 _assumed.discard(_TRANSFORMER_ENGINE)
+
+
+# Without transformer-engine, 0.16 does not define them.
+_FUSED = (
+    "fused_permute",
+    "fused_permute_with_probs",
+    "fused_sort_chunks_by_index",
+    "fused_sort_chunks_by_index_with_probs",
+    "fused_unpermute",
+)
+
+
+def _moe_utils():
+    from megatron.core.transformer.moe import moe_utils
+
+    return moe_utils
 
 
 def missing_libraries(transformer_config) -> list[str]:

@@ -146,8 +146,8 @@ def test_rows_that_cannot_be_followed_are_refused_at_attach(megatron):
 
     from megatron_moe_spec import attach
 
-    model = megatron_models.build_model(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="hybridep")
-    model.config.moe_expert_rank_capacity_factor = 1.5
+    model = megatron_models.build_model()
+    model.config.moe_token_dispatcher_type, model.config.moe_expert_rank_capacity_factor = "flex", 1.5
     attach(model, COUPLING).detach()
     for config in (SPECIALIZATION, ORTHOGONALITY):
         with pytest.raises(ValueError, match="remove --moe-expert-rank-capacity-factor"):

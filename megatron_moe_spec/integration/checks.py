@@ -9,7 +9,8 @@ import torch
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import column_group, process_groups
 from megatron_moe_spec.integration.compat.models import router_of, shards_weights
-from megatron_moe_spec.integration.compat.settings import graphed_modules
+from megatron_moe_spec.integration.compat.settings import global_arguments, graphs_inference_alone
+from megatron_moe_spec.integration.graphs import graph_problems
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import ModelFacts
@@ -38,6 +39,7 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         tensor_size=process_groups(chunks[0]).tp.size() if moe_layers else 1,
         expert_tensor_size=max(sizes, default=1),
         shards_weights=any(map(shards_weights, chunks)),
+        graphs_inference_alone=graphs_inference_alone(global_arguments()),
     )
     problems: list[str] = []
     for one in settings.values():
@@ -50,8 +52,8 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         raise ValueError("the auxiliary losses cannot be attached: " + "; ".join(dict.fromkeys(problems)))
 
 
-def facts_of_flags(transformer_config, stages: Stages, spec: SpecConfig) -> ModelFacts:
-    """Facts about a model that is not built yet."""
+def facts_of_flags(transformer_config, stages: Stages, spec: SpecConfig, args=None) -> ModelFacts:
+    """Facts about a model that is not built yet; ``args``: of Megatron's training program."""
     tensor_size = transformer_config.tensor_model_parallel_size
     return ModelFacts(
         transformer_config=transformer_config,
@@ -60,6 +62,7 @@ def facts_of_flags(transformer_config, stages: Stages, spec: SpecConfig) -> Mode
         kernels=spec.kernels,
         tensor_size=tensor_size,
         expert_tensor_size=transformer_config.expert_tensor_parallel_size or tensor_size,
+        graphs_inference_alone=graphs_inference_alone(args),
     )
 
 
@@ -80,12 +83,7 @@ def _problems(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device
             yield str(error)
     if getattr(transformer_config, "transformer_impl", None) == "inference_optimized":
         yield "inference layers are not for training (set --transformer-impl transformer_engine)"
-    graphed = graphed_modules(transformer_config)
-    if graphed == "everything" or any(name.startswith("moe") for name in graphed):
-        yield (
-            "CUDA graphs over routers or experts skip the hooks when they are replayed "
-            "(remove --cuda-graph-impl, or capture attention alone: --cuda-graph-scope attn)"
-        )
+    yield from graph_problems(facts)
     for loss in spec.computed_losses:
         yield from loss.problems(transformer_config)
     for tap, losses in by_tap(spec.computed_losses):

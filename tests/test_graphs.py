@@ -4,7 +4,7 @@ import pytest
 import torch
 from loss_names import BOTH, LOSS_NAMES, PEERS, coefficients
 from processes import needs_megatron
-from test_layouts import Jobs, _case, _worst_error, _worst_loss_error
+from test_layouts import PEERS_OF_TOKENS, Jobs, _case, _worst_error, _worst_loss_error
 
 from megatron_moe_spec import SpecConfig, attach
 
@@ -118,12 +118,34 @@ def test_before_the_graphs_are_captured_everything_is_as_without(megatron):
 
 
 @pytest.mark.slow
-def test_ranks_with_graphs_train_as_one_process(tmp_path):
+@pytest.mark.parametrize(
+    "layout, models",
+    [
+        ("EP2", [dict(), dict(stride=3), dict(losses=PEERS)]),
+        ("TP2+SP, ETP2", [dict()]),
+        ("PP2+VPP2", [dict()]),
+    ],
+)
+def test_ranks_with_graphs_train_as_one_process(tmp_path, layout, models):
     jobs = Jobs(tmp_path)
-    models = [dict(), dict(stride=3), dict(losses=PEERS)]
     plain = [_case(model, 1.0) for model in models]
     expected = jobs.run("one process", plain)
-    found = iter(jobs.run("EP2", [{**case, "graphs": scope} for scope in SCOPES for case in plain]))
+    found = iter(jobs.run(layout, [{**case, "graphs": scope} for scope in SCOPES for case in plain]))
     for _ in SCOPES:
         for one in expected:
             _compare(next(found), one)
+
+
+@pytest.mark.slow
+def test_overlapped_forward_and_backward(tmp_path):
+    """Combined 1F1B replays the same graphs; what is computed is the same, bit by bit."""
+    losses = (*BOTH, *PEERS_OF_TOKENS)
+    cases = [
+        {**_case(dict(bf16=True, losses=losses, model=model), 1.0), "graphs": scope}
+        for scope in SCOPES
+        for model in ({}, dict(overlap_moe_expert_parallel_comm=True))
+    ]
+    results = Jobs(tmp_path).run("EP2", cases)
+    for plain, overlapped in zip(results[::2], results[1::2]):
+        assert overlapped["losses"] == plain["losses"]
+        assert _worst_error(overlapped, plain) == 0.0

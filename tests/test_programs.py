@@ -1,7 +1,6 @@
 """Training programs other than Megatron's pretraining loop, on two ranks: as on one, as without, or refused by name."""
 
 import json
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -88,8 +87,6 @@ def test_erc_reads_weights_that_have_been_gathered(programs):
 @pytest.mark.parametrize("settings", [{}, FULL_RECOMPUTE], ids=["plain", "full recompute"])
 def test_megatron_fsdp(programs, settings):
     """ZeRO-2 and ZeRO-3 train as DDP does."""
-    if version("megatron-core").startswith("0.16."):
-        pytest.skip("its Megatron-FSDP runs a model's forward past the model's hooks, which is an error in training")
     names = ("specialization", "coupling", "orthogonality", "score_variance")
     config = {f"{name}_loss_coeff": 1.0 for name in names}
     strategies = (None, "optim_grads", "optim_grads_params")

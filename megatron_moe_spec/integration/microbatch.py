@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.checkpoints import follow_checkpoints
-from megatron_moe_spec.integration.compat.models import stage_module
+from megatron_moe_spec.integration.compat.models import called_module, stage_module
 from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
 from megatron_moe_spec.integration.routing import LayerRouting
 
@@ -75,9 +75,10 @@ class MicroBatchTracker:
         self.has_padding = False
         self._started = 0
         stage = stage_module(chunk)
+        called = called_module(chunk)
         self._hooks = [
-            stage.register_forward_pre_hook(Hook(self._open), with_kwargs=True),
-            stage.register_forward_hook(Hook(self._close), always_call=True),
+            called.register_forward_pre_hook(Hook(self._open), with_kwargs=True),
+            called.register_forward_hook(Hook(self._close), always_call=True),
         ]
         self._plan = None
         if hasattr(stage, "build_schedule_plan"):

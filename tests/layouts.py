@@ -76,11 +76,13 @@ def run(sizes: dict, case: dict) -> dict:
     import megatron_models
     from megatron.core import parallel_state
     from other_losses import losses_of_ones_own
+    from partial_graphs import capture, graph_settings
 
     from megatron_moe_spec import SpecConfig, attach
 
     settings = dict(sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1, num_layers=4, **sizes)
     settings.update(case["model"])
+    settings.update(graph_settings(case.get("graphs", [])))
     if case["bf16"]:
         settings.update(bf16=True, params_dtype=torch.bfloat16)
     chunks = megatron_models.build_chunks(**settings)
@@ -92,6 +94,9 @@ def run(sizes: dict, case: dict) -> dict:
         pad_rows(chunks, case["pads_rows"])
     own = losses_of_ones_own(case["own"]) if case["own"] is not None else ()
     handle = attach(chunks, SpecConfig(extra_losses=own, **case["config"]))
+    if case.get("graphs"):
+        for chunk in chunks:
+            capture(chunk)
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batches = megatron_models.micro_batches(GLOBAL_BATCH, padding=case["padding"])
     if case["one_sequence"]:

@@ -212,6 +212,34 @@ MUTATIONS = [
         "return routing_map_TE",
         f"{LAYOUT}[EP2-rows padded by the router, fused, grouped experts, moe_act recompute]",
     ),
+    (
+        "gradient of the taps not joined to the layer that a CUDA graph begins",
+        "integration/graphs.py",
+        "return join(hidden_states, [*tapped, tapped_probs_TE]), probs",
+        "return hidden_states, probs",
+        "tests/test_graphs.py::test_each_loss_alone[coupling_loss-moe_router]",
+    ),
+    (
+        "gradient of lengths not joined to the layer that a CUDA graph begins",
+        "integration/graphs.py",
+        "return join(hidden_states, [*tapped, tapped_probs_TE]), probs",
+        "return join(hidden_states, tapped), probs",
+        "tests/test_graphs.py::test_each_loss_alone[orthogonality_loss-moe_router]",
+    ),
+    (
+        "taps not silent while a CUDA graph is captured",
+        "integration/layer.py",
+        "if stays_out_of_graphs(taps.moe_layer):",
+        "if False:",
+        "tests/test_graphs.py::test_graphs_change_nothing[plain-moe_router]",
+    ),
+    (
+        "router's input taken from the rows of other tokens",
+        "integration/compat/graphs.py",
+        "return rows_PH[numbers_ET.gather(0, first_1T).squeeze(0)]",
+        "return rows_PH[: len(routing_map_TE)]",
+        "tests/test_graphs.py::test_each_loss_alone[coupling_loss-attn+moe_router+moe_preprocess]",
+    ),
 ]
 
 

@@ -217,6 +217,55 @@ def overlapped_parameter_gather(sizes, overlap: bool):
     return values
 
 
+def sharded_weights(sizes, strategy, config, **settings):
+    """Megatron-FSDP on two ranks, or (None) DDP; with a loss per token, for gloo knows no division in a reduction."""
+    (model,) = build(sizes, calculate_per_token_loss=True, **settings)
+    batches = tokens_of(12, 12, 12, 12)[dist.get_rank() :: dist.get_world_size()]
+
+    def step(batch, module):
+        def loss(losses):
+            return 0.1 * losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), {"loss": losses.detach().mean()}
+
+        return run(module, batch), loss
+
+    shapes = {name: weight.shape for name, weight in model.named_parameters()}
+    wrapped = _wrap_by_fsdp(model, strategy) if strategy else wrap([model])[0]
+    handle = attached([wrapped], config)
+    wrapped.zero_grad_buffer()
+    schedule([wrapped], step, batches, 12)
+    whole = {}
+    for name, weight in wrapped.named_parameters():
+        name = name.replace("module.", "")
+        whole[name] = _whole(weight.grad, shapes[name]) if strategy else weight.main_grad.clone()
+    return {"gradients": whole, "metrics": handle.metrics()}
+
+
+def _wrap_by_fsdp(model, strategy: str):
+    import os
+
+    from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)  # which it refuses
+    model.config.finalize_model_grads_func = finalize_model_grads
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        use_distributed_optimizer=True,
+        use_megatron_fsdp=True,
+        data_parallel_sharding_strategy=strategy,
+    )
+    return FullyShardedDataParallel(model.config, settings, model)
+
+
+def _whole(gradient, shape):
+    """A gradient of which every rank has a part; on all ranks."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, None if gradient is None else gradient.to_local().detach().flatten())
+    return torch.cat([part for part in parts if part is not None]).view(shape)
+
+
 def errors(sizes):
     """Messages of refusals on two ranks; None where there is none."""
     from megatron_moe_spec import SpecConfig, attach

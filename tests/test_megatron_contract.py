@@ -23,6 +23,7 @@ SIGNATURES = {
     "core.transformer.moe.experts:TEGroupedMLP.forward": [
         "self", "permuted_local_hidden_states", "tokens_per_expert", "permuted_probs",
     ],
+    "core.transformer.moe.moe_layer:MoELayer.preprocess": ["self", "hidden_states", "probs", "routing_map"],
     "core.models.gpt.gpt_model:GPTModel.set_input_tensor": ["self", "input_tensor"],
     "core.tensor_parallel.random:CheckpointFunction.forward": ["ctx"],
     "core.tensor_parallel.random:CheckpointFunction.backward": ["ctx"],
@@ -57,15 +58,22 @@ FIELDS = """
 """.split()
 # Of objects of a model that has run, by where they are below an MoE layer.
 ATTRIBUTES = {
-    "": ["config", "experts", "num_local_experts", "router", "token_dispatcher"],
-    "router": ["routing", "tp_cp_group", "weight"],
+    "": ["config", "cudagraph_tensor_store", "experts", "num_local_experts", "router", "token_dispatcher"],
+    "router": ["gating", "routing", "tp_cp_group", "weight"],
     "experts": ["local_experts"],
     "experts.local_experts.0": ["linear_fc1", "linear_fc2"],
     "experts.local_experts.0.linear_fc1": ["weight"],
     "token_dispatcher": ["config", "ep_group", "ep_size", "tp_ep_group", "tp_group", "tp_rank", "tp_size"],
 }
 OF_DISPATCHER = {
-    "alltoall": ["input_splits", "num_global_tokens_per_local_expert", "num_local_experts", "output_splits", "probs"],
+    "alltoall": [
+        "input_splits",
+        "num_global_tokens_per_local_expert",
+        "num_local_experts",
+        "output_splits",
+        "probs",
+        "routing_map",
+    ],
     "allgather": ["local_map"],
 }
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from processes import needs_megatron, torchrun
-from test_layouts import EP, ETP, PP, TP, VPP
+from test_layouts import EP, ETP, FULL_RECOMPUTE, PP, TP, VPP
 
 pytestmark = [needs_megatron, pytest.mark.slow]
 
@@ -82,6 +82,20 @@ def test_erc_reads_weights_that_have_been_gathered(programs):
     plain, overlapped = programs(2, {}, "overlapped_parameter_gather", dict(overlap=False), dict(overlap=True))
     assert overlapped == pytest.approx(plain, rel=1e-4)
     assert plain[0] != pytest.approx(plain[1], rel=0.1)
+
+
+@pytest.mark.parametrize("settings", [{}, FULL_RECOMPUTE], ids=["plain", "full recompute"])
+def test_megatron_fsdp(programs, settings):
+    """ZeRO-2 and ZeRO-3 train as DDP does."""
+    names = ("specialization", "coupling", "orthogonality", "score_variance")
+    config = {f"{name}_loss_coeff": 1.0 for name in names}
+    strategies = (None, "optim_grads", "optim_grads_params")
+    expected, *sharded = programs(
+        2, {}, "sharded_weights", *(dict(strategy=one, config=config, **settings) for one in strategies)
+    )
+    for found in sharded:
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
+        assert _worst_error(found["gradients"], expected["gradients"]) < 1e-5
 
 
 def test_stages_that_differ_and_passes_outside_of_the_schedule_are_refused(programs):

@@ -240,22 +240,98 @@ def test_experts_without_weights_of_their_own_are_refused_by_erc(megatron):
         attach(model, ERC)
 
 
-def test_cuda_graphs_of_attention_alone_are_allowed(megatron):
+def _model_with_graphs(scope, implementation="transformer_engine", **settings):
+    """Set on a model that exists: Megatron itself builds some of these only on a GPU."""
     import megatron_models
+
+    model = megatron_models.build_model()
+    name = "cuda_graph_modules" if hasattr(model.config, "cuda_graph_modules") else "cuda_graph_scope"
+    for field, value in {"cuda_graph_impl": implementation, name: scope, **settings}.items():
+        setattr(model.config, field, value)
+    return model
+
+
+PREPROCESS = ["attn", "moe_router", "moe_preprocess"]
+
+
+@pytest.mark.parametrize("scope", [["attn"], ["moe_router"], ["attn", "moe_router"], PREPROCESS, "attn,moe_router"])
+def test_cuda_graphs_up_to_the_dispatch_are_allowed(megatron, scope):
+    from megatron_moe_spec import attach
+
+    attach(_model_with_graphs(scope), SPECIALIZATION)
+
+
+@pytest.mark.parametrize(
+    "scope, settings, flag",
+    [
+        (["moe"], {}, "--cuda-graph-scope attn moe_router"),
+        ([], {}, "--cuda-graph-scope attn moe_router"),
+        ("full", {}, "--cuda-graph-scope attn moe_router"),
+        ([], dict(implementation="full_iteration"), "--cuda-graph-impl transformer_engine"),
+        (["attn"], dict(implementation="local"), "--cuda-graph-impl transformer_engine"),
+        (["moe_router"], dict(implementation="local", is_hybrid_model=True), "--cuda-graph-impl transformer_engine"),
+        (["moe_router"], dict(implementation="none", enable_cuda_graph=True), "--cuda-graph-impl transformer_engine"),
+        (["moe_router"], dict(moe_input_jitter_eps=0.1), "--moe-input-jitter-eps"),
+        (PREPROCESS, dict(moe_latent_size=8), "--moe-latent-size.*--cuda-graph-scope attn moe_router"),
+        (PREPROCESS, dict(moe_expert_capacity_factor=1.0), "--moe-expert-capacity-factor"),
+        (PREPROCESS, dict(moe_router_padding_for_quantization=True), "--moe-router-padding-for-quantization"),
+    ],
+)
+def test_other_cuda_graphs_are_refused(megatron, scope, settings, flag):
+    from megatron_moe_spec import attach
+
+    with pytest.raises(ValueError, match=flag):
+        attach(_model_with_graphs(scope, **settings), SPECIALIZATION)
+
+
+def test_cuda_graphs_over_an_adapted_router_are_refused(megatron):
+    from megatron_moe_spec import attach
+
+    model = _model_with_graphs(["moe_router"])
+    for layer in model.decoder.layers:
+        adapted = torch.nn.Module()
+        adapted.to_wrap = layer.mlp.router
+        layer.mlp.router = adapted
+    with pytest.raises(ValueError, match="adapted router.*--cuda-graph-scope attn"):
+        attach(model, SPECIALIZATION)
+
+
+def test_cuda_graphs_of_attention_layers_of_a_hybrid_model_are_allowed(megatron):
+    from megatron_moe_spec import attach
+
+    attach(_model_with_graphs(["attn"], "local", is_hybrid_model=True), SPECIALIZATION)
+
+
+def test_cuda_graphs_that_serve_inference_alone_are_allowed(megatron, monkeypatch):
+    from megatron_moe_spec import attach
+
+    block = types.SimpleNamespace(name="block")
+    attach(_model_with_graphs([], "local", inference_cuda_graph_scope=block), SPECIALIZATION)
+    # Megatron-RL switches them off in training.
+    args = types.SimpleNamespace(perform_rl_step=True, rl_training_cuda_graphs=False)
+    program = types.SimpleNamespace(_GLOBAL_ARGS=args)
+    monkeypatch.setitem(sys.modules, "megatron.training.global_vars", program)
+    attach(_model_with_graphs([], "local"), SPECIALIZATION)
+    args.rl_training_cuda_graphs = True
+    with pytest.raises(ValueError, match="--cuda-graph-impl"):
+        attach(_model_with_graphs([], "local"), SPECIALIZATION)
+
+
+def test_a_layer_that_is_captured_whole_all_the_same_is_an_error(megatron):
+    from megatron.core.transformer import cuda_graphs
 
     from megatron_moe_spec import attach
 
-    model = megatron_models.build_model()
-    model.config.cuda_graph_impl = "transformer_engine"
-    name = "cuda_graph_modules" if hasattr(model.config, "cuda_graph_modules") else "cuda_graph_scope"
-    setattr(model.config, name, ["attn"])
+    model = _model_with_graphs([], "none")
     attach(model, SPECIALIZATION)
-    for scope in (["attn", "moe_router"], ["moe"], [], "full"):
-        model = megatron_models.build_model()
-        model.config.cuda_graph_impl = "transformer_engine"
-        setattr(model.config, name, scope)
-        with pytest.raises(ValueError, match="--cuda-graph-impl"):
-            attach(model, SPECIALIZATION)
+    cuda_graphs._set_capture_start()
+    try:
+        with pytest.raises(RuntimeError, match="--cuda-graph-impl"):
+            model.decoder.layers[0](torch.ones(4, 2, 16), attention_mask=None)
+        model.eval()
+        model.decoder.layers[0](torch.ones(4, 2, 16), attention_mask=None)
+    finally:
+        cuda_graphs._set_capture_end()
 
 
 def test_legacy_grouped_gemm_is_refused(megatron):

@@ -21,6 +21,7 @@ WITHOUT_OVERLAP = {flag: None for flag in OVERLAP}
 
 FP8 = ["--fp8-format", "e4m3", "--fp8-recipe", "mxfp8", "--fp8-param-gather", "--use-distributed-optimizer"]
 FP8 += ["--reuse-grad-buf-for-mxfp8-param-ag", "--moe-router-padding-for-quantization"]
+GRAPHS = ["--cuda-graph-impl", "transformer_engine"]
 FLEX = ["--moe-token-dispatcher-type", "flex"]
 HYBRIDEP = [*FLEX, "--moe-flex-dispatcher-backend", "hybridep"]
 
@@ -85,6 +86,19 @@ CASES = [
         SPECIALIZATION + FUSED + HYBRIDEP + ["--moe-expert-rank-capacity-factor", 1.5],
         {"--use-transformer-engine-op-fuser": None, "--moe-expert-rank-capacity-factor": None},
     ),
+    (SPECIALIZATION + GRAPHS, {"--cuda-graph-scope": ("attn", "moe_router")}),
+    (
+        SPECIALIZATION + ["--cuda-graph-impl", "local"],
+        {"--cuda-graph-impl": "transformer_engine", "--cuda-graph-scope": ("attn", "moe_router")},
+    ),
+    (
+        COUPLING + [*GRAPHS, "--cuda-graph-scope", "moe_router", "--moe-input-jitter-eps", 0.1],
+        {"--moe-input-jitter-eps": None},
+    ),
+    (
+        COUPLING + [*GRAPHS, "--cuda-graph-scope", "moe_router", "--moe-input-jitter-eps", 0.1],
+        {"--cuda-graph-scope": "attn"},
+    ),
     (
         ["no --num-experts", "no --expert-model-parallel-size", "no --moe-grouped-gemm", "no --moe-ffn-hidden-size"],
         {"--num-experts": 8},
@@ -93,7 +107,7 @@ CASES = [
 
 
 def _changed(flags: list[str], changes: dict) -> list[str]:
-    """Flags with others' values; None: without the flag, (): with it, without a value."""
+    """Flags with others' values; None: without the flag, a tuple: with all of its values."""
     changed: list[str] = []
     skips = False
     for word in flags:
@@ -104,7 +118,7 @@ def _changed(flags: list[str], changes: dict) -> list[str]:
             changed.append(word)
     for flag, value in changes.items():
         if value is not None:
-            changed += [flag] if value == () else [flag, str(value)]
+            changed += [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
     return changed
 
 

@@ -9,7 +9,13 @@ import torch
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import column_group, process_groups
 from megatron_moe_spec.integration.compat.models import router_of, shards_weights
-from megatron_moe_spec.integration.compat.settings import graphed_modules, replaced_logits, will_shard_weights
+from megatron_moe_spec.integration.compat.settings import (
+    global_arguments,
+    graphs_inference_alone,
+    replaced_logits,
+    will_shard_weights,
+)
+from megatron_moe_spec.integration.graphs import graph_problems
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import ModelFacts
@@ -41,6 +47,7 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         tensor_size=process_groups(chunks[0]).tp.size() if moe_layers else 1,
         expert_tensor_size=max(sizes, default=1),
         shards_weights=any(map(shards_weights, chunks)),
+        graphs_inference_alone=graphs_inference_alone(global_arguments()),
     )
     problems: list[str] = []
     notes: list[str] = []
@@ -68,6 +75,7 @@ def facts_of_flags(args, transformer_config, stages: Stages, spec: SpecConfig) -
         tensor_size=tensor_size,
         expert_tensor_size=transformer_config.expert_tensor_parallel_size or tensor_size,
         shards_weights=will_shard_weights(args),
+        graphs_inference_alone=graphs_inference_alone(args),
     )
 
 
@@ -100,12 +108,7 @@ def _problems(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device
             yield str(error)
     if getattr(transformer_config, "transformer_impl", None) == "inference_optimized":
         yield "inference layers are not for training (set --transformer-impl transformer_engine)"
-    graphed = graphed_modules(transformer_config)
-    if graphed == "everything" or any(name.startswith("moe") for name in graphed):
-        yield (
-            "CUDA graphs over routers or experts skip the hooks when they are replayed "
-            "(remove --cuda-graph-impl, or capture attention alone: --cuda-graph-scope attn)"
-        )
+    yield from graph_problems(facts)
     for loss in spec.computed_losses:
         yield from loss.problems(transformer_config)
     for tap, losses in by_tap(spec.computed_losses):

@@ -56,6 +56,11 @@ def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callab
     return _AddWeightGradients.apply(x, gradients, *weights)
 
 
+def join(x: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Returns x unchanged; the backward pass through x goes through ``others`` too, with a gradient of zero."""
+    return add_weight_gradients(x, others, lambda: [None] * len(others))
+
+
 @contextmanager
 def own_graph() -> Iterator[None]:
     """Context to differentiate a loss in: gradients on, hooks on saved tensors of the surrounding code off.

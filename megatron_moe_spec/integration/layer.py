@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from megatron_moe_spec.integration.graphs import after_graph, is_router_graphed, stays_out_of_graphs
 from megatron_moe_spec.integration.hooks import MethodReplacement
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
 from megatron_moe_spec.integration.recorder import Recorder
@@ -27,7 +28,13 @@ class LayerTaps:
         self._layer = layer = TappedLayer(module, local_index, global_index, recorder)
         self._tracker, self._recorder = tracker, recorder
         self._taps = [tap(losses, layer) for tap, losses in by_tap(recorder.spec.computed_losses)]
-        self._method = MethodReplacement(layer.router, "routing", partial(_route, self))
+        self._methods = [MethodReplacement(layer.router, "routing", partial(_route, self))]
+        if is_router_graphed(layer.transformer_config):
+            self._methods.append(after_graph(module, self._route_again))
+
+    @property
+    def moe_layer(self) -> nn.Module:
+        return self._layer.module
 
     def records(self) -> set[str]:
         """Names of the losses that this layer records."""
@@ -36,7 +43,8 @@ class LayerTaps:
     def detach(self) -> None:
         for tap in reversed(self._taps):  # which may have replaced the same method
             tap.detach()
-        self._method.restore()
+        for method in self._methods:
+            method.restore()
 
     def route(self, logits: Tensor, padding_mask: Optional[Tensor], route) -> tuple[Tensor, Tensor]:
         """Runs the router's own ``route(logits)`` between the taps."""
@@ -63,6 +71,15 @@ class LayerTaps:
         call.probs_TE = call.routing_map_TE = None
         return probs, routing_map
 
+    def _route_again(self, logits: Tensor, decided) -> tuple[Tensor, Tensor]:
+        """Runs the taps around what a CUDA graph has ``decided``. It knows of no padding."""
+        if self._tracker.has_padding:
+            raise RuntimeError(
+                "a router in a CUDA graph is given no padding mask, so that the auxiliary losses would count padding: "
+                "capture attention alone (--cuda-graph-scope attn), or pass no padding_mask"
+            )
+        return self.route(logits, None, decided)
+
     def _observe(self, call: RouterCall) -> None:
         layer, routing = self._layer, call.routing
         if call.micro_batch.routing[layer.local_index] is not None:
@@ -77,5 +94,7 @@ class LayerTaps:
 
 def _route(taps: LayerTaps, routing, logits: Tensor, *args, **kwargs):
     """Stands in for ``TopKRouter.routing(logits, padding_mask=None)``."""
+    if stays_out_of_graphs(taps.moe_layer):
+        return routing(logits, *args, **kwargs)
     padding_mask = kwargs.get("padding_mask", args[0] if args else None)
     return taps.route(logits, padding_mask, lambda x: routing(x, *args, **kwargs))

@@ -4,13 +4,14 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import MappingProxyType
 from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.checkpoints import follow_checkpoints
-from megatron_moe_spec.integration.compat.models import stage_module
+from megatron_moe_spec.integration.compat.models import called_module, stage_module
 from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
 from megatron_moe_spec.integration.routing import LayerRouting
 
@@ -55,6 +56,9 @@ class MicroBatchTracker:
     calls no chunk's forward: it builds a plan of its layers' parts and runs them. Building one opens a micro-batch,
     which is the current one until the next is built.
 
+    Attributes:
+        has_padding: whether the chunk was given a padding mask for the micro-batch that runs.
+
     Args:
         chunk: the module that is called for each micro-batch.
         num_layers: its number of MoE layers.
@@ -68,11 +72,13 @@ class MicroBatchTracker:
         self._checkpoints = 0  # whose first pass is running, one inside another
         self._recomputing = False
         self._opened_in = -1
+        self.has_padding = False
         self._started = 0
         stage = stage_module(chunk)
+        called = called_module(chunk)
         self._hooks = [
-            stage.register_forward_pre_hook(Hook(self._open)),
-            stage.register_forward_hook(Hook(self._close), always_call=True),
+            called.register_forward_pre_hook(Hook(self._open), with_kwargs=True),
+            called.register_forward_hook(Hook(self._close), always_call=True),
         ]
         self._plan = None
         if hasattr(stage, "build_schedule_plan"):
@@ -92,7 +98,8 @@ class MicroBatchTracker:
         self._current = None
         self._started = 0
 
-    def _open(self, module, args=()) -> None:
+    def _open(self, module, args=(), kwargs=MappingProxyType({})) -> None:
+        self.has_padding = kwargs.get("padding_mask") is not None
         trains = module.training and torch.is_grad_enabled()
         self._current = MicroBatch(self._started, self._num_layers) if trains else None
         self._opened_in = _backward_pass()
@@ -167,5 +174,5 @@ def _recomputation(served: list) -> Iterator[None]:
 
 def _open_and_build_plan(tracker: MicroBatchTracker, build, *args, **kwargs):
     """Stands in for ``build_schedule_plan`` of a model."""
-    tracker._open(build.__self__)
+    tracker._open(build.__self__, args, kwargs)
     return build(*args, **kwargs)

@@ -19,6 +19,12 @@ from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.rows import RowExchange
 
 
+def expert_map(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """Bool, [T, E], by the numbers of the experts of each token; -1 is none."""
+    chosen_TE = torch.zeros(len(experts_TK), num_experts + 1, dtype=torch.bool, device=experts_TK.device)
+    return chosen_TE.scatter_(1, experts_TK % (num_experts + 1), True)[:, :num_experts]
+
+
 def dispatched_map(dispatcher, routing_map_TE: Tensor) -> Tensor:
     """Bool, [T, E] by which the dispatcher has permuted this rank's tokens; the router's map, or made from it.
 
@@ -34,7 +40,7 @@ def dispatched_map(dispatcher, routing_map_TE: Tensor) -> Tensor:
     experts_TK = getattr(manager, "token_indices", None)
     if experts_TK is None:  # HybridEP; it may add tokens, so that all ranks have the same number
         return manager.routing_map[: len(routing_map_TE)]
-    return _map_of(experts_TK, routing_map_TE.shape[1])
+    return expert_map(experts_TK, routing_map_TE.shape[1])
 
 
 def hands_over_tokens(dispatcher) -> bool:
@@ -141,16 +147,10 @@ def _of_flex(dispatcher, dispatched_TE: Tensor, blocks_L: Sequence[int]) -> RowE
     if dispatcher.config.moe_router_padding_for_quantization and hasattr(manager, "dispatched_indices"):
         # DeepEP's received tokens that fill experts up lie between the others.
         permuted_TL = manager.dispatched_routing_map.bool()
-        chosen_TL = _map_of(manager.dispatched_indices, local)
+        chosen_TL = expert_map(manager.dispatched_indices, local)
         order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0)
     order = _in_blocks(order, counts_L.tolist(), blocks_L, order.device)
     return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
-
-
-def _map_of(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """Bool, [T, E] of the numbers of the experts of each token, -1 for none."""
-    chosen_TE = torch.zeros(len(experts_TK), num_experts + 1, dtype=torch.bool, device=experts_TK.device)
-    return chosen_TE.scatter_(1, experts_TK % (num_experts + 1), True)[:, :num_experts]
 
 
 def _by_source(rows: Tensor, num_rows: int) -> Tensor:

@@ -116,6 +116,19 @@ def stage_module(chunk: nn.Module) -> nn.Module:
     return chunk
 
 
+def called_module(chunk: nn.Module) -> nn.Module:
+    """What is called for each micro-batch, with hooks: ``stage_module``, as a rule.
+
+    Up to 0.18, Megatron-FSDP runs the forward of the model in it past the model's hooks.
+    """
+    stage = stage_module(chunk)
+    while chunk is not stage:
+        if type(chunk).__name__ == "MegatronFSDP":
+            return chunk
+        chunk = chunk.module
+    return stage
+
+
 def shards_weights(chunk: nn.Module) -> bool:
     """Whether each rank holds a shard of each weight (FSDP), and whole weights come and go."""
     names = ("FullyShardedDataParallel", "TorchFullyShardedDataParallel", "FSDPModule")

@@ -10,18 +10,44 @@ from megatron_moe_spec.integration.compat.assumed import set_connections
 
 
 def graphed_modules(transformer_config) -> Union[list[str], str]:
-    """Names of what CUDA graphs capture: a list of module kinds, "everything", or an empty list."""
-    implementation = getattr(transformer_config, "cuda_graph_impl", "none")
-    if any(getattr(transformer_config, name, False) for name in ("enable_cuda_graph", "external_cuda_graph")):
-        return "everything"
-    if implementation in (None, "none"):
+    """Names of what CUDA graphs capture in training: a list of module kinds, "everything", or an empty list.
+
+    The settings were renamed from 0.17 to 0.18, and an older pair is still taken.
+    """
+    names = _graph_scopes(transformer_config)
+    implementation = getattr(transformer_config, "cuda_graph_impl", None) or "none"
+    for old, means in (("enable_cuda_graph", "local"), ("external_cuda_graph", "transformer_engine")):
+        if implementation == "none" and getattr(transformer_config, old, False):
+            implementation = means
+    if implementation == "none":
         return []
+    if implementation == "local":
+        # Megatron's own graphs: of whole blocks in inference alone, or of whole layers, which in a hybrid model are
+        # either attention or experts.
+        inference = getattr(getattr(transformer_config, "inference_cuda_graph_scope", None), "name", None)
+        if not names and inference == "block":
+            return []
+        if not transformer_config.is_hybrid_model or any(name.startswith("moe") for name in names):
+            return "everything"
+    return "everything" if not names or {"full", "full_iteration"} & set(names) else names
+
+
+def _graph_scopes(transformer_config) -> list[str]:
     scopes = (getattr(transformer_config, name, None) for name in ("cuda_graph_modules", "cuda_graph_scope"))
-    scope = next(filter(None, scopes), None)
-    if not scope or scope == "full":
-        return "everything"
-    names = scope.split(",") if isinstance(scope, str) else [getattr(s, "name", s) for s in scope]
-    return "everything" if {"full", "full_iteration"} & set(names) else names
+    scope = next(filter(None, scopes), "")
+    if not scope:
+        return []
+    return scope.split(",") if isinstance(scope, str) else [getattr(one, "name", one) for one in scope]
+
+
+def graphs_inference_alone(args) -> bool:
+    """Whether CUDA graphs are off in training, as in Megatron-RL; ``args``: of its training program, or None."""
+    return getattr(args, "perform_rl_step", False) and not getattr(args, "rl_training_cuda_graphs", False)
+
+
+def global_arguments():
+    """The arguments of Megatron's training program; None where it does not run."""
+    return getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
 
 
 def replaced_logits(transformer_config) -> str:

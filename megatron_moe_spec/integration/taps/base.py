@@ -84,6 +84,7 @@ class ModelFacts:
         kernels: ``SpecConfig.kernels``.
         tensor_size, expert_tensor_size: numbers of tensor-parallel and of expert-tensor-parallel ranks.
         shards_weights: whether FSDP leaves a rank shards of the weights.
+        graphs_inference_alone: whether its CUDA graphs are switched off in training.
     """
 
     transformer_config: Any
@@ -93,6 +94,7 @@ class ModelFacts:
     tensor_size: int
     expert_tensor_size: int
     shards_weights: bool = False
+    graphs_inference_alone: bool = False
 
 
 class Tap(Generic[L]):

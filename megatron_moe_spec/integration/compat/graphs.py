@@ -1,0 +1,70 @@
+"""CUDA graphs over routers: whether one is captured, and what one hands out when it is replayed.
+
+Transformer Engine's graph of a layer ends after the router (``moe_router``) or after the dispatcher's preparations
+(``moe_preprocess``). Megatron leaves its outputs in ``MoELayer.cudagraph_tensor_store`` and in the dispatcher, and runs
+the rest of the layer, of which ``MoELayer.preprocess`` is the first method that is called in both cases.
+
+Suffixes: T tokens of this rank, E experts, K experts per token, P permuted rows, H hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat.dispatch import expert_map
+
+
+def is_capturing() -> bool:
+    """Whether what runs now is captured, or warms up for it."""
+    from megatron.core.transformer.cuda_graphs import is_graph_capturing
+
+    return is_graph_capturing()
+
+
+@dataclass
+class Replay:
+    """What the graph of a layer's router hands out, with its gradients.
+
+    Attributes:
+        hidden: the router's input, [..., H].
+        probs_TE, routing_map_TE: its decision.
+    """
+
+    hidden: Tensor
+    probs_TE: Tensor
+    routing_map_TE: Tensor
+
+
+def replay_of(moe_layer: nn.Module, hidden: Tensor, probs: Tensor, routing_map: Optional[Tensor]) -> Optional[Replay]:
+    """Reads the outputs of a layer's graph; None where no graph has run its router.
+
+    Args:
+        hidden, probs, routing_map: arguments of ``MoELayer.preprocess``.
+    """
+    if moe_layer.cudagraph_tensor_store.is_empty():
+        return None
+    if routing_map is not None:
+        return Replay(hidden, probs, routing_map)
+    dispatcher = moe_layer.token_dispatcher
+    dispatch = dispatcher.config.moe_token_dispatcher_type
+    if dispatch == "allgather":
+        return Replay(hidden, probs, dispatcher.routing_map)
+    if dispatch == "alltoall":
+        return Replay(_of_tokens(hidden, dispatcher.routing_map), dispatcher.probs, dispatcher.routing_map)
+    manager = dispatcher._comm_manager
+    if hasattr(manager, "token_indices"):
+        chosen_TE = expert_map(manager.token_indices, moe_layer.config.num_moe_experts)
+        probs_TE = manager.token_probs.new_zeros(chosen_TE.shape)
+        # Where an expert is none, its probability is 0.
+        probs_TE = probs_TE.scatter_add(1, manager.token_indices.clamp_min(0), manager.token_probs)
+        return Replay(hidden, probs_TE, chosen_TE)
+    return Replay(hidden, manager.token_probs, manager.routing_map)
+
+
+def _of_tokens(rows_PH: Tensor, routing_map_TE: Tensor) -> Tensor:
+    """[T, H] from rows by (expert, token): that of each token's first expert; every token has one."""
+    numbers_ET = routing_map_TE.T.reshape(-1).cumsum(dim=0).view(routing_map_TE.T.shape) - 1
+    first_1T = routing_map_TE.to(torch.uint8).argmax(dim=1).unsqueeze(0)
+    return rows_PH[numbers_ET.gather(0, first_1T).squeeze(0)]

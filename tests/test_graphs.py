@@ -4,7 +4,7 @@ import pytest
 import torch
 from loss_names import BOTH, LOSS_NAMES, PEERS, coefficients
 from processes import needs_megatron
-from test_layouts import PEERS_OF_TOKENS, Jobs, _case, _worst_error, _worst_loss_error
+from test_layouts import DEEPEP, HYBRIDEP, PEERS_OF_TOKENS, Jobs, _case, _worst_error, _worst_loss_error
 
 from megatron_moe_spec import SpecConfig, attach
 
@@ -121,16 +121,16 @@ def test_before_the_graphs_are_captured_everything_is_as_without(megatron):
 @pytest.mark.parametrize(
     "layout, models",
     [
-        ("EP2", [dict(), dict(stride=3), dict(losses=PEERS)]),
+        ("EP2", [dict(), dict(stride=3), dict(losses=PEERS), dict(pads_rows="experts")]),
+        ("EP2", [dict(losses=LOSS_NAMES, model=DEEPEP), dict(losses=LOSS_NAMES, model=HYBRIDEP, pads_rows="experts")]),
         ("TP2+SP, ETP2", [dict()]),
         ("PP2+VPP2", [dict()]),
     ],
 )
 def test_ranks_with_graphs_train_as_one_process(tmp_path, layout, models):
     jobs = Jobs(tmp_path)
-    plain = [_case(model, 1.0) for model in models]
-    expected = jobs.run("one process", plain)
-    found = iter(jobs.run(layout, [{**case, "graphs": scope} for scope in SCOPES for case in plain]))
+    expected = jobs.run("one process", [_case({**model, "model": {}, "pads_rows": None}, 1.0) for model in models])
+    found = iter(jobs.run(layout, [{**_case(model, 1.0), "graphs": scope} for scope in SCOPES for model in models]))
     for _ in SCOPES:
         for one in expected:
             _compare(next(found), one)

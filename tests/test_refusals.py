@@ -315,6 +315,10 @@ def test_cuda_graphs_that_serve_inference_alone_are_allowed(megatron, monkeypatc
     args.rl_training_cuda_graphs = True
     with pytest.raises(ValueError, match="--cuda-graph-impl"):
         attach(_model_with_graphs([], "local"), SPECIALIZATION)
+    program._GLOBAL_ARGS = types.SimpleNamespace(moe_pad_experts_for_cuda_graph_inference=True)
+    attach(_model_with_graphs([], "local"), SPECIALIZATION)
+    with pytest.raises(ValueError, match="--cuda-graph-impl"):
+        attach(_model_with_graphs([], "full_iteration"), SPECIALIZATION)
 
 
 def test_a_layer_that_is_captured_whole_all_the_same_is_an_error(megatron):

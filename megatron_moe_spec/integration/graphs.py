@@ -75,7 +75,8 @@ def graph_problems(model: ModelFacts) -> Iterator[str]:
     transformer_config = model.transformer_config
     graphed = graphed_modules(transformer_config)
     if graphed == "everything" or "moe" in graphed:
-        if not model.graphs_inference_alone:
+        local = getattr(transformer_config, "cuda_graph_impl", None) == "local"
+        if not (local and model.graphs_inference_alone):
             yield f"CUDA graphs over whole layers, experts or steps skip the hooks when they are replayed ({_REMEDY})"
         return
     if "moe_router" not in graphed:

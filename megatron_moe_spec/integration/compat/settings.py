@@ -41,8 +41,12 @@ def _graph_scopes(transformer_config) -> list[str]:
 
 
 def graphs_inference_alone(args) -> bool:
-    """Whether CUDA graphs are off in training, as in Megatron-RL; ``args``: of its training program, or None."""
-    return getattr(args, "perform_rl_step", False) and not getattr(args, "rl_training_cuda_graphs", False)
+    """Whether CUDA graphs are off in training, as in Megatron-RL; ``args``: of its training program, or None.
+
+    Padding of experts for graphs is of inference: with it, graphs are meant for inference.
+    """
+    meant = any(getattr(args, name, False) for name in ("perform_rl_step", "moe_pad_experts_for_cuda_graph_inference"))
+    return meant and not getattr(args, "rl_training_cuda_graphs", False)
 
 
 def global_arguments():

@@ -37,6 +37,43 @@ def _adapt(model, names) -> None:
                 seed += 1
 
 
+def _replay_routing(monkeypatch) -> None:
+    """As frameworks replay the routing of a rollout: the class's method is replaced, and decides for other experts."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    decide = TopKRouter.routing
+
+    def routing(router, logits, *args, **kwargs):
+        _, routing_map = decide(router, logits, *args, **kwargs)
+        replayed = routing_map.roll(1, dims=1)
+        scores = logits.reshape(-1, logits.shape[-1]).masked_fill(~replayed, float("-inf"))
+        return scores.softmax(dim=1), replayed
+
+    monkeypatch.setattr(TopKRouter, "routing", routing)
+
+
+def test_routing_replay_before_and_after(megatron, monkeypatch):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+
+    results = []
+    for order in ("plain", "attach, replay", "replay, attach"):
+        model = megatron_models.build_model()
+        with monkeypatch.context() as patch:
+            if order == "replay, attach":
+                _replay_routing(patch)
+            handle = attach(model, BOTH)
+            if order == "attach, replay":
+                _replay_routing(patch)
+            gradients = megatron_models.train_step(model, megatron_models.micro_batches(2), main_loss_weight=1.0)
+        results.append((gradients, handle.metrics()))
+    (_, plain), (first, first_values), (last, last_values) = results
+    assert first_values == last_values
+    assert abs(first_values["coupling_loss"] / plain["coupling_loss"] - 1.0) > 0.01
+    assert all(torch.equal(first[name], last[name]) for name in last)
+
+
 @pytest.mark.parametrize("adapted", [("linear_fc2",), ("linear_fc1", "linear_fc2")])
 def test_adapters_before_and_after(megatron, adapted):
     import megatron_models

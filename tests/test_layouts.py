@@ -326,6 +326,16 @@ def test_bf16_rows_come_home(jobs):
     assert _worst_error(found, expected) < 1e-2
 
 
+def test_dispatchers_drop_the_same_tokens(jobs):
+    """Capacity counts a rank's tokens, so that one process would drop others."""
+    models = [dict(moe_expert_capacity_factor=0.7, **dispatcher) for dispatcher in ({}, DEEPEP, HYBRIDEP)]
+    cases = [_case(dict(losses=(*BOTH, *PEERS), model=model), 1.0) for model in models]
+    expected, *others = jobs.run("EP2", cases)
+    for found in others:
+        assert _worst_error(found, expected) < 1e-5
+        assert _worst_loss_error(found, expected) < 1e-5
+
+
 def test_pairs_across_stages_are_dropped_on_request(jobs, megatron):
     """The rest is the mean over the pairs within a stage, by the pure losses on the whole model."""
     import megatron_models

@@ -31,6 +31,12 @@ def test_table_of_flags():
     ]
 
 
+def test_number_of_usable_recipes():
+    number, usable = re.search(r"Of (\d+) public recipes .*, (\d+) are usable as they are", README).groups()
+    report = (ROOT / "docs" / "recipes.md").read_text()
+    assert f" {number} public recipes" in report and f"**{usable} are usable as they are**" in report
+
+
 def test_the_paper_s_values_are_those_of_the_flags():
     for one in options_of(SpecConfig):
         for value in re.findall(r"\b\d[\d.e-]*\d|\b\d\b", one.metadata["paper"].partition(", Eq")[0]):

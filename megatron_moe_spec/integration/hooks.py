@@ -6,8 +6,7 @@ A deep copy of a model (an average of its weights, a frozen reference) is a mode
 import copy
 from collections.abc import Callable
 from types import MethodType
-
-from torch import nn
+from typing import Any
 
 
 class Hook:
@@ -28,36 +27,41 @@ def _no_hook(*args) -> None:
 
 
 class MethodReplacement:
-    """Stands in for a method of one module, until ``restore``; a deep copy of the module has the method it had.
+    """Stands in for a method of one object, until ``restore``; a deep copy of the object has the method it had.
+
+    Where the method is the class's, it is that which the class has when it is called: other packages replace methods
+    of classes, as for routing replay, before or after.
 
     Args:
         function: called with the method that is replaced, and its arguments.
     """
 
-    def __init__(self, module: nn.Module, name: str, function: Callable):
-        self._module, self._name, self._function = module, name, function
-        self._had_own = name in vars(module)
-        self._original = getattr(module, name)
-        setattr(module, name, self)
+    def __init__(self, owner: Any, name: str, function: Callable):
+        self._owner, self._name, self._function = owner, name, function
+        self._own = vars(owner).get(name)
+        setattr(owner, name, self)
 
     def __call__(self, *args, **kwargs):
-        return self._function(self._original, *args, **kwargs)
+        return self._function(self._method_of(self._owner), *args, **kwargs)
+
+    def _method_of(self, owner: Any) -> Callable:
+        return MethodType(getattr(type(owner), self._name), owner) if self._own is None else self._own
 
     def restore(self) -> None:
-        """The module has its method again, or, where another package has replaced it since, calls it through here."""
+        """The object has its method again, or, where another package has replaced it since, calls it through here."""
         self._function = _call
-        if vars(self._module).get(self._name) is not self:
+        if vars(self._owner).get(self._name) is not self:
             return
-        if self._had_own:
-            setattr(self._module, self._name, self._original)
+        if self._own is not None:
+            setattr(self._owner, self._name, self._own)
         else:
-            delattr(self._module, self._name)
+            delattr(self._owner, self._name)
 
     def __deepcopy__(self, memo):
-        copied = memo.get(id(self._module))
-        if copied is not None and getattr(self._original, "__self__", None) is self._module:
-            return MethodType(self._original.__func__, copied)
-        return copy.deepcopy(self._original, memo)
+        copied = memo.get(id(self._owner))
+        if self._own is None and copied is not None:
+            return self._method_of(copied)
+        return copy.deepcopy(self._method_of(self._owner), memo)
 
 
 def _call(original: Callable, *args, **kwargs):

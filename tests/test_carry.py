@@ -89,7 +89,7 @@ def test_a_pipeline_model_that_nobody_detached_is_freed(mm):
 
     model = mm.build_model()
     before = len(schedules._around_schedules)
-    Carries([model], Stages([3, 3], [0], 4), SpecConfig(coupling_loss_coeff=1.0))
+    Carries([model], Stages([3, 3], [0], 4), SpecConfig(coupling_loss_coeff=1.0, coupling_across_stages="exact"))
     gc.collect()
     assert len(schedules._around_schedules) == before + 1
     gone = weakref.ref(model), weakref.ref(model.config)

@@ -107,6 +107,18 @@ def _pad_in_dispatcher(layer):
     layer.token_dispatcher.dispatch_postprocess = MethodType(padded, layer.token_dispatcher)
 
 
+def test_numbers_of_rows_stay_on_the_device_where_no_loss_reads_rows(mm, monkeypatch):
+    """Inference may be captured in a CUDA graph, which the host must not ask for a value."""
+    from megatron_moe_spec.integration.taps import rows
+
+    model = mm.build_model(moe_grouped_gemm=True)
+    _attach(model)
+    monkeypatch.setattr(rows, "_numbers", lambda tokens_per_expert: pytest.fail("a value was asked for"))
+    with torch.no_grad():
+        mm.run_model(model.eval(), mm.micro_batches(1)[0])
+        mm.run_model(model.train(), mm.micro_batches(1)[0])
+
+
 def test_counts_that_do_not_add_up(mm):
     model = mm.build_model()
     _attach(model)

@@ -149,20 +149,21 @@ class RowsTap(Tap[RowsLoss]):
         run.probs_TK = all_gather(probs_TK, column_group(dispatcher))
         return add_gradient(probs, partial(self._add_probs_gradient, run)) if self.trained else probs
 
-    def tap_inputs(self, inputs_PH: Tensor, counts_L: list[int]) -> None:
+    def tap_inputs(self, inputs_PH: Tensor, tokens_per_expert) -> None:
         """Takes note of what the experts are to run on."""
-        if self._run is None:
-            return
-        self._run.counts_L = counts_L
-        self._check.received(inputs_PH, self._run.routing_map_TE, counts_L)
+        run = self._run
+        # Else nothing may come to the host: inference may be captured in a CUDA graph.
+        if run is not None:
+            run.counts_L = _numbers(tokens_per_expert)
+            self._check.received(inputs_PH, run.routing_map_TE, run.counts_L)
 
-    def tap_rows(self, part: int, rows_PD: Tensor, blocks_L: list[int]) -> Tensor:
+    def tap_rows(self, part: int, rows_PD: Tensor, tokens_per_expert) -> Tensor:
         """Takes part of the layer's rows; returns what the model is to go on with instead."""
         run = self._run
         if run is None:
             return rows_PD
         run.rows.add(rows_PD)
-        run.blocks_L += blocks_L
+        run.blocks_L += _numbers(tokens_per_expert)
         if run.rows.complete:
             with torch.no_grad():
                 self._compare(run, run.rows)
@@ -289,7 +290,7 @@ class OutputsTap(RowsTap):
 
 def _tap_inputs(tap: RowsTap, module: nn.Module, args) -> None:
     """Forward pre-hook of the experts, whose first inputs are the tokens in permuted rows, and their numbers."""
-    tap.tap_inputs(args[0], _numbers(args[1]))
+    tap.tap_inputs(args[0], args[1])
 
 
 def _tap_activations(tap: ActivationsTap, part: int, module: nn.Module, args):
@@ -297,13 +298,13 @@ def _tap_activations(tap: ActivationsTap, part: int, module: nn.Module, args):
 
     The second is how many rows each expert has, padding included, where one module serves them all.
     """
-    blocks_L = _numbers(args[1]) if len(args) > 1 else [len(args[0])]
-    return (tap.tap_rows(part, args[0], blocks_L), *args[1:])
+    tokens_per_expert = args[1] if len(args) > 1 else [len(args[0])]
+    return (tap.tap_rows(part, args[0], tokens_per_expert), *args[1:])
 
 
 def _tap_outputs(tap: OutputsTap, module: nn.Module, args, outputs):
     """Forward hook of the experts, which return (p * x, no bias); as many rows as came in."""
-    return (tap.tap_rows(0, outputs[0], _numbers(args[1])), *outputs[1:])
+    return (tap.tap_rows(0, outputs[0], args[1]), *outputs[1:])
 
 
 def _numbers(tokens_per_expert) -> list[int]:

@@ -67,6 +67,11 @@ def describe_down_projections(transformer_config) -> str:
     return f"input of each local expert's linear_fc2 (SequentialMLP{why})"
 
 
+def frees_expert_outputs(transformer_config) -> bool:
+    """Whether the schedule frees what it combines once it is sent; with some dispatchers, the experts' own outputs."""
+    return getattr(transformer_config, "overlap_moe_expert_parallel_comm", False)
+
+
 def keeps_quantized_rows(transformer_config) -> bool:
     """Whether backward needs the input of ``linear_fc2`` only as it was quantized, by a model's settings."""
     if not (getattr(transformer_config, "fp8", None) or getattr(transformer_config, "fp4", None)):

@@ -23,6 +23,7 @@ from megatron_moe_spec.integration.compat.dispatch import (
 from megatron_moe_spec.integration.compat.experts import (
     describe_down_projections,
     expert_down_projections,
+    frees_expert_outputs,
     keeps_quantized_rows,
 )
 from megatron_moe_spec.integration.compat.groups import column_group
@@ -162,7 +163,7 @@ class RowsTap(Tap[RowsLoss]):
         run = self._run
         if run is None:
             return rows_PD
-        run.rows.add(rows_PD)
+        run.rows.add(self._kept(rows_PD))
         run.blocks_L += _numbers(tokens_per_expert)
         if run.rows.complete:
             with torch.no_grad():
@@ -170,6 +171,10 @@ class RowsTap(Tap[RowsLoss]):
                 self._evaluate(run)
             self._run = None
         return add_gradient(rows_PD, partial(self._add_gradient, run, part)) if self.trained else rows_PD
+
+    def _kept(self, rows_PD: Tensor) -> Tensor:
+        """What holds the rows until backward."""
+        return rows_PD
 
     def _compare(self, run: _Run, rows: TokenRows) -> None:
         dispatcher = self.layer.dispatcher
@@ -273,6 +278,9 @@ class OutputsTap(RowsTap):
 
     def _register(self) -> list:
         return [self.layer.module.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))]
+
+    def _kept(self, rows_PD: Tensor) -> Tensor:
+        return rows_PD.clone() if frees_expert_outputs(self.layer.transformer_config) else rows_PD
 
     @classmethod
     def _place(cls, transformer_config) -> str:

@@ -180,8 +180,8 @@ MUTATIONS = [
     (
         "flex dispatcher's rows by another source",
         "integration/compat/dispatch.py",
-        "order, counts_L = _by_source(rows_RL.T, sum(rows_for)), rows_RL.sum(dim=0)",
-        "order, counts_L = _by_source(rows_RL.flip(0).T, sum(rows_for)), rows_RL.sum(dim=0)",
+        "order, counts_L = _by_source(rows_RL.T, sum(rows_for)), list(map(sum, zip(*received)))",
+        "order, counts_L = _by_source(rows_RL.flip(0).T, sum(rows_for)), list(map(sum, zip(*received)))",
         f"{LAYOUT}[EP2-DeepEP]",
     ),
     (
@@ -194,15 +194,15 @@ MUTATIONS = [
     (
         "rows of padding exchanged as rows of tokens",
         "integration/compat/dispatch.py",
-        "return order + before_P.to(device)[order]",
+        "return order + (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=num_rows)[order]",
         "return order",
         f"{LAYOUT}[EP2-padded rows, grouped experts, moe_act recompute]",
     ),
     (
         "rows that DeepEP adds taken for rows of tokens",
         "integration/compat/dispatch.py",
-        "order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0)",
-        "counts_L = permuted_TL.sum(dim=0)",
+        "order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0).tolist()",
+        "counts_L = permuted_TL.sum(dim=0).tolist()",
         f"{LAYOUT}[EP2-rows padded by the router, DeepEP, grouped experts, moe_act recompute]",
     ),
     (

@@ -141,15 +141,16 @@ def _of_flex(dispatcher, dispatched_TE: Tensor, blocks_L: Sequence[int]) -> RowE
     sent_RL = dispatched_TE.sum(dim=0).view(ranks, local)
     rows_RL = torch.empty_like(sent_RL)
     dist.all_to_all_single(rows_RL, sent_RL, group=dispatcher.ep_group)
-    rows_for, rows_from = torch.stack([rows_RL.sum(dim=1), sent_RL.sum(dim=1)]).tolist()
-    order, counts_L = _by_source(rows_RL.T, sum(rows_for)), rows_RL.sum(dim=0)
+    received, sent = torch.stack([rows_RL, sent_RL]).tolist()
+    rows_for, rows_from = list(map(sum, received)), list(map(sum, sent))
+    order, counts_L = _by_source(rows_RL.T, sum(rows_for)), list(map(sum, zip(*received)))
     manager = dispatcher._comm_manager
     if dispatcher.config.moe_router_padding_for_quantization and hasattr(manager, "dispatched_indices"):
-        # DeepEP's received tokens that fill experts up lie between the others.
+        # DeepEP's received tokens that fill experts up lie between the others; another synchronisation.
         permuted_TL = manager.dispatched_routing_map.bool()
         chosen_TL = expert_map(manager.dispatched_indices, local)
-        order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0)
-    order = _in_blocks(order, counts_L.tolist(), blocks_L, order.device)
+        order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0).tolist()
+    order = _in_blocks(order, counts_L, blocks_L, order.device)
     return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
 
 
@@ -163,10 +164,11 @@ def _in_blocks(order: Optional[Tensor], counts_L: Sequence[int], blocks_L: Seque
     """The order among rows whose blocks are padded at their ends, of one among as many rows without padding."""
     if list(counts_L) == list(blocks_L):
         return order
-    order = torch.arange(sum(counts_L), device=device) if order is None else order
-    padding_L = torch.tensor([block - count for block, count in zip(blocks_L, counts_L, strict=True)])
-    before_P = (padding_L.cumsum(0) - padding_L).repeat_interleave(torch.tensor(counts_L))
-    return order + before_P.to(device)[order]
+    num_rows = sum(counts_L)
+    order = torch.arange(num_rows, device=device) if order is None else order
+    counts, blocks = torch.tensor([counts_L, blocks_L], device=device)
+    padding = blocks - counts
+    return order + (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=num_rows)[order]
 
 
 def describe_dispatch(transformer_config) -> str:

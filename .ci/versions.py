@@ -15,7 +15,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [f"tests/test_{name}.py" for name in ("hooks", "gradients", "refusals", "doctor", "patches", "pretrain")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        "hooks", "gradients", "row_check", "graphs", "refusals", "doctor", "remedies", "patches", "pretrain",
+    )
+]  # fmt: skip
 FACTS = "import platform, torch; print(platform.python_version(), torch.__version__.partition('+')[0])"
 COLUMNS = ("megatron-core", "Python", "torch", "passed", "failed", "skipped", "seconds")
 

@@ -270,6 +270,7 @@ def _silence():
 
 
 def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
+    from megatron_moe_spec.integration.graphs import is_router_graphed
     from megatron_moe_spec.integration.taps import by_tap
 
     transformer_config, stages = facts.transformer_config, facts.stages
@@ -281,7 +282,8 @@ def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
     spread = f", by pipeline stage {stages.num_layers}" if len(stages.num_layers) > 1 else ""
     experts = f"{transformer_config.num_moe_experts} experts, {transformer_config.moe_router_topk} for each token"
     yield "MoE layers", f"{number}, {experts}{spread}"
-    yield "router tap", "TopKRouter.routing"
+    graphed = is_router_graphed(transformer_config)
+    yield "router tap", "MoELayer.preprocess, beside the router's CUDA graph" if graphed else "TopKRouter.routing"
     rows = [row for tap, losses in by_tap(spec.computed_losses) for row in tap.describe(losses, facts)]
     yield from dict.fromkeys(rows)
     yield "kernels", _kernels(spec, device)

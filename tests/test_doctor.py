@@ -85,6 +85,19 @@ def test_any_machine_judges_the_flags_of_a_cluster(diagnose, flags):
 
 
 @needs_training_loop
+def test_where_the_losses_read_beside_graphs_and_quantized_rows(diagnose):
+    _, _, rows = diagnose(*RECIPE)
+    assert rows["router tap"] == "TopKRouter.routing" and "kept until backward" not in rows
+    graphs = ["--cuda-graph-impl", "transformer_engine", "--cuda-graph-scope", "moe_router"]
+    status, report, rows = diagnose(*RECIPE, *graphs, "--fp8-format", "e4m3", "--fp8-recipe", "blockwise")
+    assert status == 0, report
+    assert rows["router tap"].startswith("MoELayer.preprocess")
+    assert rows["kept until backward"].startswith(f"{2 * 8 * 768} bytes a token and layer")
+    recompute = ["--recompute-granularity", "selective", "--recompute-modules", "moe_act"]
+    assert "kept until backward" not in diagnose(*RECIPE, "--fp8-format", "e4m3", *recompute)[2]
+
+
+@needs_training_loop
 def test_what_is_assumed_is_forgotten(diagnose):
     from megatron.core import utils
 

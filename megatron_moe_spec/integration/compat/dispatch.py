@@ -78,33 +78,37 @@ def row_exchange(
     """
     if dispatcher.ep_size == 1:
         return None
-    kind = dispatcher.config.moe_token_dispatcher_type
-    if kind == "allgather":
-        return _of_allgather(dispatcher, dispatched_TE, counts_L, blocks_L)
+    kind, num_rows = dispatcher.config.moe_token_dispatcher_type, sum(counts_L)
     if kind == "flex":
-        return _of_flex(dispatcher, dispatched_TE, blocks_L)
-    if dispatcher.tp_size > 1:
-        return _of_alltoall_and_gather(dispatcher, dispatched_TE, counts_L, blocks_L)
-    return _of_alltoall(dispatcher, counts_L, blocks_L)
-
-
-def _of_alltoall(dispatcher, counts_L: Sequence[int], blocks_L: Sequence[int]) -> RowExchange:
-    # Rows lie by (local expert, source, token) and were received by (source, local expert, token).
-    ranks, local, device = dispatcher.ep_size, dispatcher.num_local_experts, dispatcher.probs.device
-    order = None
-    if local > 1:
-        rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
-        order = _by_source(rows_RL.T, sum(counts_L)).to(device)
-    order = _in_blocks(order, counts_L, blocks_L, device)
-    rows_for, rows_from = dispatcher.output_splits, dispatcher.input_splits
-    if rows_for is None:  # every expert is padded to its capacity
-        rows_for = rows_from = [sum(counts_L) // ranks] * ranks
+        order, counts_L, rows_for, rows_from = _of_flex(dispatcher, dispatched_TE)
+    elif kind == "allgather":
+        order, rows_for, rows_from = _of_allgather(dispatcher, dispatched_TE, num_rows)
+    elif dispatcher.tp_size > 1:
+        order, rows_for, rows_from = _of_alltoall_and_gather(dispatcher, dispatched_TE, num_rows)
+    else:
+        order, rows_for, rows_from = _of_alltoall(dispatcher, num_rows)
+    order = _in_blocks(order, counts_L, blocks_L, dispatched_TE.device)
     return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
 
 
-def _of_alltoall_and_gather(
-    dispatcher, dispatched_TE: Tensor, counts_L: Sequence[int], blocks_L: Sequence[int]
-) -> RowExchange:
+def _of_alltoall(dispatcher, num_rows: int) -> tuple[Optional[Tensor], list[int], list[int]]:
+    """The order by source of rows without padding (None: as they lie); how many are for, and from, each rank.
+
+    The others likewise.
+    """
+    # Rows lie by (local expert, source, token) and were received by (source, local expert, token).
+    ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
+    order = None
+    if local > 1:
+        rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
+        order = _by_source(rows_RL.T, num_rows).to(dispatcher.probs.device)
+    rows_for, rows_from = dispatcher.output_splits, dispatcher.input_splits
+    if rows_for is None:  # every expert is padded to its capacity
+        rows_for = rows_from = [num_rows // ranks] * ranks
+    return order, rows_for, rows_from
+
+
+def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> tuple[Tensor, list[int], list[int]]:
     # Rows lie by (local expert, tensor-parallel rank, source, token). The dispatcher keeps the counts only where it
     # needs them: one all-gather of E numbers, and one host synchronisation.
     ranks, peers, local = dispatcher.ep_size, dispatcher.tp_size, dispatcher.num_local_experts
@@ -112,31 +116,26 @@ def _of_alltoall_and_gather(
     rows_RCRL = all_gather(own_E, dispatcher.tp_ep_group).view(ranks, peers, ranks, local)
     rank = dispatcher.ep_group.rank()
     here_RCL = rows_RCRL[:, :, rank]
-    order = _by_source(here_RCL.permute(2, 1, 0), sum(counts_L))
-    order = _in_blocks(order, counts_L, blocks_L, order.device)
-    rows_for = here_RCL.sum(dim=(1, 2)).tolist()
-    rows_from = rows_RCRL[rank].sum(dim=(0, 2)).tolist()
-    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
+    order = _by_source(here_RCL.permute(2, 1, 0), num_rows)
+    return order, here_RCL.sum(dim=(1, 2)).tolist(), rows_RCRL[rank].sum(dim=(0, 2)).tolist()
 
 
-def _of_allgather(dispatcher, dispatched_TE: Tensor, counts_L: Sequence[int], blocks_L: Sequence[int]) -> RowExchange:
+def _of_allgather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> tuple[Tensor, list[int], list[int]]:
     # Rows lie by (local expert, global token); source r has the r-th T of the global tokens.
     local_map_GL = dispatcher.local_map
     ranks, num_tokens = dispatcher.ep_size, len(dispatched_TE)
     flat = local_map_GL.T.reshape(-1).to(torch.uint8)
-    token_P = flat.argsort(descending=True, stable=True)[: sum(counts_L)] % len(local_map_GL)
+    token_P = flat.argsort(descending=True, stable=True)[:num_rows] % len(local_map_GL)
     order = (token_P // num_tokens).argsort(stable=True)
-    order = _in_blocks(order, counts_L, blocks_L, order.device)
     # The dispatcher itself synchronises with the host for its counts.
     rows_for = local_map_GL.view(ranks, -1).sum(dim=1).tolist()
-    rows_from = dispatched_TE.view(num_tokens, ranks, -1).sum(dim=(0, 2)).tolist()
-    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
+    return order, rows_for, dispatched_TE.view(num_tokens, ranks, -1).sum(dim=(0, 2)).tolist()
 
 
-def _of_flex(dispatcher, dispatched_TE: Tensor, blocks_L: Sequence[int]) -> RowExchange:
+def _of_flex(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int], list[int]]:
     # DeepEP receives tokens by (source, token), which Megatron permutes by (local expert, source, token); HybridEP
     # hands the rows over in this order. Neither promises it, see ``RowCheck``. One all-to-all of E numbers, and one
-    # host synchronisation. What the dispatcher counts may be padded.
+    # host synchronisation. Also returns the counts, for what the dispatcher counts may be padded.
     ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
     sent_RL = dispatched_TE.sum(dim=0).view(ranks, local)
     rows_RL = torch.empty_like(sent_RL)
@@ -150,8 +149,7 @@ def _of_flex(dispatcher, dispatched_TE: Tensor, blocks_L: Sequence[int]) -> RowE
         permuted_TL = manager.dispatched_routing_map.bool()
         chosen_TL = expert_map(manager.dispatched_indices, local)
         order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0).tolist()
-    order = _in_blocks(order, counts_L, blocks_L, order.device)
-    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
+    return order, counts_L, rows_for, rows_from
 
 
 def _by_source(rows: Tensor, num_rows: int) -> Tensor:

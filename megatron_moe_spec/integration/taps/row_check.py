@@ -3,7 +3,6 @@
 Suffixes: T tokens of this rank, E experts, L local experts, P rows, H hidden size.
 """
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Optional
 
@@ -32,14 +31,13 @@ class RowCheck:
         self._layer = layer
         self._due = True
         self._tokens_TH: Optional[Tensor] = None
-        self._hooks = [layer.module.register_load_state_dict_post_hook(Hook(self._loaded))]
+        self._hook = layer.module.register_load_state_dict_post_hook(Hook(self._loaded))
         self._method = None
         if hands_over_tokens(layer.dispatcher):
             self._method = MethodReplacement(layer.dispatcher, "token_dispatch", partial(_token_dispatch, self))
 
     def detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
         if self._method is not None:
             self._method.restore()
 
@@ -51,7 +49,7 @@ class RowCheck:
         if self._due:
             self._tokens_TH = tokens_TH.detach()
 
-    def received(self, inputs_PH: Tensor, routing_map_TE: Tensor, counts_L: Sequence[int]) -> None:
+    def received(self, inputs_PH: Tensor, routing_map_TE: Tensor, counts_L: list[int]) -> None:
         """Checks what the experts are given.
 
         Raises:
@@ -60,7 +58,7 @@ class RowCheck:
         if not self._due:
             return
         with torch.no_grad():
-            right = torch.tensor(self._right(inputs_PH.detach(), routing_map_TE, list(counts_L)), dtype=torch.int32)
+            right = torch.tensor(self._right(inputs_PH.detach(), routing_map_TE, counts_L), dtype=torch.int32)
             right = right.to(inputs_PH.device)
             dist.all_reduce(right, op=dist.ReduceOp.MIN, group=self._layer.dispatcher.ep_group)
         if not right:

@@ -158,13 +158,17 @@ class RowsTap(Tap[RowsLoss]):
             run.counts_L = _numbers(tokens_per_expert)
             self._check.received(inputs_PH, run.routing_map_TE, run.counts_L)
 
-    def tap_rows(self, part: int, rows_PD: Tensor, tokens_per_expert) -> Tensor:
-        """Takes part of the layer's rows; returns what the model is to go on with instead."""
+    def tap_rows(self, part: int, rows_PD: Tensor, tokens_per_expert=None) -> Tensor:
+        """Takes part of the layer's rows; returns what the model is to go on with instead.
+
+        Args:
+            tokens_per_expert: how many rows of each expert these are; None: as many as the experts were given.
+        """
         run = self._run
         if run is None:
             return rows_PD
         run.rows.add(self._kept(rows_PD))
-        run.blocks_L += _numbers(tokens_per_expert)
+        run.blocks_L += run.counts_L if tokens_per_expert is None else _numbers(tokens_per_expert)
         if run.rows.complete:
             with torch.no_grad():
                 self._compare(run, run.rows)
@@ -312,7 +316,7 @@ def _tap_activations(tap: ActivationsTap, part: int, module: nn.Module, args):
 
 def _tap_outputs(tap: OutputsTap, module: nn.Module, args, outputs):
     """Forward hook of the experts, which return (p * x, no bias); as many rows as came in."""
-    return (tap.tap_rows(0, outputs[0], args[1]), *outputs[1:])
+    return (tap.tap_rows(0, outputs[0]), *outputs[1:])
 
 
 def _numbers(tokens_per_expert) -> list[int]:

@@ -10,6 +10,8 @@ from other_losses import losses_of_ones_own
 
 FULL = dict(recompute_granularity="full", recompute_num_layers=1)
 SELECTIVE = dict(recompute_granularity="selective")
+# Of 1 in fp32: coupling is one minus a number, which is 1 where every token goes to all experts.
+ROUNDING = 6e-8
 RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_num_layers", "recompute_method", "recompute_modules")
 
 # name -> (fields of TransformerConfig, properties of the data)
@@ -131,7 +133,7 @@ def _compare(
     values = handle.metrics()
     assert values.keys() == set(config.trained_losses)
     for name, value in values.items():
-        assert value == pytest.approx(expected_values[name], rel=1e-5), name
+        assert value == pytest.approx(expected_values[name], rel=1e-5, abs=ROUNDING), name
     scale = max(float(g.norm()) for g in expected.values())
     assert scale > 1e-4, "the reference has no gradient to compare with"
     for name, gradient in found.items():

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.release import current_device
+from megatron_moe_spec.integration.routing import LayerRouting
 from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics
+
+
+_MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
 
 
 class Recorder:
@@ -49,8 +53,10 @@ class Recorder:
         interval = self.spec.metrics_interval
         self.measuring = bool(interval) and (iteration + 1) % interval == 0
         self._device = current_device()
-        # One row a loss: sum of its recorded values, and their number.
+        # One row a loss: sum of its recorded values, and their number; on the device, and what the host knows of them.
         self._losses = torch.zeros(len(self._names), 2, dtype=torch.float64, device=self._device)
+        self._known = [[0.0, 0.0] for _ in self._names]
+        self._terms: dict[tuple[str, float], list[Tensor]] = {}
         self.recorded: set[str] = set()
         self._layers: list[LayerStatistics] = []
         self._pairs: list[PairStatistics] = []
@@ -82,10 +88,42 @@ class Recorder:
 
     def record_loss(self, name: str, value: Tensor, counts: Union[Tensor, bool]) -> None:
         """Records this rank's part of a loss of one layer (pair) and micro-batch; ``counts``: whether it has tokens."""
-        entry = self._losses[self._names.index(name)]
-        entry[0] += value.detach() * counts
-        entry[1] += 1.0 / self._num_shares * counts
+        index = self._names.index(name)
+        entry = self._losses[index]
+        if isinstance(counts, Tensor):
+            entry[0] += value.detach() * counts
+            entry[1] += 1.0 / self._num_shares * counts
+        elif counts:
+            entry[0] += value.detach()
+            self._known[index][1] += 1.0 / self._num_shares
         self.recorded.add(name)
+
+    def record_mean(
+        self, name: str, terms: Tensor, routing: LayerRouting, factor: float = 1.0, offset: float = 0.0
+    ) -> None:
+        """Records offset + factor * the sum of ``terms`` / number of the micro-batch's tokens, see ``record_loss``.
+
+        Where the number is known on the host, nothing is computed before the terms of many layers are there: operations
+        on small tensors cost the time that they take to be launched.
+        """
+        if isinstance(routing.num_tokens, Tensor):
+            self.record_loss(name, offset + factor * terms.detach().sum() / routing.divisor, routing.counts)
+            return
+        self.recorded.add(name)
+        if not routing.counts:
+            return
+        known = self._known[self._names.index(name)]
+        known[0] += offset
+        known[1] += 1.0 / self._num_shares
+        waiting = self._terms.setdefault((name, factor / routing.divisor), [])
+        waiting.append(terms.detach().reshape(-1))
+        if sum(map(len, waiting)) > _MOST_TERMS:
+            self._add_terms()
+
+    def _add_terms(self) -> None:
+        for (name, factor), waiting in self._terms.items():
+            self._losses[self._names.index(name), 0] += torch.cat(waiting).sum(dtype=torch.float64) * factor
+        self._terms.clear()
 
     def losses(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Means over this step's micro-batches, layers (pairs) and ranks, and how many; scalars on the device.
@@ -93,7 +131,9 @@ class Recorder:
         A mean of nothing is NaN. A loss that is off, and was not measured, is left out. A collective: every rank calls
         it, once a step.
         """
-        totals = self._summed(self._losses)
+        self._add_terms()
+        known = torch.tensor(self._known, dtype=torch.float64, device=self._device).view(-1, 2)
+        totals = self._summed(self._losses + known)
         means = (totals[:, 0] / totals[:, 1]).float()
         wanted = {loss.name for loss in self.spec.computed_losses if self.wants(loss)}
         return {name: (mean, number) for name, mean, number in zip(self._names, means, totals[:, 1]) if name in wanted}

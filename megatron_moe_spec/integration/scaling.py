@@ -7,28 +7,33 @@ from torch import Tensor
 from megatron_moe_spec.integration.compat.schedules import backward_loss_scale
 
 
-def gradient_factor(transformer_config, num_tokens: Union[Tensor, int]) -> Union[Tensor, float]:
-    """Factor on the gradient of this rank's part of a loss. Call it in backward.
+def gradient_weight(transformer_config, factor: Union[Tensor, float], num_tokens: Union[Tensor, int]):
+    """Two factors, a number or tensor and a number, of the gradient of this rank's part of a loss. Call it in backward.
 
-    The parts sum, over the ranks that share a micro-batch, to a mean over the micro-batch's tokens. Megatron sums
-    router gradients over tensor-parallel ranks and expert gradients over the ranks that tokens come from. It averages
-    over data x context parallel ranks, and its auxiliary-loss scale holds the context-parallel size and one over the
-    number of micro-batches. With ``--calculate-per-token-loss`` it sums gradients over all these ranks and divides
-    them by the global number of tokens instead, so a micro-batch's loss is weighted by its own number.
+    Their product is ``factor`` times that by which the parts count. The parts sum, over the ranks that share a
+    micro-batch, to a mean over the micro-batch's tokens. Megatron sums router gradients over tensor-parallel ranks and
+    expert gradients over the ranks that tokens come from. It averages over data x context parallel ranks, and its
+    auxiliary-loss scale holds the context-parallel size and one over the number of micro-batches. With
+    ``--calculate-per-token-loss`` it sums gradients over all these ranks and divides them by the global number of
+    tokens instead, so a micro-batch's loss is weighted by its own number.
+
+    There are two so that nothing is computed on the device where the second can have it all: kernels take both.
 
     Args:
         transformer_config: the layer's TransformerConfig.
         num_tokens: non-padding tokens of the micro-batch, over all ranks that share it.
     """
     scale = backward_loss_scale()
-    return scale * num_tokens if transformer_config.calculate_per_token_loss else scale
+    if transformer_config.calculate_per_token_loss:
+        factor = factor * num_tokens
+    return (scale * factor, 1.0) if isinstance(factor, Tensor) else (scale, factor)
 
 
 def micro_batch_count(transformer_config, num_tokens: Union[Tensor, int]):
     """Weight of a rank's micro-batch in a loss of the weights: its tokens with per-token loss, else one if it has any.
 
     Args:
-        transformer_config, num_tokens: see ``gradient_factor``.
+        transformer_config, num_tokens: see ``gradient_weight``.
     """
     return num_tokens if transformer_config.calculate_per_token_loss else num_tokens > 0
 

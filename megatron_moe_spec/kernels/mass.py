@@ -2,9 +2,9 @@
 
     m(t) = sum over the token's dispatched experts of s(t, e),  s the score normalised over all experts
 
-One pass over the logits each way, without writing the scores. The product of adjacent layers' masses is left to
-PyTorch: it takes two vectors of T numbers. So is ``pathway``: its E x E joint matrix is one matrix product of [E, T]
-and [T, E], which the library does at the speed of the hardware, and which needs the scores that it reads.
+One pass over the logits each way, without writing the scores. ``pathway`` is left to PyTorch: its E x E joint matrix
+is one matrix product of [E, T] and [T, E], which the library does at the speed of the hardware, and which needs the
+scores that it reads.
 
 Suffixes: T tokens, E experts.
 
@@ -12,7 +12,8 @@ Worked example, softmax of logits (log 1, log 2, log 5), experts 0 and 2 dispatc
 dm / dlogits = s * (active - m) = (1/8 * 1/4, 1/4 * -3/4, 5/8 * 1/4) = (0.03125, -0.1875, 0.15625).
 """
 
-from typing import Union
+from collections.abc import Sequence
+from typing import Optional, Union
 
 import torch
 import triton
@@ -70,7 +71,9 @@ def _scores(x, E: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
 def _mass_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
     active_ptr,  # bool [T, E]
+    previous_ptr,  # fp32 [T], mass of another layer; None
     mass_ptr,  # fp32 [T], out
+    products_ptr,  # fp32 [programs], out: sums of the products of the two masses; None
     num_tokens,
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -79,15 +82,21 @@ def _mass_kernel(
 ):
     token, offsets, mask, x, active = _load(logits_ptr, active_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
     scores, slope, total = _scores(x, E, SCORE_FUNCTION)
-    tl.store(mass_ptr + token, tl.sum(tl.where(active, scores, 0.0), axis=1) / total, mask=token < num_tokens)
+    mass = tl.sum(tl.where(active, scores, 0.0), axis=1) / total
+    tl.store(mass_ptr + token, mass, mask=token < num_tokens)
+    if previous_ptr is not None:
+        previous = tl.load(previous_ptr + token, mask=token < num_tokens, other=0.0)
+        tl.store(products_ptr + tl.program_id(0), tl.sum(mass * previous, axis=0))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def _mass_gradient_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
     active_ptr,  # bool [T, E]
-    mass_gradient_ptr,  # fp32 [T]
-    weight_ptr,  # fp32 [1]
+    pull_ptr,  # fp32 [T], gradient of the mass
+    other_pull_ptr,  # fp32 [T], to be added to it; None
+    weight_ptr,  # fp32 [1]; None
+    factor,
     incoming_ptr,  # dtype of the logits [T, E]
     out_ptr,  # dtype of the logits [T, E], out: incoming + gradient
     num_tokens,
@@ -98,56 +107,74 @@ def _mass_gradient_kernel(
 ):
     token, offsets, mask, x, active = _load(logits_ptr, active_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
     incoming = tl.load(incoming_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    factor = tl.load(weight_ptr) * tl.load(mass_gradient_ptr + token, mask=token < num_tokens, other=0.0)
+    pull = tl.load(pull_ptr + token, mask=token < num_tokens, other=0.0)
+    if other_pull_ptr is not None:
+        pull += tl.load(other_pull_ptr + token, mask=token < num_tokens, other=0.0)
+    pull *= factor
+    if weight_ptr is not None:
+        pull *= tl.load(weight_ptr)
     scores, slope, total = _scores(x, E, SCORE_FUNCTION)
     mass = tl.sum(tl.where(active, scores, 0.0), axis=1) / total
-    gradient = slope / total[:, None] * (factor[:, None] * (active.to(tl.float32) - mass[:, None]))
+    gradient = slope / total[:, None] * (pull[:, None] * (active.to(tl.float32) - mass[:, None]))
     tl.store(out_ptr + offsets, incoming + gradient, mask=mask)
 
 
-def routed_mass(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> Tensor:
-    """[T] m(t) in fp32.
+def routed_mass(
+    logits_TE: Tensor, active_TE: Tensor, score_function: str, previous_T: Optional[Tensor] = None
+) -> tuple[Tensor, Optional[Tensor]]:
+    """m(t), and with ``previous_T`` the parts of the sum over tokens of its product with that of another layer.
 
     Args:
         logits_TE: router logits, fp32, bf16 or fp16.
         active_TE: bool, the experts each token was dispatched to.
         score_function: softmax, sigmoid or sqrtsoftplus.
+        previous_T: fp32, m of another layer for the same tokens.
+
+    Returns:
+        [T] fp32; fp32 [number of programs], or None.
 
     Raises:
         ValueError: a shape, dtype or option does not fit; the message names the argument.
     """
     _check(logits_TE, active_TE, score_function)
     num_tokens, num_experts = logits_TE.shape
+    if previous_T is not None:
+        _check_tokens("previous_T", previous_T, num_tokens)
+    grid, blocks = _blocks(num_tokens, num_experts)
     mass_T = torch.empty(num_tokens, dtype=torch.float32, device=logits_TE.device)
+    products = None if previous_T is None else torch.empty(grid, dtype=torch.float32, device=logits_TE.device)
     if num_tokens:
-        grid, blocks = _blocks(num_tokens, num_experts)
         _mass_kernel[grid](
             logits_TE.contiguous(),
             active_TE.contiguous(),
+            previous_T,
             mass_T,
+            products,
             num_tokens,
             E=num_experts,
             SCORE_FUNCTION=score_function,
             **blocks,
         )
-    return mass_T
+    return mass_T, products
 
 
 def add_mass_gradient(
     logits_TE: Tensor,
     active_TE: Tensor,
     score_function: str,
-    mass_gradient_T: Tensor,
+    pulls: Sequence[Tensor],
     weight: Union[Tensor, float],
     incoming_TE: Tensor,
+    factor: float = 1.0,
 ) -> Tensor:
-    """incoming + weight * sum_t mass_gradient(t) dm(t) / dlogits, rounded once.
+    """incoming + factor * weight * sum_t pull(t) dm(t) / dlogits, rounded once.
 
     Args:
         logits_TE, active_TE, score_function: as given to ``routed_mass``.
-        mass_gradient_T: fp32.
-        weight: a number, or a tensor of one element, which is not read on the host.
+        pulls: one or two fp32 [T], whose sum is the gradient with respect to m.
+        weight: a number, or an fp32 tensor of one element, which is not read on the host.
         incoming_TE: gradient of the logits, in their dtype; left as it is.
+        factor: a number.
 
     Returns:
         [T, E] in the dtype of the logits.
@@ -162,18 +189,23 @@ def add_mass_gradient(
             f"incoming_TE must be {logits_TE.dtype} {list(logits_TE.shape)} as logits_TE is; got "
             f"{incoming_TE.dtype} {list(incoming_TE.shape)}"
         )
-    if mass_gradient_T.shape != (num_tokens,):
-        raise ValueError(f"mass_gradient_T must be [{num_tokens}]; got {list(mass_gradient_T.shape)}")
+    for pull_T in pulls:
+        _check_tokens("pulls", pull_T, num_tokens)
     out_TE = torch.empty(logits_TE.shape, dtype=computed_dtype(logits_TE.dtype), device=logits_TE.device)
     if num_tokens:
-        if not isinstance(weight, Tensor):
-            weight = torch.full((1,), weight, device=logits_TE.device)
+        if isinstance(weight, Tensor):
+            weight = weight.to(logits_TE.device, torch.float32)
+        else:
+            weight, factor = None, factor * weight
         grid, blocks = _blocks(num_tokens, num_experts)
+        pull_T, other_pull_T = (*pulls, None)[:2]
         _mass_gradient_kernel[grid](
             logits_TE.contiguous(),
             active_TE.contiguous(),
-            mass_gradient_T.float().contiguous(),
-            weight.to(logits_TE.device, torch.float32),
+            pull_T,
+            other_pull_T,
+            weight,
+            float(factor),
             incoming_TE.contiguous(),
             out_TE,
             num_tokens,
@@ -188,6 +220,11 @@ def _blocks(num_tokens: int, num_experts: int) -> tuple[tuple[int], dict]:
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(_ELEMENTS // block_e, 1)
     return (triton.cdiv(num_tokens, block_t),), dict(BLOCK_T=block_t, BLOCK_E=block_e, num_warps=_WARPS)
+
+
+def _check_tokens(name: str, x_T: Tensor, num_tokens: int) -> None:
+    if x_T.shape != (num_tokens,) or x_T.dtype != torch.float32 or not x_T.is_contiguous():
+        raise ValueError(f"{name} must be fp32 [{num_tokens}], contiguous; got {x_T.dtype} {list(x_T.shape)}")
 
 
 def _check(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> None:

@@ -150,11 +150,14 @@ class RowsLoss(Loss):
     Attributes:
         token_stride: use every N-th token only.
         uses_lengths: whether ``token_losses`` uses the vectors' lengths. If not, it gets None for them.
+        of_squares: whether ``token_losses`` is the mean of the squared cosines of the K (K - 1) ordered pairs: the
+            kernels know that gradient.
     """
 
     may_read: ClassVar[tuple[str, ...]] = (ACTIVATIONS, OUTPUTS)
     token_stride: ClassVar[int] = 1
     uses_lengths: ClassVar[bool] = True
+    of_squares: ClassVar[bool] = False
 
     def token_losses(self, cosines_TKK: Tensor, lengths_TK: Tensor, active_TK: Tensor) -> Tensor:
         """[T] the loss of each token. Differentiable; each token's depends on that token's values alone.

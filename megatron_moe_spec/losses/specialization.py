@@ -16,6 +16,7 @@ class Specialization(RowsLoss):
     reads: ClassVar[str] = ACTIVATIONS
     measured: ClassVar[bool] = True
     uses_lengths: ClassVar[bool] = False
+    of_squares: ClassVar[bool] = True
 
     coeff: float = option(
         0.0,

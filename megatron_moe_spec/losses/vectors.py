@@ -86,6 +86,12 @@ def mixing_of(cosines_TKK: Tensor, lengths_TK: Tensor, of_cosines_TKK: Tensor, o
     return both + torch.diag_embed(own)
 
 
+def mixing_of_squares(cosines_TKK: Tensor) -> Tensor:
+    """``mixing_of`` the sum of the squared cosines of ordered pairs, whose gradient with respect to them is 2 cos."""
+    return 4.0 * (cosines_TKK - torch.diag_embed(cosines_TKK.square().sum(dim=-1)))
+
+
 def mixed(mixing_TKK: Tensor, units_TKD: Tensor, inverse_lengths_TK: Tensor) -> Tensor:
     """[T, K, D] the gradient with respect to the vectors, from ``mixing_of`` and ``unit_vectors``."""
     return inverse_lengths_TK.unsqueeze(-1) * (mixing_TKK @ units_TKD)
+

@@ -1,33 +1,87 @@
 """The rows that the experts of each token compute, wherever they lie, and gradients through their angles and lengths.
 
-Suffixes: T tokens (every N-th with a token stride), E experts, K experts per token, P rows, D components of a row.
+Suffixes: T tokens (every N-th with a token stride), E experts, K experts per token, P rows, D components of a row, C
+pairs of a token's experts, G components of a SwiGLU's input.
 """
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Optional
 
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.vectors import inverse, mixed, pair_cosines, unit_vectors
+from megatron_moe_spec.losses.vectors import (
+    inverse,
+    mixed,
+    mixing_of_squares,
+    pair_cosines,
+    unit_vectors,
+    unpacked,
+)
 from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_max, all_reduce_sum
 from megatron_moe_spec.parallel.rows import RowExchange
 
+_NONE = torch.iinfo(torch.int32).max
 
-def expert_rows(dispatched_TE: Tensor, blocks_E: Optional[Sequence[int]] = None) -> Tensor:
+
+def first_rows(rows_E: Sequence[int], device: torch.device) -> Tensor:
+    """[E] int32 number of each expert's first row, on the device. No synchronisation with it.
+
+    Args:
+        rows_E: number of rows of each expert, padding included.
+    """
+    starts = torch.tensor([0, *accumulate(rows_E)][:-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    return starts.to(device, non_blocking=True)
+
+
+def expert_rows(dispatched_TE: Tensor, starts_E: Optional[Tensor] = None) -> Tensor:
     """[T, E] positions of each token's rows among the rows of these tokens, ordered by (expert, token).
 
     No host synchronisation. Meaningless where a token has no row.
 
     Args:
         dispatched_TE: bool, the map that the dispatcher has permuted by.
-        blocks_E: numbers of rows from each expert to the next, where those of an expert may be padded at the end.
+        starts_E: from ``first_rows``, where the rows of an expert may be padded at the end.
     """
-    if blocks_E is None:
+    if starts_E is None:
         return (dispatched_TE.T.reshape(-1).cumsum(0) - 1).view(dispatched_TE.shape[::-1]).T
-    sizes_E = torch.tensor(blocks_E, device=dispatched_TE.device)
-    return dispatched_TE.cumsum(dim=0) - 1 + sizes_E.cumsum(0) - sizes_E
+    return dispatched_TE.cumsum(dim=0) - 1 + starts_E
+
+
+def rows_of_tokens(
+    dispatched_TE: Tensor,
+    active_TE: Tensor,
+    top_k: int,
+    num_rows: int,
+    tokens: slice = slice(0, None, 1),
+    num_ranks: int = 1,
+    used_alone: bool = False,
+    starts_E: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor]:
+    """Twin of ``kernels.positions.rows_of_tokens``, which says what it does."""
+    used = partial(_used, tokens=tokens, num_ranks=num_ranks)
+    row_TE = expert_rows(used(dispatched_TE)) if used_alone else used(expert_rows(dispatched_TE, starts_E))
+    row_TE = torch.where(used(active_TE), row_TE, _NONE)
+    rows_TK = row_TE.topk(top_k, dim=1, largest=False).values
+    covered_P = torch.zeros(num_rows + 1, dtype=torch.bool, device=rows_TK.device)
+    covered_P.index_fill_(0, rows_TK.clamp_max(num_rows).view(-1), True)
+    return torch.where(rows_TK == _NONE, -1, rows_TK).int(), covered_P[:num_rows]
+
+
+def experts_of_tokens(active_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """[T, K] numbers of the active experts of each token, ascending; bool, which there are: the others are expert 0."""
+    num_experts = active_TE.shape[1]
+    numbers_E = torch.arange(num_experts, device=active_TE.device)
+    experts_TK = torch.where(active_TE, numbers_E, num_experts).topk(top_k, dim=1, largest=False).values
+    active_TK = experts_TK < num_experts
+    return experts_TK * active_TK, active_TK
+
+
+def _used(x_T: Tensor, tokens: slice, num_ranks: int) -> Tensor:
+    """Of [T, ...] for all tokens of the column group, that of the used tokens; a view but for the last step."""
+    return x_T.unflatten(0, (num_ranks, -1))[:, tokens].flatten(0, 1)
 
 
 class TokenRows:
@@ -36,20 +90,22 @@ class TokenRows:
     Experts hand in their rows one after another (TEGroupedMLP: all at once). When all have, the tokens' vectors are
     compared; backward reads the rows again, recomputed by then where the layer recomputes its activation.
 
-    Expert parallelism: rows are returned to the ranks of their tokens, by one all-to-all of them in forward; in
-    backward another of them, so that no copy is kept, and one of the gradients. Each moves the rows of the used tokens
-    once, in their dtype: K D / stride numbers a token. With a stride, an all-to-all of K bytes a token in forward tells
-    the experts' ranks which rows are used.
+    Expert parallelism: rows are returned to the ranks of their tokens, by one all-to-all of them in forward, which runs
+    beside the experts until ``finish``; in backward another of them, so that no copy is kept, and one of the gradients.
+    Each moves the rows of the used tokens once: K D / stride numbers a token. With a stride, an all-to-all of K bytes a
+    token in forward tells the experts' ranks which rows are used.
 
     Expert tensor parallelism: a rank has D / size columns of the rows of all the group's tokens. It sums products over
     the group: three all-reduces in forward, of K, K and K x K numbers a token in fp32, and one gather of two bits
     (bytes) per token and expert; none in backward.
 
+    Kept for backward, a token: K numbers of rows, K inverse lengths, K (K - 1) / 2 cosines or a mixing matrix of K x K.
+
     Attributes:
         own: which of the compared tokens are this rank's.
-        experts_TK: numbers of the experts that the compared tokens have vectors of, ascending; until ``keep_mixing``.
-        active_TK: bool, which vectors the compared tokens have.
-        cosines_TKK, lengths_TK: between, and of, these vectors; from ``compare``.
+        active_TK: bool, which vectors the compared tokens have; from ``finish``.
+        cosines_TKK, lengths_TK: between, and of, these vectors; from ``finish`` to ``keep_mixing``.
+        squares: terms of the sum over this rank's tokens of the squared cosines of ordered pairs; from ``finish``.
 
     Args:
         active_TE: bool, the experts of this rank's tokens that count.
@@ -64,18 +120,21 @@ class TokenRows:
         self._fused = fused
         self._group = column_group
         self._tokens = tokens
-        active_TE = self._used(all_gather(active_TE, column_group))
-        self.experts_TK = active_TE.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :top_k]
-        self.active_TK = active_TE.gather(1, self.experts_TK)
-        own = len(active_TE) // column_group.size()
+        self._top_k = top_k
+        self._active_TE: Optional[Tensor] = all_gather(active_TE, column_group)
+        own = len(range(len(active_TE))[tokens])
         self.own = slice(column_group.rank() * own, (column_group.rank() + 1) * own)
-        self._rows_TK: Optional[Tensor] = None
-        self._inverse_lengths_TK: Optional[Tensor] = None
         self._mixing_TKK: Optional[Tensor] = None
+        self._cosines_TC: Optional[Tensor] = None
         self._num_parts = num_parts
         self._parts: list[Tensor] = []
         self._gradients: list[Optional[Tensor]] = []
         self._exchange: Optional[RowExchange] = None
+        self._coming = None
+
+    def experts(self) -> tuple[Tensor, Tensor]:
+        """The experts whose vectors the compared tokens have, see ``experts_of_tokens``; before ``begin``."""
+        return experts_of_tokens(_used(self._active_TE, self._tokens, self._group.size()), self._top_k)
 
     def add(self, rows: Tensor) -> None:
         """Takes the rows of the next expert."""
@@ -86,106 +145,174 @@ class TokenRows:
         """Whether all experts have handed in their rows."""
         return len(self._parts) == self._num_parts
 
-    def compare(
+    @property
+    def num_rows(self) -> int:
+        """That have been handed in."""
+        return sum(map(len, self._parts))
+
+    def begin(
         self, dispatched_TE: Tensor, exchange: Optional[RowExchange], blocks_E: Optional[Sequence[int]] = None
     ) -> None:
-        """Compares the vectors of each token, once all rows are there.
+        """Finds the rows of each token, once all are there, and begins to bring them home.
 
         Args:
             dispatched_TE: bool, the map that the dispatcher has permuted by, of all tokens whose rows the column group
                 shares.
             exchange: returns rows to the ranks of their tokens; None: they are there.
-            blocks_E: see ``expert_rows``; without an exchange.
+            blocks_E: number of rows from each expert to the next, where they may be padded; without an exchange.
         """
+        find = _finder(self._fused)
+        active_TE, self._active_TE = self._active_TE, None
+        which = dict(top_k=self._top_k, tokens=self._tokens, num_ranks=self._group.size())
         if exchange is None:
-            row_TE = self._used(expert_rows(dispatched_TE, blocks_E))
+            starts_E = None if blocks_E is None else first_rows(blocks_E, dispatched_TE.device)
+            found = find(dispatched_TE, active_TE, num_rows=self.num_rows, starts_E=starts_E, **which)
+        elif self._tokens.step == 1:
+            found = find(dispatched_TE, active_TE, num_rows=exchange.num_home, **which)
         else:
-            row_TE = expert_rows(self._used(dispatched_TE))
-            if self._tokens.step > 1:
-                exchange = exchange.part(self._used_rows(dispatched_TE))
+            _, used_P = find(dispatched_TE, active_TE, num_rows=exchange.num_home, **which)
+            exchange = exchange.part(used_P)
+            found = find(active_TE, active_TE, num_rows=exchange.num_home, used_alone=True, **which)
+        self._rows_TK, self._covered_P = found
         self._exchange = exchange
-        self._rows_TK = row_TE.gather(1, self.experts_TK) * self.active_TK
-        compare = self._compare_fused if self._fused else self._compare_eagerly
-        self.cosines_TKK, self._inverse_lengths_TK = compare(self._rows())
-        self.lengths_TK = inverse(self._inverse_lengths_TK)
+        if exchange is not None:
+            self._coming = exchange.begin_to_tokens(self._joined())
 
-    def _compare_eagerly(self, rows_PD: Tensor) -> tuple[Tensor, Tensor]:
-        units_TKD, inverse_lengths_TK = unit_vectors(
+    def finish(self) -> None:
+        """Compares the vectors of each token."""
+        rows_PD = self._joined() if self._coming is None else self._coming.wait()
+        self._coming = None
+        if self._fused:
+            self._compare_fused(rows_PD)
+        else:
+            self._compare_eagerly(rows_PD)
+
+    def _compare_eagerly(self, rows_PD: Tensor) -> None:
+        units_TKD, self._inverse_lengths_TK = unit_vectors(
             self._vectors(rows_PD),
             self.active_TK,
             maximum=partial(all_reduce_max, group=self._group),
             total=partial(all_reduce_sum, group=self._group),
         )
-        return all_reduce_sum(pair_cosines(units_TKD), self._group), inverse_lengths_TK
+        self._cosines_TKK = all_reduce_sum(pair_cosines(units_TKD), self._group)
 
-    def _compare_fused(self, rows_PD: Tensor) -> tuple[Tensor, Tensor]:
+    def _compare_fused(self, rows_PD: Tensor) -> None:
         from megatron_moe_spec.kernels import rows as kernels  # imports triton
 
         if self._group.size() == 1:
-            return kernels.row_cosines(rows_PD, self._rows_TK, self.active_TK)
-        products_TKK, units_TK = kernels.row_products(rows_PD, self._rows_TK, self.active_TK)
+            self._cosines_TC, self._inverse_lengths_TK, self._squares = kernels.row_cosines(rows_PD, self._rows_TK)
+            return
+        products_TKK, units_TK = kernels.row_products(rows_PD, self._rows_TK)
         common_TK = all_reduce_max(units_TK, self._group)
         products_TKK = all_reduce_sum(kernels.in_units(products_TKK, units_TK, common_TK), self._group)
-        return kernels.cosines_from_products(products_TKK, common_TK)
+        self._cosines_TKK, self._inverse_lengths_TK = kernels.cosines_from_products(products_TKK, common_TK)
+
+    @property
+    def active_TK(self) -> Tensor:
+        return self._rows_TK >= 0
+
+    @property
+    def cosines_TKK(self) -> Tensor:
+        return self._cosines_TKK if self._cosines_TC is None else unpacked(self._cosines_TC, self._top_k)
+
+    @property
+    def lengths_TK(self) -> Tensor:
+        return inverse(self._inverse_lengths_TK)
+
+    @property
+    def squares(self) -> Tensor:
+        return self._cosines_TKK[self.own].square().sum() if self._cosines_TC is None else self._squares
+
+    def keep_squares(self) -> None:
+        """Has the gradient be that of the sum of the squared cosines of ordered pairs."""
+        if self._cosines_TC is None:
+            self.keep_mixing(mixing_of_squares(self._cosines_TKK))
 
     def keep_mixing(self, mixing_TKK: Tensor) -> None:
         """Takes how the gradient mixes the vectors' directions, from ``losses.vectors.mixing_of``, for backward."""
         self._mixing_TKK = mixing_TKK
-        del self.cosines_TKK, self.lengths_TK, self.experts_TK
+        self._cosines_TKK = self._cosines_TC = None
 
-    def add_gradient(self, part: int, weight, incoming: Tensor) -> Tensor:
-        """incoming + weight * the gradient with respect to the rows of one part; each part asks once."""
+    def add_gradient(self, part: int, weight, factor: float, incoming: Tensor) -> Tensor:
+        """incoming + factor * weight * the gradient with respect to the rows of one part; each part asks once.
+
+        Args:
+            weight: a number or a tensor of one element.
+        """
         if self._fused and self._exchange is None and len(self._parts) == 1:
             (rows_PD,), self._parts = self._parts, []
-            return self._mix_fused(rows_PD, weight, incoming)
+            return self._mix_fused(rows_PD, weight, factor, incoming)
         if not self._gradients:
-            self._gradients = list(self._all_gradients(weight).split([len(rows) for rows in self._parts]))
+            self._gradients = list(self._all_gradients(weight, factor).split([len(rows) for rows in self._parts]))
         gradient, self._gradients[part] = self._gradients[part], None
         self._num_parts -= 1
         if not self._num_parts:
             self._parts = []
         return incoming + gradient.to(incoming.dtype)
 
-    def _mix_fused(self, rows_PD: Tensor, weight, incoming: Optional[Tensor] = None) -> Tensor:
+    @property
+    def goes_through_swiglu(self) -> bool:
+        """Whether ``swiglu_gradient`` can compute the gradient; once it is known what to keep."""
+        return self._fused and self._cosines_TC is not None and self._exchange is None and len(self._parts) == 1
+
+    def swiglu_gradient(
+        self, y_PG: Tensor, probs: Tensor, weight, factor: float, incoming_PD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the weighted SwiGLU whose results the rows are, with that of the rows in them.
+
+        Args:
+            y_PG, probs: its inputs.
+            incoming_PD: gradient of its results; the other arguments are those of ``add_gradient``.
+        """
+        from megatron_moe_spec.kernels.swiglu import swiglu_gradient  # imports triton
+
+        kept = self._rows_TK, self._covered_P, self._cosines_TC, self._inverse_lengths_TK
+        return swiglu_gradient(y_PG, probs, *kept, weight, incoming_PD, factor=factor)
+
+    def forget_rows(self) -> None:
+        """Backward does not need them."""
+        self._parts = []
+
+    def _mix_fused(self, rows_PD: Tensor, weight, factor: float, incoming: Optional[Tensor] = None) -> Tensor:
         from megatron_moe_spec.kernels import rows as kernels  # imports triton
 
-        return kernels.add_mixed(
-            rows_PD, self._rows_TK, self.active_TK, self._mixing_TKK, self._inverse_lengths_TK, weight, incoming
-        )
+        kept = rows_PD, self._rows_TK, self._covered_P
+        if self._cosines_TC is not None:
+            return kernels.add_squares_gradient(
+                *kept, self._cosines_TC, self._inverse_lengths_TK, weight, incoming, factor=factor
+            )
+        return kernels.add_mixed(*kept, self._mixing_TKK, self._inverse_lengths_TK, weight, incoming, factor=factor)
 
-    def _all_gradients(self, weight) -> Tensor:
-        rows_PD = self._rows()
+    def _all_gradients(self, weight, factor: float) -> Tensor:
+        rows_PD = self._joined() if self._exchange is None else self._exchange.to_tokens(self._joined())
         if self._fused:
-            gradient_PD = self._mix_fused(rows_PD, weight)
+            gradient_PD = self._mix_fused(rows_PD, weight, factor)
             return gradient_PD if self._exchange is None else self._exchange.to_experts(gradient_PD)
         inverse_TK = self._inverse_lengths_TK
         units_TKD = self._vectors(rows_PD).to(inverse_TK.dtype) * inverse_TK.unsqueeze(-1)
-        gradient_TKD = mixed(self._mixing_TKK, units_TKD, inverse_TK) * weight
+        gradient_TKD = mixed(self._mixing_TKK, units_TKD, inverse_TK) * (weight * factor)
         gradient_PD = gradient_TKD.new_zeros(rows_PD.shape)
         if len(gradient_PD):
             # Vectors that are not there add their zero gradient to row 0; every other row has one token.
-            gradient_PD.index_add_(0, self._rows_TK.reshape(-1), gradient_TKD.flatten(0, 1))
+            gradient_PD.index_add_(0, self._rows_TK.clamp_min(0).view(-1), gradient_TKD.flatten(0, 1))
         if self._exchange is None:
             return gradient_PD
         return self._exchange.to_experts(gradient_PD.to(rows_PD.dtype))
 
-    def _used(self, x_T: Tensor) -> Tensor:
-        """Of [T, ...] for all tokens of the column group, that of the used tokens; a view but for the last step."""
-        return x_T.unflatten(0, (self._group.size(), -1))[:, self._tokens].flatten(0, 1)
-
-    def _used_rows(self, dispatched_TE: Tensor) -> Tensor:
-        """Bool, in the order of (expert, token): the rows of used tokens."""
-        used_T = torch.zeros_like(dispatched_TE[:, 0])
-        used_T.unflatten(0, (self._group.size(), -1))[:, self._tokens] = True
-        return used_T.expand(dispatched_TE.shape[::-1])[dispatched_TE.T]
-
-    def _rows(self) -> Tensor:
-        """[P, D] the rows of the group's tokens."""
-        rows_PD = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
-        return rows_PD if self._exchange is None else self._exchange.to_tokens(rows_PD)
+    def _joined(self) -> Tensor:
+        """[P, D] the rows of this rank's experts."""
+        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
 
     def _vectors(self, rows_PD: Tensor) -> Tensor:
         """[T, K, D] each token's rows; any row where a token has none."""
         if len(rows_PD):
             return rows_PD[self._rows_TK]
         return rows_PD.new_zeros(*self._rows_TK.shape, rows_PD.shape[-1])
+
+
+def _finder(fused: bool):
+    if not fused:
+        return rows_of_tokens
+    from megatron_moe_spec.kernels.positions import rows_of_tokens as fused_rows_of_tokens  # imports triton
+
+    return fused_rows_of_tokens

@@ -15,7 +15,7 @@ from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.remedies import without_overlap
 from megatron_moe_spec.integration.injection import add_gradient
 from megatron_moe_spec.integration.routing import LayerRouting, token_scores
-from megatron_moe_spec.integration.scaling import gradient_factor
+from megatron_moe_spec.integration.scaling import gradient_weight
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
@@ -72,30 +72,42 @@ class PairsTap(Tap[Coupling]):
         if not self.wanted():
             return
         layer, routing, micro_batch, kind = self.layer, call.routing, call.micro_batch, self._loss.kind
-        function = layer.transformer_config.moe_router_score_function
-        routing.message = coupling_message(
-            kind, call.logits, function, call.padding_mask, routing.active_TE, self._fused
-        )
         if layer.local_index == 0 and micro_batch.take_before is not None:
             micro_batch.before, micro_batch.take_before = micro_batch.take_before(len(routing.active_TE)), None
         previous = micro_batch.previous(layer.local_index)
+        observe = self._observe_mass if kind == "mass" else self._observe_pathway
+        observe(previous, routing, call)
+        if previous is not None:
+            layer.recorder.measure_pair(layer.global_index - 1, previous.active_TE, routing.active_TE)
+
+    def _observe_mass(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
+        """Leaves the layer's message, and records the loss of it and of the layer before."""
+        function = self.layer.transformer_config.moe_router_score_function
+        before_T = None if previous is None else previous.message
+        if self._fused:
+            from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
+
+            logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
+            routing.message, products = fused_mass(logits_TE, routing.active_TE, function, before_T)
+        else:
+            routing.message = routed_mass(token_scores(call.logits, function, call.padding_mask), routing.active_TE)
+            products = None if before_T is None else before_T * routing.message
+        if products is not None:
+            share = 1.0 / self.layer.token_group.size()
+            self.layer.recorder.record_mean(self._loss.name, products, routing, factor=-1.0, offset=share)
+
+    def _observe_pathway(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
+        """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
+        layer = self.layer
+        function = layer.transformer_config.moe_router_score_function
+        routing.message = token_scores(call.logits, function, call.padding_mask)
         if previous is None:
             return
-        joined = self._joined_by_mass if kind == "mass" else self._joined_by_pathway
-        loss = 1.0 / layer.token_group.size() - joined(previous, routing)
-        layer.recorder.record_loss(self._loss.name, loss, routing.counts)
-        layer.recorder.measure_pair(layer.global_index - 1, previous.active_TE, routing.active_TE)
-
-    def _joined_by_mass(self, previous: LayerRouting, routing: LayerRouting) -> Tensor:
-        """This rank's part of the two layers' joint probability."""
-        return (previous.message * routing.message).sum() / routing.divisor
-
-    def _joined_by_pathway(self, previous: LayerRouting, routing: LayerRouting) -> Tensor:
-        """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
         joint_EE = joint_scores(previous.message, routing.message, routing.divisor)
-        everywhere_EE = all_reduce_sum(joint_EE, self.layer.token_group)
-        previous.successors_EE = strongest_successors(everywhere_EE, self.layer.transformer_config.moe_router_topk)
-        return (joint_EE * previous.successors_EE).sum()
+        everywhere_EE = all_reduce_sum(joint_EE, layer.token_group)
+        previous.successors_EE = strongest_successors(everywhere_EE, layer.transformer_config.moe_router_topk)
+        joined = (joint_EE * previous.successors_EE).sum()
+        layer.recorder.record_loss(self._loss.name, 1.0 / layer.token_group.size() - joined, routing.counts)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.local_index
@@ -109,9 +121,10 @@ class PairsTap(Tap[Coupling]):
             pulls.append(micro_batch.pull_after)
         if not pulls:  # the only MoE layer of a stage, and pairs across stages are dropped
             return incoming
-        factor = self._loss.coeff * gradient_factor(self.layer.transformer_config, routing.num_tokens)
-        function = self.layer.transformer_config.moe_router_score_function
-        return add_logits_gradient(kind, routing, pulls, call.logits, function, factor, incoming, self._fused)
+        transformer_config = self.layer.transformer_config
+        weight = gradient_weight(transformer_config, -self._loss.coeff / routing.divisor, routing.num_tokens)
+        function = transformer_config.moe_router_score_function
+        return add_logits_gradient(kind, routing, pulls, call.logits, function, weight, incoming, self._fused)
 
 
 def resolve_across_stages(spec: SpecConfig, stages: Stages, transformer_config) -> SpecConfig:
@@ -158,18 +171,6 @@ def _no_messages(transformer_config) -> Iterator[tuple[str, str]]:
         )
 
 
-def coupling_message(
-    kind: str, logits: Tensor, score_function: str, padding_mask: Optional[Tensor], active_TE: Tensor, fused: bool
-) -> Tensor:
-    """Values of a layer that its neighbours need, see ``LayerRouting``; ``fused``: by the Triton kernels."""
-    if fused and kind == "mass":
-        from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
-
-        return fused_mass(logits.reshape(-1, logits.shape[-1]), active_TE, score_function)
-    scores_TE = token_scores(logits, score_function, padding_mask)
-    return routed_mass(scores_TE, active_TE) if kind == "mass" else scores_TE
-
-
 def pull_of_previous(kind: str, previous: LayerRouting) -> Tensor:
     """-T times the gradient of the loss of ``previous`` and this layer with respect to this layer's scores.
 
@@ -193,25 +194,26 @@ def add_logits_gradient(
     pulls: list[Tensor],
     logits: Tensor,
     score_function: str,
-    factor: Union[Tensor, float],
+    weight: tuple[Union[Tensor, float], float],
     incoming: Tensor,
     fused: bool,
 ) -> Tensor:
-    """incoming + factor * gradient of the (at most two) pair losses of a layer with respect to its logits.
+    """incoming + weight * gradient of minus T times the (at most two) pair losses of a layer with respect to its logits.
 
     Args:
         pulls: of the neighbours, see ``pull_of_previous``.
+        weight: two factors, from ``gradient_weight``.
         incoming: the logits' gradient so far, in their shape.
         fused: by the Triton kernels.
     """
-    pull, weight = sum(pulls), -factor / this.divisor
-    logits_TE = logits.reshape(-1, logits.shape[-1])
+    (tensor, number), logits_TE = weight, logits.reshape(-1, logits.shape[-1])
     if fused and kind == "mass":
         from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
 
         incoming_TE = incoming.reshape(logits_TE.shape)
-        total_TE = add_mass_gradient(logits_TE, this.active_TE, score_function, pull, weight, incoming_TE)
+        total_TE = add_mass_gradient(logits_TE, this.active_TE, score_function, pulls, tensor, incoming_TE, number)
         return total_TE.view(logits.shape)
+    pull = sum(pulls)
     scores_gradient_TE = this.active_TE * pull.unsqueeze(-1) if kind == "mass" else pull
-    gradient_TE = normalized_scores_gradient(logits_TE, score_function, scores_gradient_TE * weight)
+    gradient_TE = normalized_scores_gradient(logits_TE, score_function, scores_gradient_TE * (tensor * number))
     return incoming + gradient_TE.view(logits.shape).to(incoming.dtype)

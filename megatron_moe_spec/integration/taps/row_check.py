@@ -16,7 +16,7 @@ from megatron_moe_spec.integration.compat.remedies import with_alltoall
 from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
 from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.parallel.collectives import all_gather
-from megatron_moe_spec.parallel.token_rows import expert_rows
+from megatron_moe_spec.parallel.token_rows import expert_rows, first_rows
 
 
 class RowCheck:
@@ -49,14 +49,17 @@ class RowCheck:
         if self._due:
             self._tokens_TH = tokens_TH.detach()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether ``received`` is to be called."""
+        return self._due
+
     def received(self, inputs_PH: Tensor, routing_map_TE: Tensor, counts_L: list[int]) -> None:
         """Checks what the experts are given.
 
         Raises:
             RuntimeError: on every rank of the expert-parallel group.
         """
-        if not self._due:
-            return
         with torch.no_grad():
             right = torch.tensor(self._right(inputs_PH.detach(), routing_map_TE, counts_L), dtype=torch.int32)
             right = right.to(inputs_PH.device)
@@ -84,7 +87,7 @@ class RowCheck:
         if exchange is not None:
             home_PH = exchange.to_tokens(inputs_PH)
         elif all(count <= block for count, block in zip(own_TE.sum(dim=0).tolist(), counts_L, strict=True)):
-            home_PH = inputs_PH[expert_rows(own_TE, counts_L).T[own_TE.T]]
+            home_PH = inputs_PH[expert_rows(own_TE, first_rows(counts_L, own_TE.device)).T[own_TE.T]]
         else:
             return False
         return _same_bits(home_PH, self._tokens_TH[own_TE.T.nonzero()[:, 1]])

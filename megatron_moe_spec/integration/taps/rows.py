@@ -8,7 +8,7 @@ per token, P rows, D components of a row.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,14 @@ from megatron_moe_spec.integration.compat.experts import (
     expert_down_projections,
     frees_expert_outputs,
     keeps_quantized_rows,
+    weighted_swiglu_inputs,
 )
 from megatron_moe_spec.integration.compat.groups import column_group
 from megatron_moe_spec.integration.compat.remedies import without_op_fuser
 from megatron_moe_spec.integration.hooks import Hook
-from megatron_moe_spec.integration.injection import add_gradient, own_graph
+from megatron_moe_spec.integration.injection import add_gradient, own_graph, replace_swiglu
 from megatron_moe_spec.integration.routing import LayerRouting
-from megatron_moe_spec.integration.scaling import gradient_factor
+from megatron_moe_spec.integration.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.integration.taps.row_check import RowCheck
 from megatron_moe_spec.kernels import choose
@@ -39,6 +40,7 @@ from megatron_moe_spec.losses import RowsLoss
 from megatron_moe_spec.losses.base import one_per_token
 from megatron_moe_spec.losses.vectors import mixing_of
 from megatron_moe_spec.parallel.collectives import all_gather
+from megatron_moe_spec.parallel.rows import RowExchange
 from megatron_moe_spec.parallel.token_rows import TokenRows
 
 
@@ -51,22 +53,31 @@ class _Run:
         tokens: which of this rank's they are.
         routing: the router's decision.
         routing_map_TE: bool, by which this rank's tokens go to experts, as the router has it; until they have run.
-        counts_L: numbers of rows that the dispatcher has handed to each local expert; known when they begin to run.
+        num_rows: that the dispatcher has handed to the local experts; known when they begin to run.
+        tokens_per_expert: how many of these are each local expert's; likewise.
         blocks_L: numbers of rows that each has handed in, padded where Megatron pads them.
         experts_TK: numbers of the experts of this rank's tokens; None where no loss asks for lengths.
         probs_TK: p of each vector, 1 where there is none; None likewise.
         probs_gradients: with respect to p of this rank's tokens; one, once the experts have run.
+        per_square: coefficient of a token's squared cosines in the losses; see ``RowsLoss.of_squares``.
     """
 
     rows: TokenRows
     tokens: slice
     routing: LayerRouting
     routing_map_TE: Tensor
-    counts_L: list[int] = field(default_factory=list)
+    num_rows: int = 0
+    tokens_per_expert: Union[Tensor, Sequence[int]] = ()
     blocks_L: list[int] = field(default_factory=list)
     experts_TK: Optional[Tensor] = None
     probs_TK: Optional[Tensor] = None
     probs_gradients: list[Tensor] = field(default_factory=list)
+    per_square: float = 1.0
+
+    @property
+    def counts_L(self) -> list[int]:
+        """``tokens_per_expert`` on the host."""
+        return _numbers(self.tokens_per_expert)
 
 
 class RowsTap(Tap[RowsLoss]):
@@ -145,7 +156,8 @@ class RowsTap(Tap[RowsLoss]):
         self._run = run = _Run(rows, tokens, call.routing, call.routing_map_TE)
         if not any(loss.uses_lengths for loss in wanted):
             return probs
-        run.experts_TK, active_TK = rows.experts_TK[rows.own], rows.active_TK[rows.own]
+        experts_TK, active_TK = rows.experts()
+        run.experts_TK, active_TK = experts_TK[rows.own], active_TK[rows.own]
         probs_TK = call.probs_TE[tokens].gather(1, run.experts_TK).masked_fill(~active_TK, 1.0)
         run.probs_TK = all_gather(probs_TK, column_group(dispatcher))
         return add_gradient(probs, partial(self._add_probs_gradient, run)) if self.trained else probs
@@ -155,8 +167,9 @@ class RowsTap(Tap[RowsLoss]):
         run = self._run
         # Else nothing may come to the host: inference may be captured in a CUDA graph.
         if run is not None:
-            run.counts_L = _numbers(tokens_per_expert)
-            self._check.received(inputs_PH, run.routing_map_TE, run.counts_L)
+            run.num_rows, run.tokens_per_expert = len(inputs_PH), tokens_per_expert
+            if self._check.is_due:
+                self._check.received(inputs_PH, run.routing_map_TE, run.counts_L)
 
     def tap_rows(self, part: int, rows_PD: Tensor, tokens_per_expert=None) -> Tensor:
         """Takes part of the layer's rows; returns what the model is to go on with instead.
@@ -168,48 +181,82 @@ class RowsTap(Tap[RowsLoss]):
         if run is None:
             return rows_PD
         run.rows.add(self._kept(rows_PD))
-        run.blocks_L += run.counts_L if tokens_per_expert is None else _numbers(tokens_per_expert)
+        if tokens_per_expert is not None:
+            run.blocks_L += _numbers(tokens_per_expert)
         if run.rows.complete:
             with torch.no_grad():
-                self._compare(run, run.rows)
+                exchange = self._begin(run, run.rows)
+            if exchange is None or self._is_last:
+                self.tap_end()
+        return self._with_gradient(run, part, rows_PD) if self.trained else rows_PD
+
+    def tap_end(self) -> None:
+        """The experts have run; by now their rows should be where their tokens are."""
+        run, self._run = self._run, None
+        if run is not None:
+            with torch.no_grad():
+                run.rows.finish()
                 self._evaluate(run)
-            self._run = None
-        return add_gradient(rows_PD, partial(self._add_gradient, run, part)) if self.trained else rows_PD
+
+    _is_last = True  # whether nothing of the experts runs after they have handed in their rows
+
+    def _with_gradient(self, run: _Run, part: int, rows_PD: Tensor) -> Tensor:
+        return add_gradient(rows_PD, partial(self._add_gradient, run, part))
 
     def _kept(self, rows_PD: Tensor) -> Tensor:
         """What holds the rows until backward."""
         return rows_PD
 
-    def _compare(self, run: _Run, rows: TokenRows) -> None:
+    def _begin(self, run: _Run, rows: TokenRows) -> Optional[RowExchange]:
         dispatcher = self.layer.dispatcher
-        if any(block < count for count, block in zip(run.counts_L, run.blocks_L, strict=True)):
+        is_padded = rows.num_rows != run.num_rows
+        # Numbers that are on the device come to the host only where they are needed.
+        counts_L = run.counts_L if is_padded or not run.blocks_L else run.blocks_L
+        blocks_L = run.blocks_L or counts_L
+        if any(block < count for count, block in zip(counts_L, blocks_L, strict=True)):
             raise RuntimeError(
-                f"the experts of MoE layer {self.layer.global_index} ran on {run.blocks_L} rows each, of "
-                f"{run.counts_L} that the dispatcher had handed to them: these cannot be told apart by token"
+                f"the experts of MoE layer {self.layer.global_index} ran on {blocks_L} rows each, of "
+                f"{counts_L} that the dispatcher had handed to them: these cannot be told apart by token"
             )
         dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), column_group(dispatcher))
-        exchange = row_exchange(dispatcher, dispatched_TE, run.counts_L, run.blocks_L)
-        padded = run.blocks_L != run.counts_L or hands_over_tokens(dispatcher)
-        rows.compare(dispatched_TE, exchange, run.blocks_L if padded else None)
+        exchange = row_exchange(dispatcher, dispatched_TE, counts_L, blocks_L)
+        rows.begin(dispatched_TE, exchange, blocks_L if is_padded or hands_over_tokens(dispatcher) else None)
         del run.routing_map_TE
+        return exchange
 
     def _evaluate(self, run: _Run) -> None:
         """Records the losses, and leaves what backward needs of them."""
-        rows, routing, recorder = run.rows, run.routing, self.layer.recorder
-        cosines_TKK, lengths_TK, active_TK = rows.cosines_TKK, rows.lengths_TK, rows.active_TK
+        rows, recorder, wanted = run.rows, self.layer.recorder, self.wanted()
         if recorder.measuring and any(loss.measured for loss in self.losses):
-            recorder.measure_cosines(self.layer.global_index, cosines_TKK[rows.own], active_TK[rows.own])
+            recorder.measure_cosines(self.layer.global_index, rows.cosines_TKK[rows.own], rows.active_TK[rows.own])
+        if all(loss.of_squares for loss in wanted):
+            self._evaluate_squares(run, wanted)
+        else:
+            self._differentiate(run, wanted)
+
+    def _evaluate_squares(self, run: _Run, wanted: Sequence[RowsLoss]) -> None:
+        """Of losses whose gradient is known: no small operation is launched for it."""
+        k = self.layer.transformer_config.moe_router_topk
+        pairs = k * (k - 1)
+        for loss in wanted:
+            self._record(loss, run.rows.squares, run.routing, self._stride / pairs)
+        if self.trained:
+            run.rows.keep_squares()
+            run.per_square = sum(loss.coeff for loss in self.trained) / pairs
+
+    def _differentiate(self, run: _Run, wanted: Sequence[RowsLoss]) -> None:
+        rows = run.rows
+        cosines_TKK, lengths_TK, active_TK = rows.cosines_TKK, rows.lengths_TK, rows.active_TK
         if run.probs_TK is not None:
             lengths_TK = lengths_TK / run.probs_TK.to(lengths_TK.dtype)
         has_some_T = active_TK.any(dim=1)
         total = cosines_TKK.new_zeros(())
         with own_graph():
             variables = cosines_TKK.requires_grad_(), lengths_TK.requires_grad_()
-            for loss in self.wanted():
+            for loss in wanted:
                 losses_T = loss.token_losses(cosines_TKK, lengths_TK if loss.uses_lengths else None, active_TK)
                 losses_T = torch.where(has_some_T, one_per_token(loss, losses_T, len(active_TK)), 0.0)
-                value = losses_T.detach()[rows.own].sum() * self._stride / routing.divisor
-                recorder.record_loss(loss.name, value, routing.counts)
+                self._record(loss, losses_T.detach()[rows.own], run.routing, self._stride)
                 if loss.coeff > 0:
                     total = total + loss.coeff * losses_T.sum()
             if not self.trained:
@@ -222,18 +269,24 @@ class RowsTap(Tap[RowsLoss]):
             of_probs_TK = -of_lengths_TK * lengths_TK / run.probs_TK.to(lengths_TK.dtype)
             run.probs_gradients.append(of_probs_TK[rows.own])
 
+    def _record(self, loss: RowsLoss, terms: Tensor, routing: LayerRouting, factor: float) -> None:
+        """Records factor times the sum of ``terms``, as part of a mean over tokens."""
+        self.layer.recorder.record_mean(loss.name, terms, routing, factor)
+
     def _add_gradient(self, run: _Run, part: int, incoming: Tensor) -> Tensor:
-        return run.rows.add_gradient(part, self._weight(run.routing), incoming)
+        return run.rows.add_gradient(part, *self._weight(run), incoming)
 
     def _add_probs_gradient(self, run: _Run, incoming: Tensor) -> Tensor:
-        gradient_TK = run.probs_gradients.pop() * self._weight(run.routing)
+        weight, factor = self._weight(run)
+        gradient_TK = run.probs_gradients.pop() * (weight * factor)
         gradient_TE = torch.zeros(incoming.shape, dtype=gradient_TK.dtype, device=incoming.device)
         gradient_TE[run.tokens].scatter_add_(1, run.experts_TK, gradient_TK)
         return incoming + gradient_TE.to(incoming.dtype)
 
-    def _weight(self, routing: LayerRouting):
+    def _weight(self, run: _Run):
         """Makes a sum over the used tokens a mean over all, as this rank's gradient has to count; in backward."""
-        return self._stride / routing.divisor * gradient_factor(self.layer.transformer_config, routing.num_tokens)
+        factor = run.per_square * self._stride / run.routing.divisor
+        return gradient_weight(self.layer.transformer_config, factor, run.routing.num_tokens)
 
 
 class ActivationsTap(RowsTap):
@@ -241,13 +294,29 @@ class ActivationsTap(RowsTap):
 
     title = "activation"
 
+    _is_last = False
+
     def _register(self) -> list:
         projections = expert_down_projections(self.layer.module)
         self._num_parts = len(projections)
         return [
-            module.register_forward_pre_hook(Hook(partial(_tap_activations, self, part)))
-            for part, module in enumerate(projections)
+            *(
+                module.register_forward_pre_hook(Hook(partial(_tap_activations, self, part)))
+                for part, module in enumerate(projections)
+            ),
+            self.layer.module.experts.register_forward_hook(Hook(partial(_tap_end, self))),
         ]
+
+    def _with_gradient(self, run: _Run, part: int, rows_PD: Tensor) -> Tensor:
+        """Megatron's node of the SwiGLU gives way to one that adds the gradient on its way, where that is possible."""
+        inputs = weighted_swiglu_inputs(rows_PD) if run.rows.goes_through_swiglu else None
+        if inputs is None:
+            return super()._with_gradient(run, part, rows_PD)
+        run.rows.forget_rows()
+        return replace_swiglu(rows_PD, inputs, partial(self._swiglu_gradient, run))
+
+    def _swiglu_gradient(self, run: _Run, y_PG: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
+        return run.rows.swiglu_gradient(y_PG, probs, *self._weight(run), incoming)
 
     @classmethod
     def describe(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[tuple[str, str]]:
@@ -312,6 +381,11 @@ def _tap_activations(tap: ActivationsTap, part: int, module: nn.Module, args):
     """
     tokens_per_expert = args[1] if len(args) > 1 else [len(args[0])]
     return (tap.tap_rows(part, args[0], tokens_per_expert), *args[1:])
+
+
+def _tap_end(tap: ActivationsTap, module: nn.Module, args, outputs) -> None:
+    """Forward hook of the experts."""
+    tap.tap_end()
 
 
 def _tap_outputs(tap: OutputsTap, module: nn.Module, args, outputs):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_moe_spec.integration.injection import add_gradient, own_graph
 from megatron_moe_spec.integration.routing import LayerRouting, of_tokens, token_scores
-from megatron_moe_spec.integration.scaling import gradient_factor
+from megatron_moe_spec.integration.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap
 from megatron_moe_spec.losses import ScoresLoss
 from megatron_moe_spec.losses.base import one_per_token
@@ -34,7 +34,7 @@ class ScoresTap(Tap[ScoresLoss]):
         routing, scores_TE = call.routing, self._scores(call.logits)
         for loss in wanted:
             value = self._observe(loss, scores_TE, routing, call.padding_mask)
-            self.layer.recorder.record_loss(loss.name, value / routing.divisor, routing.counts)
+            self.layer.recorder.record_mean(loss.name, value, routing)
 
     def _observe(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
         """This rank's sum over its tokens; keeps the means that it needs, and the gradient with respect to them."""
@@ -59,9 +59,11 @@ class ScoresTap(Tap[ScoresLoss]):
             scores_TE = self._scores(logits_TE).requires_grad_()
             total = sum(self._weighted(loss, scores_TE, routing, call.padding_mask) for loss in self.trained)
             (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
-        factor = gradient_factor(self.layer.transformer_config, routing.num_tokens) / routing.divisor
+        weight, factor = gradient_weight(
+            self.layer.transformer_config, 1.0 / routing.divisor, routing.num_tokens
+        )
         function = self.layer.transformer_config.moe_router_score_function
-        gradient_TE = normalized_scores_gradient(logits_TE, function, scores_gradient_TE * factor)
+        gradient_TE = normalized_scores_gradient(logits_TE, function, scores_gradient_TE * (weight * factor))
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)
 
     def _weighted(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:

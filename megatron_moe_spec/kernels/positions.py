@@ -1,0 +1,177 @@
+"""Where the rows of each token lie, from the dispatched map; twin of ``parallel.token_rows.rows_of_tokens``.
+
+Rows lie by (expert, token), so a row's number is that of the marks before it in the map's columns. One kernel counts the
+marks of each expert in each block of tokens, a cumulative sum makes these counts positions, and a second kernel writes
+the numbers. No host synchronisation, no atomics.
+
+Suffixes: T tokens, E experts, K experts of a token, P rows.
+
+Worked example, dispatched [[1, 0, 1], [1, 1, 0]]: expert 0 has rows 0 (token 0) and 1 (token 1), expert 1 has row 2
+(token 1), expert 2 has row 3 (token 0). The tokens' rows are (0, 3) and (1, 2).
+"""
+
+from typing import Optional
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_ELEMENTS = 4096  # marks of a program
+_MOST_TOKENS = 32
+_WARPS = 4
+
+
+@triton.jit
+def _marks(map_ptr, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Token numbers [BLOCK_T], offsets and mask [BLOCK_T, BLOCK_E], and the marks there: 0 or 1."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, BLOCK_E)
+    mask = (token < num_tokens)[:, None] & (expert < E)[None, :]
+    offsets = token[:, None] * E + expert[None, :]
+    return token, offsets, mask, tl.load(map_ptr + offsets, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def _place(token, share, first, stride):
+    """Whether a token is used, and its number among the used ones: every ``stride``-th of each rank's ``share``."""
+    own = token % share - first
+    is_used = (own >= 0) & (own % stride == 0)
+    used_of_rank = (share - first + stride - 1) // stride
+    return is_used, token // share * used_of_rank + own // stride
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "share", "first", "stride"])
+def _count_kernel(
+    dispatched_ptr,  # bool [T, E]
+    counts_ptr,  # int32 [E, blocks], out: marks of the block's tokens
+    num_tokens,
+    num_blocks,
+    share,
+    first,
+    stride,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    USED_ALONE: tl.constexpr,
+):
+    token, offsets, mask, marks = _marks(dispatched_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
+    if USED_ALONE:
+        is_used, place = _place(token, share, first, stride)
+        marks = tl.where(is_used[:, None], marks, 0)
+    expert = tl.arange(0, BLOCK_E)
+    tl.store(counts_ptr + expert * num_blocks + tl.program_id(0), tl.sum(marks, axis=0), mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "share", "first", "stride"])
+def _rows_kernel(
+    dispatched_ptr,  # bool [T, E]
+    active_ptr,  # bool [T, E], the part that counts
+    ends_ptr,  # int32 [E, blocks], the counts' inclusive cumulative sum
+    starts_ptr,  # int32 [E] first row of each expert; None: they follow one another
+    rows_ptr,  # int32 [used tokens, K], out
+    covered_ptr,  # bool [P], out: of the rows of dispatched tokens
+    num_tokens,
+    num_blocks,
+    share,
+    first,
+    stride,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    USED_ALONE: tl.constexpr,
+):
+    token, offsets, mask, marks = _marks(dispatched_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
+    is_used, place = _place(token, share, first, stride)
+    if USED_ALONE:
+        marks = tl.where(is_used[:, None], marks, 0)
+    expert = tl.arange(0, BLOCK_E)
+    end = tl.load(ends_ptr + expert * num_blocks + tl.program_id(0), mask=expert < E, other=0)
+    start = end - tl.sum(marks, axis=0)
+    if starts_ptr is not None:
+        is_later = (expert > 0) & (expert < E)
+        before = tl.load(ends_ptr + expert * num_blocks - 1, mask=is_later, other=0)
+        start += tl.load(starts_ptr + expert, mask=expert < E, other=0) - before
+    row = start[None, :] + tl.cumsum(marks, axis=0) - 1
+    active = tl.load(active_ptr + offsets, mask=mask & is_used[:, None], other=0).to(tl.int32)
+    slot = tl.cumsum(active, axis=1) - 1
+    is_active = (active != 0) & (slot < K)
+    out = place[:, None] * K
+    tl.store(rows_ptr + out + slot, row, mask=is_active)
+    tl.store(covered_ptr + row, is_active.to(tl.int8), mask=marks != 0)
+    # -1 where a token has fewer.
+    slots = tl.arange(0, SLOTS)[None, :]
+    is_free = (slots >= tl.sum(active, axis=1)[:, None]) & (slots < K)
+    there = (is_used & (token < num_tokens))[:, None]
+    tl.store(rows_ptr + out + slots, tl.full([BLOCK_T, SLOTS], -1, tl.int32), mask=is_free & there)
+
+
+def rows_of_tokens(
+    dispatched_TE: Tensor,
+    active_TE: Tensor,
+    top_k: int,
+    num_rows: int,
+    tokens: slice = slice(0, None, 1),
+    num_ranks: int = 1,
+    used_alone: bool = False,
+    starts_E: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor]:
+    """The numbers of the rows of each used token, in the order of its experts, and which rows these are.
+
+    Args:
+        dispatched_TE: bool, the map that rows were permuted by.
+        active_TE: bool, the experts of each token that count, at most ``top_k``; among the dispatched ones.
+        num_rows: P.
+        tokens: which of each rank's tokens are used: slice(first, None, stride).
+        num_ranks: that the tokens are of, one after another, with as many each.
+        used_alone: whether there are rows of the used tokens only.
+        starts_E: int32, number of the first row of each expert. Default: their rows follow one another.
+
+    Returns:
+        rows int32 [used tokens, K], -1 where the token has fewer; covered bool [P].
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    if dispatched_TE.dim() != 2 or dispatched_TE.dtype != torch.bool:
+        raise ValueError(
+            f"dispatched_TE must be bool [T, E]; got {dispatched_TE.dtype} {list(dispatched_TE.shape)}"
+        )
+    if active_TE.shape != dispatched_TE.shape or active_TE.dtype != torch.bool:
+        raise ValueError(
+            f"active_TE must be bool {list(dispatched_TE.shape)}; got {active_TE.dtype} {list(active_TE.shape)}"
+        )
+    device, (num_tokens, num_experts) = dispatched_TE.device, dispatched_TE.shape
+    share = num_tokens // num_ranks
+    num_used = len(range(share)[tokens]) * num_ranks
+    rows_TK = torch.empty(num_used, top_k, dtype=torch.int32, device=device)
+    # Where experts' rows are padded, some are no token's.
+    new = torch.empty if starts_E is None else torch.zeros
+    covered_P = new(num_rows, dtype=torch.bool, device=device)
+    if not num_tokens:
+        return rows_TK, covered_P.zero_()
+    block_e = triton.next_power_of_2(num_experts)
+    block_t = max(min(_MOST_TOKENS, _ELEMENTS // block_e), 1)
+    num_blocks = triton.cdiv(num_tokens, block_t)
+    sizes = (num_tokens, num_blocks, share, tokens.start, tokens.step)
+    options = dict(BLOCK_T=block_t, BLOCK_E=block_e, USED_ALONE=used_alone, num_warps=_WARPS)
+    dispatched_TE, active_TE = dispatched_TE.contiguous().view(torch.uint8), active_TE.contiguous().view(torch.uint8)
+    counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
+    _count_kernel[(num_blocks,)](dispatched_TE, counts, *sizes, E=num_experts, **options)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
+    _rows_kernel[(num_blocks,)](
+        dispatched_TE,
+        active_TE,
+        ends,
+        starts_E,
+        rows_TK,
+        covered_P.view(torch.uint8),
+        *sizes,
+        E=num_experts,
+        K=top_k,
+        SLOTS=triton.next_power_of_2(top_k),
+        **options,
+    )
+    return rows_TK, covered_P

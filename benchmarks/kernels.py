@@ -33,7 +33,7 @@ from megatron_moe_spec.kernels import mass as mass_kernels
 from megatron_moe_spec.kernels import rows as row_kernels
 from megatron_moe_spec.losses.coupling import routed_mass
 from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
-from megatron_moe_spec.losses.vectors import mixed, mixing_of, pair_cosines, unit_vectors
+from megatron_moe_spec.losses.vectors import mixed, mixing_of, packed, pair_cosines, unit_vectors, unpacked
 
 WEIGHT = 0.25
 
@@ -53,12 +53,13 @@ class Operation:
         return sum(x.numel() * x.element_size() for x in (*self.inputs, *self.outputs) if isinstance(x, torch.Tensor))
 
 
-def eager_cosines(z, rows, valid):
-    units, inverse = unit_vectors(z[rows], valid)
-    return pair_cosines(units), inverse
+def eager_cosines(z, rows):
+    units, inverse = unit_vectors(z[rows])
+    cosines = packed(pair_cosines(units))
+    return cosines, inverse, 2.0 * cosines.square().sum()
 
 
-def eager_mix(z, rows, valid, mixing, inverse, weight, incoming):
+def eager_mix(z, rows, covered, mixing, inverse, weight, incoming):
     units = z[rows].to(inverse.dtype) * inverse.unsqueeze(-1)
     gradient = mixed(mixing, units, inverse) * weight
     total = gradient.new_zeros(z.shape).index_add_(0, rows.flatten(), gradient.flatten(0, 1))
@@ -81,21 +82,21 @@ def operations(shape, num_tokens: int, dtype=torch.bfloat16) -> list[Operation]:
     logits = torch.randn(num_tokens, shape.experts, **options)
     live = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(shape.top_k).indices, True)
     row = (live.T.reshape(-1).cumsum(0) - 1).view(shape.experts, num_tokens).T
-    rows = row[live].view(num_tokens, shape.top_k)
-    valid = torch.ones_like(rows, dtype=torch.bool)
+    rows = row[live].view(num_tokens, shape.top_k).int()
     z, incoming = (torch.randn(num_tokens * shape.top_k, shape.ffn, dtype=dtype, **options) for _ in range(2))
-    cosines, inverse = row_kernels.row_cosines(z, rows, valid)
-    no_lengths = torch.zeros_like(inverse)
-    mixing = mixing_of(cosines, no_lengths, 2.0 * cosines, no_lengths)  # of the sum of the squared cosines
+    covered = torch.ones(len(z), dtype=torch.bool, **options)
+    cosines, inverse, squares = row_kernels.row_cosines(z, rows)
+    no_lengths, matrices = torch.zeros_like(inverse), unpacked(cosines, shape.top_k)
+    mixing = mixing_of(matrices, no_lengths, 2.0 * matrices, no_lengths)  # of the sum of the squared cosines
     mass, mass_incoming = mass_kernels.routed_mass(logits, live, shape.score_function), torch.randn_like(logits)
     of_logits = (logits, live, shape.score_function)
     return [
-        Operation("cosines", row_kernels.row_cosines, eager_cosines, (z, rows, valid), (cosines, inverse)),
+        Operation("cosines", row_kernels.row_cosines, eager_cosines, (z, rows), (cosines, inverse, squares)),
         Operation(
             "cosines gradient",
             row_kernels.add_mixed,
             eager_mix,
-            (z, rows, valid, mixing, inverse, WEIGHT, incoming),
+            (z, rows, covered, mixing, inverse, WEIGHT, incoming),
             (z,),
         ),
         Operation("mass", mass_kernels.routed_mass, eager_mass, of_logits, (mass,)),

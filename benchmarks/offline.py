@@ -98,11 +98,13 @@ def offset_products(kernel) -> dict:
 
 def _row_operations(dtype: str, k: int, F: int) -> list:
     z = torch.zeros(16 * k, F, dtype=getattr(torch, dtype))
-    rows, valid = torch.arange(16 * k).view(16, k), torch.ones(16, k, dtype=torch.bool)
-    mixing, lengths = torch.zeros(16, k, k), torch.zeros(16, k)
+    rows, covered = torch.arange(16 * k, dtype=torch.int32).view(16, k), torch.ones(16 * k, dtype=torch.bool)
+    mixing, cosines, lengths = torch.zeros(16, k, k), torch.zeros(16, k * (k - 1) // 2), torch.zeros(16, k)
+    weight = torch.ones(())
     return [
-        lambda: row_kernels.row_cosines(z, rows, valid),
-        lambda: row_kernels.add_mixed(z, rows, valid, mixing, lengths, 1.0, z),
+        lambda: row_kernels.row_cosines(z, rows),
+        lambda: row_kernels.add_mixed(z, rows, covered, mixing, lengths, weight, z),
+        lambda: row_kernels.add_squares_gradient(z, rows, covered, cosines, lengths, weight, z),
     ]
 
 

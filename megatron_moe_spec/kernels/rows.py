@@ -3,8 +3,10 @@
 A program takes a tile of 16 (token, slot) pairs, that is 16 / K tokens with K padded to a power of two. It streams
 their rows once, wherever they lie, and forms the tile's 16 x 16 products on tensor cores; the K x K blocks on the
 diagonal are the tokens' own. No copy of the gathered rows is made and there are no atomics: runs are bitwise equal.
+Each operation is one launch, and no other work for the device.
 
-Suffixes: P rows, D row size, T tokens, K experts per token.
+Suffixes: P rows, D row size, T tokens, K experts per token, C = K (K - 1) / 2 pairs of these, in the order (0, 1),
+(0, 2), ..., (1, 2), ... of ``losses.vectors.packed``.
 
 Worked example, one token with x = (3, 4) in row 1 and (4, 3) in row 0: products 24 off the diagonal and 25 on it,
 cosine 24 / 25 = 0.96. For the sum of the squared cosines over both ordered pairs, 2 * 0.96^2 = 1.8432, the mixing
@@ -13,6 +15,7 @@ matrix is 4 * 0.96 = 3.84 off the diagonal and -4 * 0.96^2 = -3.6864 on it. The 
 swapped.
 """
 
+from collections.abc import Sequence
 from typing import Optional, Union
 
 import torch
@@ -24,7 +27,7 @@ from megatron_moe_spec.kernels import computed_dtype
 
 # How the kernels are compiled, by number of bytes of an element of x.
 FORWARD = {2: dict(BLOCK_D=128, num_warps=1, num_stages=3), 4: dict(BLOCK_D=32, num_warps=1, num_stages=3)}
-BACKWARD = {2: dict(BLOCK_D=128, num_warps=4, num_stages=2), 4: dict(BLOCK_D=64, num_warps=4, num_stages=2)}
+BACKWARD = {2: dict(BLOCK_D=128, num_warps=4, num_stages=3), 4: dict(BLOCK_D=64, num_warps=4, num_stages=2)}
 
 _MIN_TILE = 16  # the smallest side of a matrix product on tensor cores
 # Squared lengths between these are sums of squares that neither overflowed nor lost anything to underflow.
@@ -32,15 +35,29 @@ _SMALLEST, _LARGEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)
 
 
 @triton.jit
-def _tile_rows(rows_ptr, valid_ptr, num_tokens, K: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr):
-    """Token, slot, row number, and whether there is such a row, of each of the tile's (token, slot) pairs."""
+def _tile_rows(rows_ptr, num_tokens, K: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr):
+    """Token, slot, row number, which are inside of rows, and which have a row, of each of the (token, slot) pairs."""
     pair = tl.arange(0, TILE)
     slot = pair % SLOTS
     token = tl.program_id(0).to(tl.int64) * (TILE // SLOTS) + pair // SLOTS
     inside = (slot < K) & (token < num_tokens)
-    row = tl.load(rows_ptr + token * K + slot, mask=inside, other=0)
-    valid = tl.load(valid_ptr + token * K + slot, mask=inside, other=0)
-    return token, slot, row, inside, inside & (valid != 0)
+    row = tl.load(rows_ptr + token * K + slot, mask=inside, other=-1).to(tl.int64)
+    return token, slot, row, inside, row >= 0
+
+
+@triton.jit
+def _own(token, inside):
+    """[TILE, TILE] which pairs of (token, slot) pairs are of one token."""
+    return (token[:, None] == token[None, :]) & inside[:, None] & inside[None, :]
+
+
+@triton.jit
+def _pair_offsets(token, slot, K: tl.constexpr):
+    """[TILE, TILE] where the cosine of each two slots of a token is, of either order, in packed ones [T, C]."""
+    first = tl.minimum(slot[:, None], slot[None, :])
+    second = tl.maximum(slot[:, None], slot[None, :])
+    before = first * (2 * K - 1 - first) // 2  # pairs whose first slot is lower
+    return (token * (K * (K - 1) // 2))[:, None] + (before + second - first - 1)
 
 
 @triton.jit
@@ -74,10 +91,10 @@ def _powers(row_ptrs, active, D, BLOCK_D: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def _cosines_kernel(
     x_ptr,  # bf16 | fp16 | fp32 [P, D]
-    rows_ptr,  # int64 [T, K]
-    valid_ptr,  # bool [T, K]
-    products_ptr,  # fp32 [T, K, K], out: cosines; products where PARTIAL
+    rows_ptr,  # int32 [T, K]
+    cosines_ptr,  # fp32 [T, C], out; products [T, K, K] where PARTIAL
     lengths_ptr,  # fp32 [T, K], out: inverse lengths; the units of the products where PARTIAL
+    squares_ptr,  # fp32 [tiles], out: sums of the squared cosines; None where PARTIAL
     num_tokens,
     D,
     row_stride,
@@ -89,7 +106,7 @@ def _cosines_kernel(
     WIDE_RANGE: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
-    token, slot, row, inside, active = _tile_rows(rows_ptr, valid_ptr, num_tokens, K, SLOTS, TILE)
+    token, slot, row, inside, active = _tile_rows(rows_ptr, num_tokens, K, SLOTS, TILE)
     row_ptrs = x_ptr + row * row_stride
     diagonal = tl.arange(0, TILE)[:, None] == tl.arange(0, TILE)[None, :]
     power = tl.full([TILE], 1.0, tl.float32)
@@ -101,17 +118,18 @@ def _cosines_kernel(
         if tl.sum((active & (in_range == 0)).to(tl.int32), axis=0) > 0:
             power = _powers(row_ptrs, active, D, BLOCK_D)
             products = _products(row_ptrs, active, D, 1.0 / power, BLOCK_D, OPERAND, True)
-    own = (token[:, None] == token[None, :]) & inside[:, None] & inside[None, :]
+    own = _own(token, inside)
     if PARTIAL:
-        length_out = power
-        product_out = products
+        tl.store(cosines_ptr + (token * K + slot)[:, None] * K + slot[None, :], products, mask=own)
+        tl.store(lengths_ptr + token * K + slot, power, mask=inside)
     else:
         column_inverse = _inverse_root(tl.sum(tl.where(diagonal, products, 0.0), axis=0))
         row_inverse = _inverse_root(tl.sum(tl.where(diagonal, products, 0.0), axis=1))
-        product_out = tl.where(own & (diagonal == 0), products * row_inverse[:, None] * column_inverse[None, :], 0.0)
-        length_out = row_inverse / power
-    tl.store(products_ptr + (token * K + slot)[:, None] * K + slot[None, :], product_out, mask=own)
-    tl.store(lengths_ptr + token * K + slot, length_out, mask=inside)
+        upper = own & (slot[:, None] < slot[None, :])
+        cosines = tl.where(upper, products * row_inverse[:, None] * column_inverse[None, :], 0.0)
+        tl.store(cosines_ptr + _pair_offsets(token, slot, K), cosines, mask=upper)
+        tl.store(lengths_ptr + token * K + slot, row_inverse / power, mask=inside)
+        tl.store(squares_ptr + tl.program_id(0), 2.0 * tl.sum(tl.sum(cosines * cosines, axis=1), axis=0))
 
 
 @triton.jit
@@ -120,18 +138,108 @@ def _inverse_root(squares):
     return tl.where(is_zero, 0.0, 1.0 / tl.sqrt_rn(tl.where(is_zero, 1.0, squares)))
 
 
+@triton.jit
+def _mixing(mixing_ptr, token, slot, inside, inverse, K: tl.constexpr, OF_SQUARES: tl.constexpr):
+    """[TILE, TILE] mixing matrices on the diagonal, 0 beside them, times the inverse length of what they mix."""
+    own = _own(token, inside)
+    if OF_SQUARES:
+        # d/dx of the sum of squared cosines over ordered pairs: 4 (cosines, and -(the sum of their squares) itself)
+        different = slot[:, None] != slot[None, :]
+        cosines = tl.load(mixing_ptr + _pair_offsets(token, slot, K), mask=own & different, other=0.0)
+        mixing = tl.where(different, cosines, -tl.sum(cosines * cosines, axis=1)[:, None]) * 4.0
+    else:
+        mixing = tl.load(mixing_ptr + (token * K + slot)[:, None] * K + slot[None, :], mask=own, other=0.0)
+    return tl.where(own, mixing * inverse[None, :], 0.0)
+
+
+@triton.jit
+def _in_parts(mixing, OPERAND: tl.constexpr):
+    """High and low part of a fp32 matrix, for ``_mix`` of 16-bit x: together about as exact as two of its elements."""
+    if OPERAND == tl.bfloat16:
+        high = mixing.to(tl.bfloat16)
+        low = (mixing - high.to(tl.float32)).to(tl.bfloat16)
+    else:
+        # fp16 has not the range of inverse lengths, but tf32 has, and 11 significant bits as fp16.
+        high = (mixing.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        low = mixing - high
+    return high, low
+
+
+@triton.jit
+def _mix(high, low, x, OPERAND: tl.constexpr):
+    """fp32 product of a matrix in two parts with x of dtype OPERAND."""
+    if OPERAND == tl.bfloat16:
+        result = tl.dot(low, x, tl.dot(high, x))
+    elif OPERAND == tl.float16:
+        x = x.to(tl.float32)
+        result = tl.dot(low, x, tl.dot(high, x, input_precision="tf32"), input_precision="tf32")
+    else:
+        result = tl.dot(high + low, x, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def _any_not_finite(active, inverse):
+    """Whether a row of the tile may be infinite or NaN: these have an inverse length of 0 or NaN, as zero rows have."""
+    return tl.sum((active & ((inverse > 0.0) == 0)).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def _add_mix(
+    x_rows,
+    incoming_ptr,
+    incoming_offsets,
+    out_rows,
+    active,
+    high,
+    low,
+    scale,
+    D,
+    BLOCK_D: tl.constexpr,
+    OPERAND: tl.constexpr,
+    FINITE: tl.constexpr,
+):
+    """Writes incoming + scale * (high + low) x; infinite and NaN elements of x count as 0 unless all are FINITE."""
+    column = tl.arange(0, BLOCK_D)
+    if incoming_ptr is not None:
+        incoming_rows = incoming_ptr + incoming_offsets
+        coming = tl.load(incoming_rows + column[None, :], mask=active & (column < D)[None, :], other=0.0)
+    for start in range(0, D, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D)
+        mask = active & (column < D)[None, :]
+        x = tl.load(x_rows + column[None, :], mask=mask, other=0.0).to(OPERAND)
+        if incoming_ptr is not None:
+            incoming = coming
+            after = column + BLOCK_D  # loaded one block ahead
+            coming = tl.load(incoming_rows + after[None, :], mask=active & (after < D)[None, :], other=0.0)
+        if not FINITE:
+            x = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0)
+        result = _mix(high, low, x, OPERAND) * scale
+        if incoming_ptr is not None:
+            result += incoming.to(tl.float32)
+        tl.store(out_rows + column[None, :], result, mask=mask)
+
+
+@triton.jit
+def _passing_rows(covered_ptr, first, num_rows, TILE: tl.constexpr):
+    """Row numbers, and which of them are of no token: of padding, of dropped tokens, of tokens that are left out."""
+    row = first.to(tl.int64) * TILE + tl.arange(0, TILE)
+    covered = tl.load(covered_ptr + row, mask=row < num_rows, other=1)
+    return row, (row < num_rows) & (covered == 0)
+
+
 # Counts differ from step to step: compiled once for all of them.
-@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["factor", "num_tiles", "num_tokens", "num_rows"])
 def _mixing_kernel(
     x_ptr,  # bf16 | fp16 | fp32 [P, D]
-    rows_ptr,  # int64 [T, K]
-    valid_ptr,  # bool [T, K]
-    mixing_ptr,  # fp32 [T, K, K]
+    rows_ptr,  # int32 [T, K]
+    covered_ptr,  # bool [P]
+    mixing_ptr,  # fp32 [T, K, K]; cosines [T, C] where OF_SQUARES
     lengths_ptr,  # fp32 [T, K] inverse lengths
-    weight_ptr,  # fp32 [1]
-    covered_ptr,  # bool [P + 1], whether a row is some token's
+    weight_ptr,  # fp32 [1]; None: one
     incoming_ptr,  # dtype of x [P, D]; None: zeros
     out_ptr,  # dtype of x [P, D], out: incoming + gradient
+    factor,
     num_tiles,
     num_tokens,
     num_rows,
@@ -142,37 +250,31 @@ def _mixing_kernel(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    TWO_PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    OF_SQUARES: tl.constexpr,
 ):
     if tl.program_id(0) < num_tiles:
-        token, slot, row, inside, active = _tile_rows(rows_ptr, valid_ptr, num_tokens, K, SLOTS, TILE)
-        own = (token[:, None] == token[None, :]) & inside[:, None] & inside[None, :]
-        mixing = tl.load(mixing_ptr + (token * K + slot)[:, None] * K + slot[None, :], mask=own, other=0.0)
+        token, slot, row, inside, active = _tile_rows(rows_ptr, num_tokens, K, SLOTS, TILE)
         inverse = tl.load(lengths_ptr + token * K + slot, mask=inside, other=0.0)
-        mixing = tl.where(own, mixing * inverse[None, :], 0.0)
-        # The tensor cores' tf32 has 11 significant bits: it holds 16-bit x, and mixing in two parts.
-        high = (mixing.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        factor = tl.load(weight_ptr) * inverse
-        for start in range(0, D, BLOCK_D):
-            column = start + tl.arange(0, BLOCK_D)
-            mask = active[:, None] & (column < D)[None, :]
-            x = tl.load(x_ptr + (row * x_stride)[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float32)
-            # The mixing of a token with an infinite or NaN row is NaN; other tokens of the tile stay clear of it.
-            x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-            if TWO_PARTS:
-                result = tl.dot(mixing - high, x, tl.dot(high, x, input_precision="tf32"), input_precision="tf32")
-            else:
-                result = tl.dot(mixing, x, input_precision="ieee")
-            result *= factor[:, None]
-            if incoming_ptr is not None:
-                incoming_ptrs = incoming_ptr + (row * incoming_stride)[:, None] + column[None, :]
-                result += tl.load(incoming_ptrs, mask=mask, other=0.0).to(tl.float32)
-            out_ptrs = out_ptr + (row * D)[:, None] + column[None, :]
-            tl.store(out_ptrs, result, mask=mask)
+        mixing = _mixing(mixing_ptr, token, slot, inside, inverse, K, OF_SQUARES)
+        high, low = _in_parts(mixing, OPERAND)
+        scale = factor * inverse
+        if weight_ptr is not None:
+            scale *= tl.load(weight_ptr)
+        scale, mask = scale[:, None], active[:, None]
+        x_rows, incoming_offsets = x_ptr + (row * x_stride)[:, None], (row * incoming_stride)[:, None]
+        out_rows = out_ptr + (row * D)[:, None]
+        # The mixing of a token with an infinite or NaN row is NaN; other tokens of the tile stay clear of it.
+        if _any_not_finite(active, inverse):
+            _add_mix(
+                x_rows, incoming_ptr, incoming_offsets, out_rows, mask, high, low, scale, D, BLOCK_D, OPERAND, False
+            )
+        else:
+            _add_mix(
+                x_rows, incoming_ptr, incoming_offsets, out_rows, mask, high, low, scale, D, BLOCK_D, OPERAND, True
+            )
     else:
-        # Rows of no token pass through: those of padding, of dropped tokens, and of tokens that are left out.
-        row = (tl.program_id(0) - num_tiles).to(tl.int64) * TILE + tl.arange(0, TILE)
-        passing = (row < num_rows) & (tl.load(covered_ptr + row, mask=row < num_rows, other=1) == 0)
+        row, passing = _passing_rows(covered_ptr, tl.program_id(0) - num_tiles, num_rows, TILE)
         if tl.sum(passing.to(tl.int32), axis=0) > 0:
             for start in range(0, D, BLOCK_D):
                 column = start + tl.arange(0, BLOCK_D)
@@ -184,26 +286,28 @@ def _mixing_kernel(
                 tl.store(out_ptr + (row * D)[:, None] + column[None, :], result, mask=mask)
 
 
-def row_cosines(x_PD: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tensor, Tensor]:
+def row_cosines(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cosines between the rows of each token, by one read of these rows.
 
     Args:
         x_PD: [P, D] bf16, fp16 or fp32; rows may be apart (any row stride), their elements not.
-        rows_TK: int64, the number of each token's rows in x; anything in range where there is none. A row
-            belongs to at most one token.
-        valid_TK: bool, which of them are there.
+        rows_TK: int32, the number of each token's rows in x; -1 where there is none. A row belongs to at most one
+            token.
 
     Returns:
-        Cosines [T, K, K], 0 on the diagonal and where there is no row; inverse lengths [T, K], 0 for zero rows. Both
-        fp32.
+        Cosines [T, C], 0 where there is no row; inverse lengths [T, K], 0 for zero rows and where there is none; the
+        sum of the squared cosines over ordered pairs, in parts, which are to be summed. All fp32.
 
     Raises:
         ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
-    return _launch(x_PD, rows_TK, valid_TK, partial=False)
+    num_tokens, k = _checked(x_PD, rows_TK)
+    cosines_TC = torch.empty(num_tokens, k * (k - 1) // 2, dtype=torch.float32, device=x_PD.device)
+    squares = torch.empty(_tiling(num_tokens, k)[2], dtype=torch.float32, device=x_PD.device)
+    return cosines_TC, _compare(x_PD, rows_TK, cosines_TC, squares), squares
 
 
-def row_products(x_PD: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tensor, Tensor]:
+def row_products(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
     """Dot products between the rows of each token, for rows whose columns are divided over ranks.
 
     Args:
@@ -214,7 +318,9 @@ def row_products(x_PD: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> tuple[Tenso
         unit is a power of two that keeps the squares of tiny and huge rows in range. To go on: take the largest units
         of all ranks, bring each rank's products to them by ``in_units``, sum, and call ``cosines_from_products``.
     """
-    return _launch(x_PD, rows_TK, valid_TK, partial=True)
+    num_tokens, k = _checked(x_PD, rows_TK)
+    products_TKK = torch.empty(num_tokens, k, k, dtype=torch.float32, device=x_PD.device)
+    return products_TKK, _compare(x_PD, rows_TK, products_TKK, None)
 
 
 def in_units(products_TKK: Tensor, units_TK: Tensor, new_units_TK: Tensor) -> Tensor:
@@ -224,7 +330,7 @@ def in_units(products_TKK: Tensor, units_TK: Tensor, new_units_TK: Tensor) -> Te
 
 
 def cosines_from_products(products_TKK: Tensor, units_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """The results of ``row_cosines``, from ``row_products``; eager, on small tensors."""
+    """Cosines [T, K, K], 0 on the diagonal, and inverse lengths, from ``row_products``; eager, on small tensors."""
     squares_TK = products_TKK.diagonal(dim1=1, dim2=2)
     inverse_TK = torch.where(squares_TK == 0, 0.0, 1.0 / squares_TK.sqrt())
     off_diagonal = 1.0 - torch.eye(products_TKK.shape[1], device=products_TKK.device)
@@ -235,13 +341,14 @@ def cosines_from_products(products_TKK: Tensor, units_TK: Tensor) -> tuple[Tenso
 def add_mixed(
     x_PD: Tensor,
     rows_TK: Tensor,
-    valid_TK: Tensor,
+    covered_P: Tensor,
     mixing_TKK: Tensor,
     inverse_lengths_TK: Tensor,
     weight: Union[Tensor, float],
     incoming_PD: Optional[Tensor] = None,
+    factor: float = 1.0,
 ) -> Tensor:
-    """incoming + weight * (each row's mix of the directions of its token's rows, over its length), rounded once.
+    """incoming + factor * weight * (each row's mix of its token's directions, over the row's length), rounded once.
 
     Of the mixing matrices that ``losses.vectors.mixing_of`` makes, this is the gradient with respect to x.
 
@@ -249,10 +356,11 @@ def add_mixed(
     incoming gradient. The incoming tensor is left as it is, since autograd may have given it to others too.
 
     Args:
-        x_PD, rows_TK, valid_TK: as given to ``row_cosines``.
+        x_PD, rows_TK: as given to ``row_cosines``.
+        covered_P: bool, which rows of x ``rows_TK`` names.
         mixing_TKK: [T, K, K] fp32.
         inverse_lengths_TK: from ``row_cosines``.
-        weight: a number, or a tensor of one element, which is not read on the host.
+        weight: a number, or a fp32 tensor of one element, which is not read on the host.
         incoming_PD: [P, D] in the dtype of x; None: zeros.
 
     Returns:
@@ -261,85 +369,125 @@ def add_mixed(
     Raises:
         ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
-    _check(x_PD, rows_TK, valid_TK)
-    num_tokens, k = rows_TK.shape
-    if mixing_TKK.shape != (num_tokens, k, k) or inverse_lengths_TK.shape != (num_tokens, k):
-        raise ValueError(
-            f"mixing_TKK and inverse_lengths_TK must be of the tokens in rows_TK {list(rows_TK.shape)}; got "
-            f"{list(mixing_TKK.shape)} and {list(inverse_lengths_TK.shape)}"
-        )
-    if incoming_PD is not None:
-        if incoming_PD.shape != x_PD.shape or incoming_PD.dtype != x_PD.dtype:
-            raise ValueError(
-                f"incoming_PD must be {x_PD.dtype} {list(x_PD.shape)} as x_PD is; got {incoming_PD.dtype} "
-                f"{list(incoming_PD.shape)}"
-            )
-        incoming_PD = _with_dense_rows(incoming_PD)
-    x_PD = _with_dense_rows(x_PD)
-    out_PD = torch.empty(x_PD.shape, dtype=computed_dtype(x_PD.dtype), device=x_PD.device)
-    if out_PD.numel() == 0:
-        return out_PD.to(x_PD.dtype)
-    if not isinstance(weight, Tensor):
-        weight = torch.full((1,), weight, device=x_PD.device)
-    num_rows, D = x_PD.shape
-    # Row P stands for all rows that are not there.
-    covered = torch.zeros(num_rows + 1, dtype=torch.bool, device=x_PD.device)
-    covered.index_fill_(0, rows_TK.masked_fill(~valid_TK, num_rows).flatten(), True)
-    slots, tile, num_tiles = _tiling(num_tokens, k)
-    _mixing_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
-        x_PD,
-        rows_TK.contiguous(),
-        valid_TK.contiguous(),
-        mixing_TKK.contiguous(),
-        inverse_lengths_TK.contiguous(),
-        weight.to(x_PD.device, torch.float32),
-        covered,
-        incoming_PD,
-        out_PD,
-        num_tiles,
-        num_tokens,
-        num_rows,
-        D,
-        x_PD.stride(0),
-        incoming_PD.stride(0) if incoming_PD is not None else 0,
-        K=k,
-        SLOTS=slots,
-        TILE=tile,
-        TWO_PARTS=x_PD.element_size() == 2,
-        **BACKWARD[x_PD.element_size()],
-    )
-    return out_PD.to(x_PD.dtype)
+    num_tokens, k = _checked(x_PD, rows_TK)
+    check_like("mixing_TKK", mixing_TKK, (num_tokens, k, k), torch.float32)
+    return _add(x_PD, rows_TK, covered_P, mixing_TKK, inverse_lengths_TK, weight, incoming_PD, factor, False)
 
 
-def _launch(x_PD: Tensor, rows_TK: Tensor, valid_TK: Tensor, partial: bool) -> tuple[Tensor, Tensor]:
-    _check(x_PD, rows_TK, valid_TK)
-    x_PD = _with_dense_rows(x_PD)
+def add_squares_gradient(
+    x_PD: Tensor,
+    rows_TK: Tensor,
+    covered_P: Tensor,
+    cosines_TC: Tensor,
+    inverse_lengths_TK: Tensor,
+    weight: Union[Tensor, float],
+    incoming_PD: Optional[Tensor] = None,
+    factor: float = 1.0,
+) -> Tensor:
+    """incoming + factor * weight * gradient with respect to x of the sum of the squared cosines over ordered pairs.
+
+    ``add_mixed`` with mixing matrices that are made on the way, 4 (cosines, and -(the sum of their squares) on the
+    diagonal).
+
+    Args:
+        cosines_TC: from ``row_cosines``.
+        The others: as of ``add_mixed``, and so is what is returned and raised.
+    """
+    num_tokens, k = _checked(x_PD, rows_TK)
+    check_like("cosines_TC", cosines_TC, (num_tokens, k * (k - 1) // 2), torch.float32)
+    return _add(x_PD, rows_TK, covered_P, cosines_TC, inverse_lengths_TK, weight, incoming_PD, factor, True)
+
+
+def _compare(x_PD: Tensor, rows_TK: Tensor, out: Tensor, squares: Optional[Tensor]) -> Tensor:
+    """Fills cosines and squares, or products where squares is None; returns inverse lengths, or units."""
+    x_PD = with_dense_rows(x_PD)
     num_tokens, k = rows_TK.shape
     slots, tile, num_tiles = _tiling(num_tokens, k)
-    products_TKK = torch.empty(num_tokens, k, k, dtype=torch.float32, device=x_PD.device)
     lengths_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=x_PD.device)
     if num_tiles:
         _cosines_kernel[(num_tiles,)](
             x_PD,
             rows_TK.contiguous(),
-            valid_TK.contiguous(),
-            products_TKK,
+            out,
             lengths_TK,
+            squares,
             num_tokens,
             x_PD.shape[1],
             x_PD.stride(0),
             K=k,
             SLOTS=slots,
             TILE=tile,
-            OPERAND=_OPERANDS[computed_dtype(x_PD.dtype)],
+            OPERAND=operand(x_PD.dtype),
             WIDE_RANGE=x_PD.dtype != torch.float16,
-            PARTIAL=partial,
+            PARTIAL=squares is None,
             **FORWARD[x_PD.element_size()],
         )
-    return products_TKK, lengths_TK
+    return lengths_TK
+
+
+def _add(x_PD, rows_TK, covered_P, mixing, inverse_lengths_TK, weight, incoming_PD, factor, of_squares) -> Tensor:
+    num_rows, D = x_PD.shape
+    num_tokens, k = rows_TK.shape
+    check_like("covered_P", covered_P, (num_rows,), torch.bool)
+    check_like("inverse_lengths_TK", inverse_lengths_TK, (num_tokens, k), torch.float32)
+    weight, factor = weight_and_factor(weight, factor)
+    if incoming_PD is not None:
+        check_like("incoming_PD", incoming_PD, x_PD.shape, x_PD.dtype)
+        incoming_PD = with_dense_rows(incoming_PD)
+    x_PD = with_dense_rows(x_PD)
+    out_PD = torch.empty(x_PD.shape, dtype=computed_dtype(x_PD.dtype), device=x_PD.device)
+    if out_PD.numel():
+        slots, tile, num_tiles = _tiling(num_tokens, k)
+        _mixing_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
+            x_PD,
+            rows_TK.contiguous(),
+            covered_P.contiguous(),
+            mixing.contiguous(),
+            inverse_lengths_TK.contiguous(),
+            weight,
+            incoming_PD,
+            out_PD,
+            factor,
+            num_tiles,
+            num_tokens,
+            num_rows,
+            D,
+            x_PD.stride(0),
+            incoming_PD.stride(0) if incoming_PD is not None else 0,
+            K=k,
+            SLOTS=slots,
+            TILE=tile,
+            OPERAND=operand(x_PD.dtype),
+            OF_SQUARES=of_squares,
+            **BACKWARD[x_PD.element_size()],
+        )
+    return out_PD.to(x_PD.dtype)
 
 
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which tensor cores take elements of ``dtype``."""
+    return _OPERANDS[computed_dtype(dtype)]
+
+
+def weight_and_factor(weight: Union[Tensor, float], factor: float) -> tuple[Optional[Tensor], float]:
+    """A weight on the device, if it is there, and what is multiplied on the host."""
+    if not isinstance(weight, Tensor):
+        return None, float(weight * factor)
+    if weight.numel() != 1 or weight.dtype != torch.float32:
+        raise ValueError(f"weight must be a number or one fp32 element; got {weight.dtype} {list(weight.shape)}")
+    return weight, float(factor)
+
+
+def with_dense_rows(x_PD: Tensor) -> Tensor:
+    return x_PD if x_PD.stride(1) == 1 else x_PD.contiguous()
+
+
+def check_like(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if x.shape != tuple(shape) or x.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} {list(shape)}; got {x.dtype} {list(x.shape)}")
 
 
 def _tiling(num_tokens: int, k: int) -> tuple[int, int, int]:
@@ -349,14 +497,10 @@ def _tiling(num_tokens: int, k: int) -> tuple[int, int, int]:
     return slots, tile, triton.cdiv(num_tokens, tile // slots)
 
 
-def _with_dense_rows(x_PD: Tensor) -> Tensor:
-    return x_PD if x_PD.stride(1) == 1 else x_PD.contiguous()
-
-
-def _check(x_PD: Tensor, rows_TK: Tensor, valid_TK: Tensor) -> None:
+def _checked(x_PD: Tensor, rows_TK: Tensor) -> torch.Size:
+    """The shape of ``rows_TK``."""
     if x_PD.dim() != 2 or x_PD.dtype not in _OPERANDS:
         raise ValueError(f"x_PD must be bf16, fp16 or fp32 [P, D]; got {x_PD.dtype} {list(x_PD.shape)}")
-    if rows_TK.dim() != 2 or rows_TK.dtype != torch.int64:
-        raise ValueError(f"rows_TK must be int64 [T, K]; got {rows_TK.dtype} {list(rows_TK.shape)}")
-    if valid_TK.shape != rows_TK.shape or valid_TK.dtype != torch.bool:
-        raise ValueError(f"valid_TK must be bool {list(rows_TK.shape)}; got {valid_TK.dtype} {list(valid_TK.shape)}")
+    if rows_TK.dim() != 2 or rows_TK.dtype != torch.int32:
+        raise ValueError(f"rows_TK must be int32 [T, K]; got {rows_TK.dtype} {list(rows_TK.shape)}")
+    return rows_TK.shape

@@ -1,6 +1,6 @@
 """Directions and lengths of the vectors that the experts of a token compute, and gradients through them.
 
-Suffixes: T tokens, K experts of a token, D components of a vector.
+Suffixes: T tokens, K experts of a token, C pairs of these, D components of a vector.
 """
 
 from collections.abc import Callable
@@ -58,6 +58,25 @@ def pair_cosines(units: Tensor) -> Tensor:
     """[T, K, K] cosines between the k unit vectors [T, K, D] of each token, 0 on the diagonal."""
     off_diagonal = 1.0 - torch.eye(units.shape[1], dtype=units.dtype, device=units.device)
     return units @ units.transpose(1, 2) * off_diagonal
+
+
+def packed(cosines_TKK: Tensor) -> Tensor:
+    """[T, k (k - 1) / 2] one of the cosines of each pair, in the order (0, 1), (0, 2), ..., (1, 2), ..."""
+    first, second = _pairs(cosines_TKK.shape[1], cosines_TKK.device)
+    return cosines_TKK[:, first, second]
+
+
+def unpacked(cosines_TC: Tensor, k: int) -> Tensor:
+    """[T, k, k] symmetric matrices with 0 on the diagonal, of ``packed`` ones."""
+    first, second = _pairs(k, cosines_TC.device)
+    cosines_TKK = cosines_TC.new_zeros(len(cosines_TC), k, k)
+    cosines_TKK[:, first, second] = cosines_TC
+    cosines_TKK[:, second, first] = cosines_TC
+    return cosines_TKK
+
+
+def _pairs(k: int, device: torch.device) -> Tensor:
+    return torch.triu_indices(k, k, 1, device=device)
 
 
 def inverse(x: Tensor) -> Tensor:

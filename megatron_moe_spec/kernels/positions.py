@@ -136,9 +136,7 @@ def rows_of_tokens(
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
     if dispatched_TE.dim() != 2 or dispatched_TE.dtype != torch.bool:
-        raise ValueError(
-            f"dispatched_TE must be bool [T, E]; got {dispatched_TE.dtype} {list(dispatched_TE.shape)}"
-        )
+        raise ValueError(f"dispatched_TE must be bool [T, E]; got {dispatched_TE.dtype} {list(dispatched_TE.shape)}")
     if active_TE.shape != dispatched_TE.shape or active_TE.dtype != torch.bool:
         raise ValueError(
             f"active_TE must be bool {list(dispatched_TE.shape)}; got {active_TE.dtype} {list(active_TE.shape)}"

@@ -113,4 +113,3 @@ def mixing_of_squares(cosines_TKK: Tensor) -> Tensor:
 def mixed(mixing_TKK: Tensor, units_TKD: Tensor, inverse_lengths_TK: Tensor) -> Tensor:
     """[T, K, D] the gradient with respect to the vectors, from ``mixing_of`` and ``unit_vectors``."""
     return inverse_lengths_TK.unsqueeze(-1) * (mixing_TKK @ units_TKD)
-

@@ -86,10 +86,11 @@ class RowsTap(Tap[RowsLoss]):
     The vectors are the rows without p: lengths are divided by it. What a loss says of lengths would reach p by way of
     the rows; p gets the opposite, so that nothing of these losses reaches the router.
 
-    What each rank keeps for backward are the rows, by reference, and K x K numbers a token.
+    What each rank keeps for backward are the rows, by reference, and what ``TokenRows`` says.
     """
 
     _num_parts = 1
+    _is_last = True  # whether nothing of the experts runs after they have handed in their rows
 
     def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
         super().__init__(losses, layer)
@@ -198,8 +199,6 @@ class RowsTap(Tap[RowsLoss]):
                 run.rows.finish()
                 self._evaluate(run)
 
-    _is_last = True  # whether nothing of the experts runs after they have handed in their rows
-
     def _with_gradient(self, run: _Run, part: int, rows_PD: Tensor) -> Tensor:
         return add_gradient(rows_PD, partial(self._add_gradient, run, part))
 
@@ -239,7 +238,7 @@ class RowsTap(Tap[RowsLoss]):
         k = self.layer.transformer_config.moe_router_topk
         pairs = k * (k - 1)
         for loss in wanted:
-            self._record(loss, run.rows.squares, run.routing, self._stride / pairs)
+            self.layer.recorder.record_mean(loss.name, run.rows.squares, run.routing, self._stride / pairs)
         if self.trained:
             run.rows.keep_squares()
             run.per_square = sum(loss.coeff for loss in self.trained) / pairs
@@ -256,7 +255,7 @@ class RowsTap(Tap[RowsLoss]):
             for loss in wanted:
                 losses_T = loss.token_losses(cosines_TKK, lengths_TK if loss.uses_lengths else None, active_TK)
                 losses_T = torch.where(has_some_T, one_per_token(loss, losses_T, len(active_TK)), 0.0)
-                self._record(loss, losses_T.detach()[rows.own], run.routing, self._stride)
+                self.layer.recorder.record_mean(loss.name, losses_T[rows.own], run.routing, self._stride)
                 if loss.coeff > 0:
                     total = total + loss.coeff * losses_T.sum()
             if not self.trained:
@@ -268,10 +267,6 @@ class RowsTap(Tap[RowsLoss]):
         if run.probs_TK is not None:
             of_probs_TK = -of_lengths_TK * lengths_TK / run.probs_TK.to(lengths_TK.dtype)
             run.probs_gradients.append(of_probs_TK[rows.own])
-
-    def _record(self, loss: RowsLoss, terms: Tensor, routing: LayerRouting, factor: float) -> None:
-        """Records factor times the sum of ``terms``, as part of a mean over tokens."""
-        self.layer.recorder.record_mean(loss.name, terms, routing, factor)
 
     def _add_gradient(self, run: _Run, part: int, incoming: Tensor) -> Tensor:
         return run.rows.add_gradient(part, *self._weight(run), incoming)

@@ -59,9 +59,7 @@ class ScoresTap(Tap[ScoresLoss]):
             scores_TE = self._scores(logits_TE).requires_grad_()
             total = sum(self._weighted(loss, scores_TE, routing, call.padding_mask) for loss in self.trained)
             (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
-        weight, factor = gradient_weight(
-            self.layer.transformer_config, 1.0 / routing.divisor, routing.num_tokens
-        )
+        weight, factor = gradient_weight(self.layer.transformer_config, 1.0 / routing.divisor, routing.num_tokens)
         function = self.layer.transformer_config.moe_router_score_function
         gradient_TE = normalized_scores_gradient(logits_TE, function, scores_gradient_TE * (weight * factor))
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)

@@ -1,0 +1,67 @@
+"""What the two main losses keep from forward to backward, in bytes a token and layer."""
+
+import gc
+
+import pytest
+from processes import needs_megatron
+
+pytestmark = needs_megatron
+pytest.importorskip("triton", reason="triton is not installed")
+
+import torch
+
+E, K, F = 128, 8, 40  # experts as Qwen3-30B-A3B has them
+OWN = {
+    "numbers of rows": 4 * K,
+    "inverse lengths": 4 * K,
+    "cosines": 4 * K * (K - 1) // 2,
+    "which rows are used": K,
+    "active experts": E,
+    "mass": 4,
+}
+MEGATRONS = {"logits": 4 * E, "rows": 4 * K * F}
+
+
+def held_bytes(layers: int) -> tuple[float, float]:
+    """A token and layer: held by our objects alone, and of Megatron's tensors."""
+    from megatron_moe_spec.integration.routing import LayerRouting
+    from megatron_moe_spec.integration.taps.base import RouterCall
+    from megatron_moe_spec.parallel.token_rows import TokenRows
+
+    gc.collect()
+    holders = [x for x in gc.get_objects() if isinstance(x, (LayerRouting, RouterCall, TokenRows))]
+    assert len(holders) == 3 * layers
+    tensors = []
+    for holder in holders:
+        for value in vars(holder).values():
+            tensors += [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, torch.Tensor)]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    own = sum(storages.values())
+    theirs = {x.data_ptr(): x.nbytes for x in tensors if x.shape[-1] in (F, E) and x.is_floating_point()}
+    return own - sum(theirs.values()), sum(theirs.values())
+
+
+@pytest.mark.parametrize("fused_swiglu", [True, False])
+def test_bytes_a_token_and_layer(mm, fused_swiglu):
+    from megatron_moe_spec import SpecConfig, attach
+
+    layers = 3
+    model = mm.build_model(
+        num_layers=layers,
+        num_moe_experts=E,
+        moe_router_topk=K,
+        moe_ffn_hidden_size=F,
+        moe_grouped_gemm=True,
+        bias_activation_fusion=fused_swiglu,
+    )
+    handle = attach(model, SpecConfig(specialization_loss_coeff=2e-3, coupling_loss_coeff=1e-3, kernels="triton"))
+    (batch,) = mm.micro_batches(1)
+    num_tokens = batch["tokens"].numel()
+    output = mm.run_model(model, batch)
+    own, theirs = (number / num_tokens / layers for number in held_bytes(layers))
+    # A term of a loss's sum for every other token at most, until the step ends.
+    assert sum(OWN.values()) <= own <= sum(OWN.values()) + 4, own
+    assert theirs == sum(MEGATRONS.values()) - (MEGATRONS["rows"] if fused_swiglu else 0)
+    output.sum().backward()
+    assert held_bytes(0) == (0, 0)
+    handle.detach()

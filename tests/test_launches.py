@@ -6,11 +6,11 @@ from collections import Counter
 import pytest
 from processes import needs_megatron
 
-pytestmark = needs_megatron
 pytest.importorskip("triton", reason="triton is not installed")
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+pytestmark = needs_megatron
 
 BOTH = dict(specialization_loss_coeff=2e-3, coupling_loss_coeff=1e-3, kernels="triton")
 GROUPED = dict(moe_grouped_gemm=True, bias_activation_fusion=True)

@@ -5,10 +5,11 @@ import gc
 import pytest
 from processes import needs_megatron
 
-pytestmark = needs_megatron
 pytest.importorskip("triton", reason="triton is not installed")
 
 import torch
+
+pytestmark = needs_megatron
 
 E, K, F = 128, 8, 40  # experts as Qwen3-30B-A3B has them
 OWN = {

@@ -13,7 +13,6 @@ from megatron_moe_spec.integration.routing import LayerRouting
 from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics
 
-
 _MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
 
 

@@ -198,7 +198,7 @@ def add_logits_gradient(
     incoming: Tensor,
     fused: bool,
 ) -> Tensor:
-    """incoming + weight * gradient of minus T times the (at most two) pair losses of a layer with respect to its logits.
+    """incoming + weight * gradient of -T times the (at most two) pair losses of a layer with respect to its logits.
 
     Args:
         pulls: of the neighbours, see ``pull_of_previous``.

@@ -23,9 +23,9 @@ def enable() -> None:
 
     Training takes ``--transformer-impl local --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-persist-layer-norm --no-rope-fusion``, and ``torchrun`` for one process too.
-    A second call does nothing. Threads that were started before the call keep their view of devices. The processes
-    that Megatron spawns to save checkpoints import the main script again, with no more of this backend than they need:
-    keep the script's run under ``if __name__ == "__main__"``.
+    A second call does nothing. Names that were imported from torch before the call (``from torch import zeros``) keep
+    their view of devices. The processes that Megatron spawns to save checkpoints import the main script again, with no
+    more of this backend than they need: keep the script's run under ``if __name__ == "__main__"``.
 
     Raises:
         RuntimeError: ``megatron.core`` is imported already.

@@ -1,12 +1,62 @@
-"""The device ``cuda`` read as ``cpu`` in every torch function, in backward passes and threads too."""
+"""The device ``cuda`` read as ``cpu`` by every function of torch that takes a device.
 
-import contextlib
-import threading
+A ``TorchFunctionMode`` would do so for torch's functions by whatever name, but it runs Python at each of the ten
+thousand functions and attributes of tensors in a training step, and has to be turned on in every thread.
+"""
+
+import functools
 
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 
 _CPU = torch.device("cpu")
+# Those that a release of torch lacks are passed over.
+_FACTORIES = {
+    torch: """
+        arange as_tensor asarray bartlett_window blackman_window empty empty_like empty_permuted empty_quantized
+        empty_strided eye from_file full full_like hamming_window hann_window kaiser_window linspace logspace normal
+        ones ones_like rand rand_like randint randint_like randn randn_like randperm range scalar_tensor
+        sparse_bsc_tensor sparse_bsr_tensor sparse_compressed_tensor sparse_coo_tensor sparse_csc_tensor
+        sparse_csr_tensor tensor tril_indices triu_indices zeros zeros_like
+        """,
+    torch.Tensor: "is_pinned new new_empty new_empty_strided new_full new_ones new_tensor new_zeros",
+    torch.fft: "fftfreq rfftfreq",
+    torch.nested: "as_nested_tensor nested_tensor",
+}
+
+
+def map_cuda_to_cpu() -> None:
+    """Wraps the functions of torch that take a device, for all threads."""
+    # Under `with torch.device(...)` torch looks for its own functions in this set, which it makes once.
+    _device_constructors()
+    for owner, names in _FACTORIES.items():
+        for name in names.split():
+            if hasattr(owner, name):
+                _replace(owner, name, _on_cpu)
+    _replace(torch.Tensor, "to", functools.partial(_on_cpu, position=1))
+    # Torch lets these methods of a lazy module's parameters pass.
+    torch.nn.parameter.UninitializedTensorMixin._allowed_methods.append(torch.Tensor.to)
+    _replace(torch.Tensor, "cuda", _itself)
+    _replace(torch.Tensor, "pin_memory", _itself)
+    _replace(torch.Tensor, "type", _type_on_cuda)
+    # nn.Module.to
+    _replace(torch._C._nn, "_parse_to", functools.partial(_on_cpu, position=0))
+    # `with torch.device(...)` and torch.set_default_device
+    _replace(DeviceContext, "__init__", functools.partial(_on_cpu, position=1))
+
+
+def _replace(owner, name, wrap) -> None:
+    function = getattr(owner, name)
+    replacement = functools.wraps(function)(wrap(function))
+    # Pickle looks for functions by these names.
+    of_class = isinstance(owner, type)
+    replacement.__module__ = owner.__module__ if of_class else owner.__name__
+    replacement.__qualname__ = f"{owner.__qualname__}.{name}" if of_class else name
+    # torch.jit.script knows torch's functions by their identity.
+    operators = torch.jit._builtins._get_builtin_table()
+    if id(function) in operators:
+        operators[id(replacement)] = operators[id(function)]
+    setattr(owner, name, replacement)
 
 
 def _is_cuda(device) -> bool:
@@ -18,55 +68,34 @@ def _is_cuda(device) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-class CudaToCpu(TorchFunctionMode):
-    """Runs torch functions that are asked for a cuda device, or for pinned memory, on plain CPU tensors."""
+def _on_cpu(function, position=None):
+    """The function on plain CPU memory where it is asked for a cuda device, or for pinned memory.
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+    Args:
+        position: that of a device among the positional arguments.
+    """
+
+    def on_cpu(*args, **kwargs):
+        if position is not None and len(args) > position and _is_cuda(args[position]):
+            args = (*args[:position], _CPU, *args[position + 1 :])
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
-            args = (args[0], _CPU, *args[2:])
-        elif func is torch._C._nn._parse_to and args and _is_cuda(args[0]):
-            # nn.Module.to
-            args = (_CPU, *args[1:])
-        elif func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # Megatron's optimizers take torch.cuda.FloatTensor and its like, and no others.
-            return func(*args).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return on_cpu
 
 
-def map_cuda_to_cpu() -> None:
-    """Turns the mapping on in this thread, in backward passes, and in threads that are started from now on."""
-    _keep_in_backward()
-    _keep_in_threads()
-    CudaToCpu().__enter__()
+def _itself(method):
+    return lambda self, *args, **kwargs: self
 
 
-def _keep_in_backward() -> None:
-    # A mode is off while it handles a call, and torch.autograd.backward is such a call: the backward methods of
-    # Python autograd functions (and the forward passes that recomputation repeats there) would run without it.
-    run = torch.autograd.graph._engine_run_backward
+def _type_on_cuda(method):
+    # Megatron's optimizers take torch.cuda.FloatTensor and its like, and no others.
+    def type_on_cuda(self, *args, **kwargs):
+        if args or kwargs:
+            return method(self, *args, **kwargs)
+        return method(self).replace("torch.", "torch.cuda.", 1)
 
-    def run_backward(*args, **kwargs):
-        active = any(isinstance(mode, CudaToCpu) for mode in _get_current_function_mode_stack())
-        with contextlib.nullcontext() if active else CudaToCpu():
-            return run(*args, **kwargs)
-
-    torch.autograd.graph._engine_run_backward = run_backward
-    torch.autograd._engine_run_backward = run_backward
-
-
-def _keep_in_threads() -> None:
-    # The stack of modes is thread-local, and `run` is what subclasses of Thread override.
-    bootstrap = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
-
-    def bootstrap_inner(self):
-        with CudaToCpu():
-            bootstrap(self)
-
-    threading.Thread._bootstrap_inner = bootstrap_inner  # type: ignore[attr-defined]
+    return type_on_cuda

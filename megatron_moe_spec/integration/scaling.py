@@ -7,7 +7,9 @@ from torch import Tensor
 from megatron_moe_spec.integration.compat.schedules import backward_loss_scale
 
 
-def gradient_weight(transformer_config, factor: Union[Tensor, float], num_tokens: Union[Tensor, int]):
+def gradient_weight(
+    transformer_config, factor: Union[Tensor, float], num_tokens: Union[Tensor, int]
+) -> tuple[Union[Tensor, float], float]:
     """Two factors, a number or tensor and a number, of the gradient of this rank's part of a loss. Call it in backward.
 
     Their product is ``factor`` times that by which the parts count. The parts sum, over the ranks that share a

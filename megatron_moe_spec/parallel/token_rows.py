@@ -4,10 +4,10 @@ Suffixes: T tokens (every N-th with a token stride), E experts, K experts per to
 pairs of a token's experts, G components of a SwiGLU's input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from megatron_moe_spec.losses.vectors import (
 )
 from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_max, all_reduce_sum
 from megatron_moe_spec.parallel.rows import RowExchange
+
+Weight = tuple[Union[Tensor, float], float]
 
 _NONE = torch.iinfo(torch.int32).max
 
@@ -233,17 +235,17 @@ class TokenRows:
         self._mixing_TKK = mixing_TKK
         self._cosines_TKK = self._cosines_TC = None
 
-    def add_gradient(self, part: int, weight, factor: float, incoming: Tensor) -> Tensor:
-        """incoming + factor * weight * the gradient with respect to the rows of one part; each part asks once.
+    def add_gradient(self, part: int, weight: Callable[[], Weight], incoming: Tensor) -> Tensor:
+        """incoming + weight * the gradient with respect to the rows of one part; each part asks once.
 
         Args:
-            weight: a number or a tensor of one element.
+            weight: gives it as two factors: a number, or a tensor of one element, and a number.
         """
         if self._fused and self._exchange is None and len(self._parts) == 1:
             (rows_PD,), self._parts = self._parts, []
-            return self._mix_fused(rows_PD, weight, factor, incoming)
+            return self._mix_fused(rows_PD, weight(), incoming)
         if not self._gradients:
-            self._gradients = list(self._all_gradients(weight, factor).split([len(rows) for rows in self._parts]))
+            self._gradients = list(self._all_gradients(weight()).split([len(rows) for rows in self._parts]))
         gradient, self._gradients[part] = self._gradients[part], None
         self._num_parts -= 1
         if not self._num_parts:
@@ -256,41 +258,41 @@ class TokenRows:
         return self._fused and self._cosines_TC is not None and self._exchange is None and len(self._parts) == 1
 
     def swiglu_gradient(
-        self, y_PG: Tensor, probs: Tensor, weight, factor: float, incoming_PD: Tensor
+        self, y_PG: Tensor, probs: Tensor, weight: Weight, incoming_PD: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the weighted SwiGLU whose results the rows are, with that of the rows in them.
 
         Args:
             y_PG, probs: its inputs.
-            incoming_PD: gradient of its results; the other arguments are those of ``add_gradient``.
+            weight: two factors, as of ``add_gradient``.
+            incoming_PD: gradient of its results.
         """
         from megatron_moe_spec.kernels.swiglu import swiglu_gradient  # imports triton
 
         kept = self._rows_TK, self._covered_P, self._cosines_TC, self._inverse_lengths_TK
-        return swiglu_gradient(y_PG, probs, *kept, weight, incoming_PD, factor=factor)
+        return swiglu_gradient(y_PG, probs, *kept, weight[0], incoming_PD, weight[1])
 
     def forget_rows(self) -> None:
         """Backward does not need them."""
         self._parts = []
 
-    def _mix_fused(self, rows_PD: Tensor, weight, factor: float, incoming: Optional[Tensor] = None) -> Tensor:
+    def _mix_fused(self, rows_PD: Tensor, weight: Weight, incoming: Optional[Tensor] = None) -> Tensor:
         from megatron_moe_spec.kernels import rows as kernels  # imports triton
 
-        kept = rows_PD, self._rows_TK, self._covered_P
+        add, of_pairs = kernels.add_mixed, self._mixing_TKK
         if self._cosines_TC is not None:
-            return kernels.add_squares_gradient(
-                *kept, self._cosines_TC, self._inverse_lengths_TK, weight, incoming, factor=factor
-            )
-        return kernels.add_mixed(*kept, self._mixing_TKK, self._inverse_lengths_TK, weight, incoming, factor=factor)
+            add, of_pairs = kernels.add_squares_gradient, self._cosines_TC
+        found = self._rows_TK, self._covered_P, of_pairs, self._inverse_lengths_TK
+        return add(rows_PD, *found, weight[0], incoming, weight[1])
 
-    def _all_gradients(self, weight, factor: float) -> Tensor:
+    def _all_gradients(self, weight: Weight) -> Tensor:
         rows_PD = self._joined() if self._exchange is None else self._exchange.to_tokens(self._joined())
         if self._fused:
-            gradient_PD = self._mix_fused(rows_PD, weight, factor)
+            gradient_PD = self._mix_fused(rows_PD, weight)
             return gradient_PD if self._exchange is None else self._exchange.to_experts(gradient_PD)
         inverse_TK = self._inverse_lengths_TK
         units_TKD = self._vectors(rows_PD).to(inverse_TK.dtype) * inverse_TK.unsqueeze(-1)
-        gradient_TKD = mixed(self._mixing_TKK, units_TKD, inverse_TK) * (weight * factor)
+        gradient_TKD = mixed(self._mixing_TKK, units_TKD, inverse_TK) * (weight[0] * weight[1])
         gradient_PD = gradient_TKD.new_zeros(rows_PD.shape)
         if len(gradient_PD):
             # Vectors that are not there add their zero gradient to row 0; every other row has one token.

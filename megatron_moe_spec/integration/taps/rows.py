@@ -269,7 +269,7 @@ class RowsTap(Tap[RowsLoss]):
             run.probs_gradients.append(of_probs_TK[rows.own])
 
     def _add_gradient(self, run: _Run, part: int, incoming: Tensor) -> Tensor:
-        return run.rows.add_gradient(part, *self._weight(run), incoming)
+        return run.rows.add_gradient(part, partial(self._weight, run), incoming)
 
     def _add_probs_gradient(self, run: _Run, incoming: Tensor) -> Tensor:
         weight, factor = self._weight(run)
@@ -311,7 +311,7 @@ class ActivationsTap(RowsTap):
         return replace_swiglu(rows_PD, inputs, partial(self._swiglu_gradient, run))
 
     def _swiglu_gradient(self, run: _Run, y_PG: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
-        return run.rows.swiglu_gradient(y_PG, probs, *self._weight(run), incoming)
+        return run.rows.swiglu_gradient(y_PG, probs, self._weight(run), incoming)
 
     @classmethod
     def describe(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_moe_spec.kernels import mass as mass_kernels
 from megatron_moe_spec.kernels import rows as row_kernels
+from megatron_moe_spec.kernels import swiglu as swiglu_kernels
 
 ARCHITECTURES = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -100,11 +101,12 @@ def _row_operations(dtype: str, k: int, F: int) -> list:
     z = torch.zeros(16 * k, F, dtype=getattr(torch, dtype))
     rows, covered = torch.arange(16 * k, dtype=torch.int32).view(16, k), torch.ones(16 * k, dtype=torch.bool)
     mixing, cosines, lengths = torch.zeros(16, k, k), torch.zeros(16, k * (k - 1) // 2), torch.zeros(16, k)
-    weight = torch.ones(())
+    weight, y, probs = torch.ones(()), torch.zeros(16 * k, 2 * F, dtype=z.dtype), torch.ones(16 * k)
     return [
         lambda: row_kernels.row_cosines(z, rows),
         lambda: row_kernels.add_mixed(z, rows, covered, mixing, lengths, weight, z),
         lambda: row_kernels.add_squares_gradient(z, rows, covered, cosines, lengths, weight, z),
+        lambda: swiglu_kernels.swiglu_gradient(y, probs, rows, covered, cosines, lengths, weight, z),
     ]
 
 

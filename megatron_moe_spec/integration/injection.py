@@ -61,6 +61,33 @@ def join(x: Tensor, others: Sequence[Tensor]) -> Tensor:
     return add_weight_gradients(x, others, lambda: [None] * len(others))
 
 
+class _ReplaceSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, probs, z, gradient):
+        ctx.save_for_backward(y, probs)
+        ctx.callback = gradient
+        return z
+
+    @staticmethod
+    def backward(ctx, incoming):
+        gradient = _take_callback(ctx)
+        gradients = gradient(*ctx.saved_tensors, incoming)
+        return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad)), None, None
+
+
+def replace_swiglu(
+    z: Tensor,
+    inputs: tuple[Tensor, Tensor],
+    gradient: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Returns z with another backward function of the inputs (y, probs) that it was made of.
+
+    In backward, ``gradient(y, probs, incoming)`` returns the gradients of y and of the probabilities. The result must
+    be used in place of z, whose own node is then freed; both keep the same tensors.
+    """
+    return _ReplaceSwiGLU.apply(*inputs, z.detach(), gradient)
+
+
 @contextmanager
 def own_graph() -> Iterator[None]:
     """Context to differentiate a loss in: gradients on, hooks on saved tensors of the surrounding code off.

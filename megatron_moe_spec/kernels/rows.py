@@ -301,9 +301,9 @@ def row_cosines(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
-    num_tokens, k = _checked(x_PD, rows_TK)
+    num_tokens, k = checked(x_PD, rows_TK)
     cosines_TC = torch.empty(num_tokens, k * (k - 1) // 2, dtype=torch.float32, device=x_PD.device)
-    squares = torch.empty(_tiling(num_tokens, k)[2], dtype=torch.float32, device=x_PD.device)
+    squares = torch.empty(tiling(num_tokens, k)[2], dtype=torch.float32, device=x_PD.device)
     return cosines_TC, _compare(x_PD, rows_TK, cosines_TC, squares), squares
 
 
@@ -318,7 +318,7 @@ def row_products(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
         unit is a power of two that keeps the squares of tiny and huge rows in range. To go on: take the largest units
         of all ranks, bring each rank's products to them by ``in_units``, sum, and call ``cosines_from_products``.
     """
-    num_tokens, k = _checked(x_PD, rows_TK)
+    num_tokens, k = checked(x_PD, rows_TK)
     products_TKK = torch.empty(num_tokens, k, k, dtype=torch.float32, device=x_PD.device)
     return products_TKK, _compare(x_PD, rows_TK, products_TKK, None)
 
@@ -369,7 +369,7 @@ def add_mixed(
     Raises:
         ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
-    num_tokens, k = _checked(x_PD, rows_TK)
+    num_tokens, k = checked(x_PD, rows_TK)
     check_like("mixing_TKK", mixing_TKK, (num_tokens, k, k), torch.float32)
     return _add(x_PD, rows_TK, covered_P, mixing_TKK, inverse_lengths_TK, weight, incoming_PD, factor, False)
 
@@ -393,7 +393,7 @@ def add_squares_gradient(
         cosines_TC: from ``row_cosines``.
         The others: as of ``add_mixed``, and so is what is returned and raised.
     """
-    num_tokens, k = _checked(x_PD, rows_TK)
+    num_tokens, k = checked(x_PD, rows_TK)
     check_like("cosines_TC", cosines_TC, (num_tokens, k * (k - 1) // 2), torch.float32)
     return _add(x_PD, rows_TK, covered_P, cosines_TC, inverse_lengths_TK, weight, incoming_PD, factor, True)
 
@@ -402,7 +402,7 @@ def _compare(x_PD: Tensor, rows_TK: Tensor, out: Tensor, squares: Optional[Tenso
     """Fills cosines and squares, or products where squares is None; returns inverse lengths, or units."""
     x_PD = with_dense_rows(x_PD)
     num_tokens, k = rows_TK.shape
-    slots, tile, num_tiles = _tiling(num_tokens, k)
+    slots, tile, num_tiles = tiling(num_tokens, k)
     lengths_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=x_PD.device)
     if num_tiles:
         _cosines_kernel[(num_tiles,)](
@@ -437,7 +437,7 @@ def _add(x_PD, rows_TK, covered_P, mixing, inverse_lengths_TK, weight, incoming_
     x_PD = with_dense_rows(x_PD)
     out_PD = torch.empty(x_PD.shape, dtype=computed_dtype(x_PD.dtype), device=x_PD.device)
     if out_PD.numel():
-        slots, tile, num_tiles = _tiling(num_tokens, k)
+        slots, tile, num_tiles = tiling(num_tokens, k)
         _mixing_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
             x_PD,
             rows_TK.contiguous(),
@@ -490,17 +490,17 @@ def check_like(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -
         raise ValueError(f"{name} must be {dtype} {list(shape)}; got {x.dtype} {list(x.shape)}")
 
 
-def _tiling(num_tokens: int, k: int) -> tuple[int, int, int]:
+def tiling(num_tokens: int, k: int) -> tuple[int, int, int]:
     """Slots per token, (token, slot) pairs per tile, number of tiles."""
     slots = triton.next_power_of_2(k)
     tile = max(_MIN_TILE, slots)
     return slots, tile, triton.cdiv(num_tokens, tile // slots)
 
 
-def _checked(x_PD: Tensor, rows_TK: Tensor) -> torch.Size:
-    """The shape of ``rows_TK``."""
+def checked(x_PD: Tensor, rows_TK: Tensor, name: str = "x_PD") -> torch.Size:
+    """The shape of ``rows_TK``; x goes by ``name``."""
     if x_PD.dim() != 2 or x_PD.dtype not in _OPERANDS:
-        raise ValueError(f"x_PD must be bf16, fp16 or fp32 [P, D]; got {x_PD.dtype} {list(x_PD.shape)}")
+        raise ValueError(f"{name} must be bf16, fp16 or fp32 [rows, size]; got {x_PD.dtype} {list(x_PD.shape)}")
     if rows_TK.dim() != 2 or rows_TK.dtype != torch.int32:
         raise ValueError(f"rows_TK must be int32 [T, K]; got {rows_TK.dtype} {list(rows_TK.shape)}")
     return rows_TK.shape

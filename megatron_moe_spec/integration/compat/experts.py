@@ -1,5 +1,8 @@
 """The experts of an MoE layer: their linear layers, and their weights' gradients."""
 
+from typing import Optional
+
+import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.assumed import has_transformer_engine
@@ -15,6 +18,27 @@ def expert_down_projections(moe_layer: nn.Module) -> list[nn.Module]:
     if hasattr(experts, "local_experts"):
         return [expert.linear_fc2 for expert in experts.local_experts]
     return [experts.linear_fc2] if hasattr(experts, "linear_fc2") else []
+
+
+def weighted_swiglu_inputs(z: Tensor) -> Optional[tuple[Tensor, Tensor]]:
+    """y [P, 2 F] and probabilities [P] or [P, 1] that Megatron's fused SwiGLU made z [P, F] of.
+
+    None unless z is the very output of that function, and its inputs are kept as they were until backward: not where
+    they are stored in fp8, or packed by hooks (offloading, checkpoints), or computed again.
+    """
+    from megatron.core.fusions.fused_bias_swiglu import WeightedSwiGLUFunction
+
+    node = z.grad_fn
+    if getattr(node, "_forward_cls", None) is not WeightedSwiGLUFunction or getattr(node, "fp8_input_store", True):
+        return None
+    # Not even looked at where they are hooked, or would be: that alone would load or compute them.
+    if any(getattr(saved, "unpack_hook", True) is not None for saved in node._raw_saved_tensors):
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or len(node.saved_tensors) != 2:
+        return None
+    y, probs = node.saved_tensors
+    fits = z.dim() == 2 and y.shape == (len(z), 2 * z.shape[1]) and probs.shape in ((len(z),), (len(z), 1))
+    return (y, probs) if fits and y.dtype == z.dtype else None
 
 
 def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:

@@ -1,0 +1,262 @@
+"""Gradient of the experts' SwiGLU with that of the squared cosines in it; twin of ``losses.vectors`` and Megatron's.
+
+    z = p z',  z' = silu(gate) * up,  (gate, up) = y
+
+The gradient of the SwiGLU reads y, from which z can be had again, and the gradient of z, to which that of the cosines
+is to be added. So one read of both and one write of y's gradient do: 10 bytes an element of z in bf16. Tiles of
+tokens, and the rest, are as in ``rows``.
+
+Suffixes: P rows, F size of z, G = 2 F, T tokens, K experts per token, C pairs of these.
+
+Worked example, one token of two rows with p = 1/2, F = 2, gate = 20 where silu(20) = 20 and silu'(20) = 1 but for
+4e-8, and up = (0.3, 0.4) in row 1 and (0.4, 0.3) in row 0: z = (3, 4) and (4, 3) are those of the example in ``rows``,
+with the gradient (0.172032, -0.129024) for the first. So y's gradient is p * up * that = (0.0258048, -0.0258048) for
+gate and p * 20 * that = (1.72032, -1.29024) for up. An incoming gradient of (1, 1) adds (0.15, 0.2) to gate's and
+(10, 10) to up's, and makes p's gradient 20 * (0.3 + 0.4) = 14, to which the cosines add nothing.
+"""
+
+from typing import Union
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_moe_spec.kernels import computed_dtype
+from megatron_moe_spec.kernels.rows import (
+    _in_parts,
+    _mix,
+    _mixing,
+    _passing_rows,
+    _tile_rows,
+    check_like,
+    checked,
+    operand,
+    tiling,
+    weight_and_factor,
+    with_dense_rows,
+)
+
+# How the kernel is compiled, by number of bytes of an element of y.
+BACKWARD = {2: dict(BLOCK_F=64, num_warps=4, num_stages=3), 4: dict(BLOCK_F=32, num_warps=4, num_stages=2)}
+
+
+@triton.jit
+def _computed_once(x, OPERAND: tl.constexpr):
+    """x, which the compiler must not compute again in every layout that it needs x in."""
+    x = x.to(OPERAND)
+    if OPERAND != tl.float32:  # nor in the interpreter, which runs no assembly
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return x
+
+
+@triton.jit
+def _load_row_blocks(y_rows, incoming_rows, column, F, active):
+    """Gate, up and incoming gradient of columns of rows; 0 beyond the last."""
+    mask = active & (column < F)[None, :]
+    gate = tl.load(y_rows + column[None, :], mask=mask, other=0.0)
+    up = tl.load(y_rows + F + column[None, :], mask=mask, other=0.0)
+    return gate, up, tl.load(incoming_rows + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _row_gradients(
+    y_ptr,
+    probs_ptr,
+    incoming_ptr,
+    dy_ptr,
+    dprobs_ptr,
+    row,
+    active,
+    high,
+    low,
+    scale,
+    F,
+    y_stride,
+    incoming_stride,
+    BLOCK_F: tl.constexpr,
+    OPERAND: tl.constexpr,
+    LARGEST: tl.constexpr,
+    MIXED: tl.constexpr,
+):
+    """Writes the gradients of rows of y and of their probabilities.
+
+    Where MIXED, scale * (high + low) z is added to the incoming gradient for y's. The mixing of a token with an
+    infinite or NaN row is NaN; other tokens of the tile stay clear of it, since elements beyond LARGEST count as 0.
+    """
+    TILE: tl.constexpr = row.shape[0]
+    probs = tl.load(probs_ptr + row, mask=active, other=0.0).to(tl.float32)[:, None]
+    y_rows, incoming_rows = y_ptr + (row * y_stride)[:, None], incoming_ptr + (row * incoming_stride)[:, None]
+    dgate_rows = dy_ptr + (row * 2 * F)[:, None]
+    mask = active[:, None]
+    coming_gate, coming_up, coming = _load_row_blocks(y_rows, incoming_rows, tl.arange(0, BLOCK_F), F, mask)
+    products = tl.zeros([TILE, BLOCK_F], tl.float32)
+    for start in range(0, F, BLOCK_F):
+        column = start + tl.arange(0, BLOCK_F)
+        gate, up, total = coming_gate.to(tl.float32), coming_up.to(tl.float32), coming.to(tl.float32)
+        # Loaded one block ahead.
+        coming_gate, coming_up, coming = _load_row_blocks(y_rows, incoming_rows, column + BLOCK_F, F, mask)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        products += total * (silu * up)
+        if MIXED:
+            z = silu * up * probs
+            z = _computed_once(tl.where(tl.abs(z) <= LARGEST, z, 0.0), OPERAND)
+            total += _mix(high, low, z, OPERAND) * scale[:, None]
+        total *= probs
+        block = mask & (column < F)[None, :]
+        tl.store(dgate_rows + column[None, :], total * up * (sigmoid + silu * (1.0 - sigmoid)), mask=block)
+        tl.store(dgate_rows + F + column[None, :], total * silu, mask=block)
+    tl.store(dprobs_ptr + row, tl.sum(products, axis=1), mask=active)
+
+
+# Counts differ from step to step: compiled once for all of them.
+@triton.jit(do_not_specialize=["factor", "num_tiles", "num_tokens", "num_rows"])
+def _swiglu_gradient_kernel(
+    y_ptr,  # bf16 | fp16 | fp32 [P, G]
+    probs_ptr,  # float [P]
+    rows_ptr,  # int32 [T, K]
+    covered_ptr,  # bool [P]
+    cosines_ptr,  # fp32 [T, C]
+    lengths_ptr,  # fp32 [T, K] inverse lengths
+    weight_ptr,  # fp32 [1]; None: one
+    incoming_ptr,  # dtype of y [P, F]
+    dy_ptr,  # dtype of y [P, G], out
+    dprobs_ptr,  # dtype of the probabilities [P], out
+    factor,
+    num_tiles,
+    num_tokens,
+    num_rows,
+    F,
+    y_stride,
+    incoming_stride,
+    K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    OPERAND: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    if tl.program_id(0) < num_tiles:
+        token, slot, row, inside, active = _tile_rows(rows_ptr, num_tokens, K, SLOTS, TILE)
+        inverse = tl.load(lengths_ptr + token * K + slot, mask=inside, other=0.0)
+        high, low = _in_parts(_mixing(cosines_ptr, token, slot, inside, inverse, K, True), OPERAND)
+        scale = factor * inverse
+        if weight_ptr is not None:
+            scale *= tl.load(weight_ptr)
+        _row_gradients(
+            y_ptr,
+            probs_ptr,
+            incoming_ptr,
+            dy_ptr,
+            dprobs_ptr,
+            row,
+            active,
+            high,
+            low,
+            scale,
+            F,
+            y_stride,
+            incoming_stride,
+            BLOCK_F,
+            OPERAND,
+            LARGEST,
+            True,
+        )
+    else:
+        row, passing = _passing_rows(covered_ptr, tl.program_id(0) - num_tiles, num_rows, TILE)
+        if tl.sum(passing.to(tl.int32), axis=0) > 0:
+            _row_gradients(
+                y_ptr,
+                probs_ptr,
+                incoming_ptr,
+                dy_ptr,
+                dprobs_ptr,
+                row,
+                passing,
+                None,
+                None,
+                None,
+                F,
+                y_stride,
+                incoming_stride,
+                BLOCK_F,
+                OPERAND,
+                LARGEST,
+                False,
+            )
+
+
+def swiglu_gradient(
+    y_PG: Tensor,
+    probs_P: Tensor,
+    rows_TK: Tensor,
+    covered_P: Tensor,
+    cosines_TC: Tensor,
+    inverse_lengths_TK: Tensor,
+    weight: Union[Tensor, float],
+    incoming_PF: Tensor,
+    factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of y and of the probabilities, of z's incoming one and of the squared cosines between rows of z.
+
+    To the incoming gradient of z is added factor * weight * gradient with respect to z of the sum of the squared
+    cosines over ordered pairs, for y alone: the probabilities scale z, and cosines do not depend on its scale.
+
+    Args:
+        y_PG: bf16, fp16 or fp32, gate and up in the halves of each row; rows may be apart, their elements not.
+        probs_P: [P] or [P, 1] of any float dtype.
+        rows_TK, covered_P: see ``rows.add_mixed``. Rows that are not covered get the gradient of the SwiGLU alone.
+        cosines_TC, inverse_lengths_TK: of z, from ``rows.row_cosines``.
+        weight: a number, or a fp32 tensor of one element, which is not read on the host.
+        incoming_PF: [P, F] in the dtype of y; left as it is.
+
+    Returns:
+        [P, G] in the dtype of y, contiguous; the probabilities' in their dtype and shape, summed in fp32.
+
+    Raises:
+        ValueError: a shape, dtype or layout does not fit; the message names the argument.
+    """
+    num_tokens, k = checked(y_PG, rows_TK, "y_PG")
+    num_rows, G = y_PG.shape
+    if G % 2 or probs_P.shape not in ((num_rows,), (num_rows, 1)) or not probs_P.is_floating_point():
+        raise ValueError(
+            f"y_PG must be [P, 2 F] and probs_P floating-point [P] or [P, 1]; got {list(y_PG.shape)}, "
+            f"{probs_P.dtype} {list(probs_P.shape)}"
+        )
+    check_like("covered_P", covered_P, (num_rows,), torch.bool)
+    check_like("cosines_TC", cosines_TC, (num_tokens, k * (k - 1) // 2), torch.float32)
+    check_like("inverse_lengths_TK", inverse_lengths_TK, (num_tokens, k), torch.float32)
+    check_like("incoming_PF", incoming_PF, (num_rows, G // 2), y_PG.dtype)
+    weight, factor = weight_and_factor(weight, factor)
+    y_PG, incoming_PF = with_dense_rows(y_PG), with_dense_rows(incoming_PF)
+    dy_PG = torch.empty(y_PG.shape, dtype=computed_dtype(y_PG.dtype), device=y_PG.device)
+    dprobs_P = torch.empty(probs_P.shape, dtype=computed_dtype(probs_P.dtype), device=y_PG.device)
+    if num_rows:
+        slots, tile, num_tiles = tiling(num_tokens, k)
+        _swiglu_gradient_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
+            y_PG,
+            probs_P.contiguous(),
+            rows_TK.contiguous(),
+            covered_P.contiguous(),
+            cosines_TC.contiguous(),
+            inverse_lengths_TK.contiguous(),
+            weight,
+            incoming_PF,
+            dy_PG,
+            dprobs_P,
+            factor,
+            num_tiles,
+            num_tokens,
+            num_rows,
+            G // 2,
+            y_PG.stride(0),
+            incoming_PF.stride(0),
+            K=k,
+            SLOTS=slots,
+            TILE=tile,
+            OPERAND=operand(y_PG.dtype),
+            LARGEST=torch.finfo(y_PG.dtype).max,
+            **BACKWARD[y_PG.element_size()],
+        )
+    return dy_PG.to(y_PG.dtype), dprobs_P.to(probs_P.dtype)

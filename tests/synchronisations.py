@@ -12,7 +12,7 @@ WAIT = {
 class Synchronisations(TorchFunctionMode):
     """What waits, were all tensors on a GPU, among the calls made inside; ``names`` has one entry for each.
 
-    Copies count unless ``non_blocking``: what comes to the host so is waited for by ``tolist``.
+    Copies count unless they say ``non_blocking``: what comes to the host so is waited for by ``tolist``.
     """
 
     def __init__(self):
@@ -35,5 +35,5 @@ class Synchronisations(TorchFunctionMode):
             return "output_size" not in kwargs
         if name == "to":
             devices = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (str, torch.device))]
-            return bool(devices) and not kwargs.get("non_blocking")
+            return bool(devices) and "non_blocking" not in kwargs
         return name == "tensor" and kwargs.get("device") is not None

@@ -81,7 +81,7 @@ class RowExchange:
         ends = torch.tensor(list(accumulate((*self._rows_for, *self._rows_from), initial=0)))
         ends = ends.to(chosen.device, non_blocking=True)
         sums = torch.nn.functional.pad(torch.cat([chosen_there, chosen]).cumsum(0), (1, 0))
-        numbers = sums[ends].diff().to("cpu", non_blocking=True)
+        numbers = sums[ends].diff().to("cpu", non_blocking=chosen.is_cuda)
         copied = torch.cuda.current_stream().record_event() if chosen.is_cuda else None
 
         def finish() -> RowExchange:
@@ -98,17 +98,17 @@ class RowExchange:
 
     def to_tokens(self, x_PD: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""
-        x_PD = x_PD if self._order is None else x_PD[self._order]
-        return self._begin(x_PD, self._rows_for, self._rows_from).wait()
+        return self._begin(self._that_travel(x_PD), self._rows_for, self._rows_from).wait()
 
     def begin_to_tokens(self, x_PD: Tensor) -> Pending[Tensor]:
         """As ``to_tokens``, beside what is queued until ``wait``; x may be freed or overwritten as soon as it returns.
 
         What travels is a copy: Megatron frees the storage of activations that it recomputes, whoever else holds it.
         """
-        copied = self._order is None and not self._quantizes(x_PD)
-        x_PD = x_PD.clone() if copied else x_PD if self._order is None else x_PD[self._order]
-        return self._begin(x_PD, self._rows_for, self._rows_from)
+        rows = self._that_travel(x_PD)
+        if rows is x_PD and not self._quantizes(x_PD):
+            rows = x_PD.clone()
+        return self._begin(rows, self._rows_for, self._rows_from)
 
     def to_experts(self, x_PD: Tensor) -> Tensor:
         """The other way; rows that do not travel are 0."""
@@ -116,6 +116,9 @@ class RowExchange:
         if self._order is None:
             return received
         return received.new_zeros(self._num_rows, *received.shape[1:]).index_copy_(0, self._order, received)
+
+    def _that_travel(self, x_PD: Tensor) -> Tensor:
+        return x_PD if self._order is None else x_PD[self._order]
 
     def _quantizes(self, x: Tensor) -> bool:
         return self._transport == "fp8" and x.is_floating_point()

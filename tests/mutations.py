@@ -180,8 +180,8 @@ MUTATIONS = [
     (
         "flex dispatcher's rows by another source",
         "integration/compat/dispatch.py",
-        "order, counts_L = _by_source(rows_RL.T, sum(rows_for)), list(map(sum, zip(*received)))",
-        "order, counts_L = _by_source(rows_RL.flip(0).T, sum(rows_for)), list(map(sum, zip(*received)))",
+        "order = _by_source(rows_RL.T, sum(rows_for))",
+        "order = _by_source(rows_RL.flip(0).T, sum(rows_for))",
         f"{LAYOUT}[EP2-DeepEP]",
     ),
     (
@@ -201,8 +201,8 @@ MUTATIONS = [
     (
         "rows that DeepEP adds taken for rows of tokens",
         "integration/compat/dispatch.py",
-        "order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0).tolist()",
-        "counts_L = permuted_TL.sum(dim=0).tolist()",
+        "order = row_LT.repeat_interleave(chosen_LT.long(), output_size=len(order))[order]",
+        "pass",
         f"{LAYOUT}[EP2-rows padded by the router, DeepEP, grouped experts, moe_act recompute]",
     ),
     (

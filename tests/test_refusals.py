@@ -10,7 +10,7 @@ from loss_names import coefficients
 
 from megatron_moe_spec import SpecConfig
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
-from megatron_moe_spec.losses import LOSSES
+from megatron_moe_spec.losses import LOSSES, Specialization
 from megatron_moe_spec.losses.base import ACTIVATIONS, EXPERT_WEIGHTS, OUTPUTS, ROUTER_WEIGHT
 
 SPECIALIZATION = SpecConfig(specialization_loss_coeff=1.0)
@@ -30,6 +30,7 @@ ERC = SpecConfig(erc_loss_coeff=1.0)
         ("coupling_type", "joint", "--moe-coupling-type"),
         ("specialization_token_stride", 0, "--moe-specialization-token-stride"),
         ("specialization_token_stride", 1.5, "--moe-specialization-token-stride"),
+        ("specialization_transport", "bf16", "--moe-specialization-transport"),
         ("coupling_across_stages", "maybe", "--moe-coupling-across-stages"),
         ("orthogonality_loss_coeff", -1e-4, "--moe-orthogonality-loss-coeff"),
         ("score_variance_loss_coeff", float("inf"), "--moe-score-variance-loss-coeff"),
@@ -50,7 +51,8 @@ def test_config_names_the_field_and_the_flag(field, value, flag):
 def test_flags_become_the_config():
     parser = add_moe_spec_args(argparse.ArgumentParser())
     args = parser.parse_args(
-        "--moe-specialization-loss-coeff 2e-3 --moe-specialization-token-stride 4 --moe-coupling-loss-coeff 1e-3 "
+        "--moe-specialization-loss-coeff 2e-3 --moe-specialization-token-stride 4 "
+        "--moe-specialization-transport fp8 --moe-coupling-loss-coeff 1e-3 "
         "--moe-coupling-type pathway --moe-coupling-across-stages drop "
         "--moe-orthogonality-loss-coeff 1e-4 --moe-score-variance-loss-coeff 5e-3 "
         "--moe-erc-loss-coeff 0.5 --moe-erc-alpha 0.7 "
@@ -60,6 +62,7 @@ def test_flags_become_the_config():
     assert spec_config_from_args(args) == SpecConfig(
         specialization_loss_coeff=2e-3,
         specialization_token_stride=4,
+        specialization_transport="fp8",
         coupling_loss_coeff=1e-3,
         coupling_type="pathway",
         coupling_across_stages="drop",
@@ -73,6 +76,12 @@ def test_flags_become_the_config():
         metrics_interval=10,
     )
     assert spec_config_from_args(parser.parse_args([])) == SpecConfig()
+
+
+def test_messages_name_options_that_are_not_default():
+    assert str(Specialization(2e-3)) == "specialization x 0.002"
+    assert str(Specialization(2e-3, transport="fp8")) == "specialization (transport fp8) x 0.002"
+    assert str(Specialization(2e-3, 4, "fp8")) == "specialization (token_stride 4, transport fp8) x 0.002"
     assert spec_config_from_args(argparse.Namespace()) == SpecConfig()
 
 

@@ -27,8 +27,18 @@ PAIRS = "pairs of layers"  # the routing of adjacent MoE layers
 ROUTER_WEIGHT = "router weight"
 EXPERT_WEIGHTS = "expert weights"  # together with the router's
 
+TRANSPORTS = ("same", "fp8")  # how vectors travel between ranks: in their dtype, or as e4m3 with a scale each
 
-def option(default, flag: str, help: str, choices: Optional[Sequence[str]] = None, minimum: float = 0, paper: str = ""):
+
+def option(
+    default,
+    flag: str,
+    help: str,
+    choices: Optional[Sequence[str]] = None,
+    minimum: float = 0,
+    paper: str = "",
+    tacit: bool = False,
+):
     """A dataclass field that is a command-line flag, and a field of ``SpecConfig``.
 
     Args:
@@ -38,8 +48,10 @@ def option(default, flag: str, help: str, choices: Optional[Sequence[str]] = Non
         choices: of a string.
         minimum: of a number.
         paper: the value in the paper, and where it stands there.
+        tacit: whether messages leave a word out where it is the default, as they do numbers.
     """
-    metadata = {"flag": flag, "help": help, "choices": choices, "minimum": minimum, "paper": paper}
+    tacit = tacit or choices is None
+    metadata = {"flag": flag, "help": help, "choices": choices, "minimum": minimum, "paper": paper, "tacit": tacit}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -108,12 +120,12 @@ class Loss:
         return self.name.removesuffix("_loss").replace("_", " ")
 
     def __str__(self) -> str:
-        """Like "coupling (mass, exact) x 0.001": its options but the coefficient, if they are words or not default."""
+        """Like "coupling (mass, exact) x 0.001": its options but the coefficient, if not tacit or not default."""
         others = [(one, getattr(self, one.name)) for one in options_of(self) if one.name != "coeff"]
-        words = [str(value) for one, value in others if one.metadata["choices"]]
-        changed = [(one, value) for one, value in others if not one.metadata["choices"] and value != one.default]
-        numbers = [f"{one.name} {value:g}" for one, value in changed]
-        shown = f" ({', '.join(words + numbers)})" if words + numbers else ""
+        words = [value for one, value in others if not one.metadata["tacit"]]
+        changed = [(one, value) for one, value in others if one.metadata["tacit"] and value != one.default]
+        words += [f"{one.name} {value if one.metadata['choices'] else format(value, 'g')}" for one, value in changed]
+        shown = f" ({', '.join(words)})" if words else ""
         return f"{self.title}{shown} x {self.coeff:g}"
 
     @property
@@ -149,6 +161,7 @@ class RowsLoss(Loss):
 
     Attributes:
         token_stride: use every N-th token only.
+        transport: how the vectors and their gradients travel between ranks, one of ``TRANSPORTS``.
         uses_lengths: whether ``token_losses`` uses the vectors' lengths. If not, it gets None for them.
         of_squares: whether ``token_losses`` is the mean of the squared cosines of the K (K - 1) ordered pairs: the
             kernels know that gradient.
@@ -156,6 +169,7 @@ class RowsLoss(Loss):
 
     may_read: ClassVar[tuple[str, ...]] = (ACTIVATIONS, OUTPUTS)
     token_stride: ClassVar[int] = 1
+    transport: ClassVar[str] = "same"
     uses_lengths: ClassVar[bool] = True
     of_squares: ClassVar[bool] = False
 

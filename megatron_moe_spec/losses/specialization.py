@@ -5,7 +5,7 @@ from typing import ClassVar, Optional
 
 from torch import Tensor
 
-from megatron_moe_spec.losses.base import ACTIVATIONS, RowsLoss, option
+from megatron_moe_spec.losses.base import ACTIVATIONS, TRANSPORTS, RowsLoss, option
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,14 @@ class Specialization(RowsLoss):
         "Compute the specialization loss on every N-th token of each rank only, starting at another token each "
         "micro-batch and step. Unbiased; cuts its cost, and its traffic under expert parallelism, N-fold.",
         minimum=1,
+    )
+    transport: str = option(  # type: ignore[misc]
+        "same",
+        "--moe-specialization-transport",
+        "How activations and their gradients travel between expert-parallel ranks for the specialization loss: "
+        "'same', in their own dtype; 'fp8', as e4m3 with one fp32 scale per vector, half the bytes of bf16.",
+        choices=TRANSPORTS,
+        tacit=True,
     )
 
     def token_losses(self, cosines_TKK: Tensor, lengths_TK: Tensor, active_TK: Tensor) -> Tensor:

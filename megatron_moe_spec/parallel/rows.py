@@ -1,11 +1,33 @@
 """Returning the rows of experts to the ranks that hold their tokens, and gradients to the experts."""
 
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Generic, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_moe_spec.losses.base import TRANSPORTS
+
+Result = TypeVar("Result")
+
+FP8 = torch.float8_e4m3fn
+SCALE_BYTES = 4  # of a row, in fp32
+
+
+class Pending(Generic[Result]):
+    """What has begun, and is there after ``wait``. Holds what it works on until then."""
+
+    def __init__(self, finish: Callable[[], Result]):
+        self._finish: Optional[Callable[[], Result]] = finish
+
+    def wait(self) -> Result:
+        """The result; once. For a collective on a GPU, the current stream waits, and not the host."""
+        if self._finish is None:
+            raise RuntimeError("what was pending has been waited for before")
+        finish, self._finish = self._finish, None
+        return finish()
 
 
 class RowExchange:
@@ -20,18 +42,29 @@ class RowExchange:
         rows_for: number of rows for each rank of the group.
         rows_from: number of rows of this rank's tokens that lie with each rank.
         group: the ranks.
+        transport: how floating-point rows [P, D] travel, both ways: "same", in their dtype, or "fp8", see
+            ``quantized``: D + 4 bytes a row. They arrive in their dtype, and the same rows alike each time.
     """
 
     def __init__(
-        self, order: Optional[Tensor], num_rows: int, rows_for: Sequence[int], rows_from: Sequence[int], group
+        self,
+        order: Optional[Tensor],
+        num_rows: int,
+        rows_for: Sequence[int],
+        rows_from: Sequence[int],
+        group,
+        transport: str = "same",
     ):
         if (num_rows if order is None else len(order)) != sum(rows_for):
             raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}; got {transport!r}")
         self._order = order
         self._num_rows = num_rows
         self._rows_for = [int(rows) for rows in rows_for]
         self._rows_from = [int(rows) for rows in rows_from]
         self._group = group
+        self._transport = transport
 
     def part(self, chosen: Tensor) -> "RowExchange":
         """The exchange of some rows only. One all-to-all of a byte a row, and one host synchronisation.
@@ -39,26 +72,87 @@ class RowExchange:
         Args:
             chosen: bool, which rows of this rank's tokens, in the order of ``to_tokens``.
         """
-        order = torch.arange(self._num_rows, device=chosen.device) if self._order is None else self._order
-        chosen_there = self.to_experts(chosen.to(torch.uint8))[order].bool()
-        numbers = [rows.sum() for rows in (*chosen_there.split(self._rows_for), *chosen.split(self._rows_from))]
-        numbers = torch.stack(numbers).tolist()
-        ranks = len(self._rows_for)
-        return RowExchange(order[chosen_there], self._num_rows, numbers[:ranks], numbers[ranks:], self._group)
+        return self.begin_part(chosen).wait()
+
+    def begin_part(self, chosen: Tensor) -> "Pending[RowExchange]":
+        """As ``part``; the host waits in ``wait`` alone, and only for what was queued until now."""
+        chosen = chosen.to(torch.uint8)
+        chosen_there = self._begin(chosen, self._rows_from, self._rows_for).wait()
+        ends = torch.tensor(list(accumulate((*self._rows_for, *self._rows_from), initial=0)))
+        ends = ends.to(chosen.device, non_blocking=True)
+        sums = torch.nn.functional.pad(torch.cat([chosen_there, chosen]).cumsum(0), (1, 0))
+        numbers = sums[ends].diff().to("cpu", non_blocking=chosen.is_cuda)
+        copied = torch.cuda.current_stream().record_event() if chosen.is_cuda else None
+
+        def finish() -> RowExchange:
+            if copied is not None:
+                copied.synchronize()
+            ranks, rows = len(self._rows_for), numbers.tolist()
+            rows_for, rows_from = rows[:ranks], rows[ranks:]
+            order = torch.arange(self._num_rows, device=chosen.device) if self._order is None else self._order
+            # Where the number is known, repeating 0 or 1 times chooses without a synchronisation.
+            order = order.repeat_interleave(chosen_there.long(), output_size=sum(rows_for))
+            return RowExchange(order, self._num_rows, rows_for, rows_from, self._group, self._transport)
+
+        return Pending(finish)
 
     def to_tokens(self, x_PD: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""
-        x_PD = x_PD if self._order is None else x_PD[self._order]
-        return self._all_to_all(x_PD, self._rows_for, self._rows_from)
+        return self._begin(self._that_travel(x_PD), self._rows_for, self._rows_from).wait()
+
+    def begin_to_tokens(self, x_PD: Tensor) -> Pending[Tensor]:
+        """As ``to_tokens``, beside what is queued until ``wait``; x may be freed or overwritten as soon as it returns.
+
+        What travels is a copy: Megatron frees the storage of activations that it recomputes, whoever else holds it.
+        """
+        rows = self._that_travel(x_PD)
+        if rows is x_PD and not self._quantizes(x_PD):
+            rows = x_PD.clone()
+        return self._begin(rows, self._rows_for, self._rows_from)
 
     def to_experts(self, x_PD: Tensor) -> Tensor:
         """The other way; rows that do not travel are 0."""
-        received = self._all_to_all(x_PD, self._rows_from, self._rows_for)
+        received = self._begin(x_PD, self._rows_from, self._rows_for).wait()
         if self._order is None:
             return received
         return received.new_zeros(self._num_rows, *received.shape[1:]).index_copy_(0, self._order, received)
 
-    def _all_to_all(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        output = x.new_empty(sum(receive), *x.shape[1:])
-        dist.all_to_all_single(output, x.contiguous(), receive, send, group=self._group)
-        return output
+    def _that_travel(self, x_PD: Tensor) -> Tensor:
+        return x_PD if self._order is None else x_PD[self._order]
+
+    def _quantizes(self, x: Tensor) -> bool:
+        return self._transport == "fp8" and x.is_floating_point()
+
+    def _begin(self, x: Tensor, send: list[int], receive: list[int]) -> Pending[Tensor]:
+        sent = quantized(x) if self._quantizes(x) else x.contiguous()
+        received = sent.new_empty(sum(receive), *sent.shape[1:])
+        work = dist.all_to_all_single(received, sent, receive, send, group=self._group, async_op=True)
+
+        def finish(sent=sent) -> Tensor:  # holds what is sent
+            work.wait()
+            return dequantized(received, x.dtype) if self._quantizes(x) else received
+
+        return Pending(finish)
+
+
+def quantized(x_PD: Tensor) -> Tensor:
+    """Rows [P, D] in floating point -> bytes [P, D + 4]: e4m3, rounded to nearest, and the row's scale in fp32.
+
+    The scale is the row's largest magnitude / 448, e4m3's own largest. A row that is not finite becomes NaN.
+    """
+    num_rows, width = x_PD.shape
+    largest_P1 = x_PD.abs().amax(dim=1, keepdim=True).float()
+    # A row of zeros, too, needs a number to be divided by.
+    scale_P1 = (largest_P1 / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
+    bytes_PB = torch.empty(num_rows, width + SCALE_BYTES, dtype=torch.uint8, device=x_PD.device)
+    bytes_PB[:, :width].view(FP8).copy_(x_PD / scale_P1)
+    bytes_PB[:, width:] = scale_P1.view(torch.uint8)
+    return bytes_PB
+
+
+def dequantized(bytes_PB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [P, D] in ``dtype`` from bytes [P, D + 4], see ``quantized``."""
+    width = bytes_PB.shape[1] - SCALE_BYTES
+    # A copy, for their place in a row may not be aligned.
+    scale_P1 = bytes_PB[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return (bytes_PB[:, :width].view(FP8).to(torch.float32) * scale_P1).to(dtype)

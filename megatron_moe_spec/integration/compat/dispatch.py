@@ -64,51 +64,59 @@ def dispatch_problems(transformer_config, expert_tensor_size: int) -> Iterator[s
 
 
 def row_exchange(
-    dispatcher, dispatched_TE: Tensor, counts_L: Sequence[int], blocks_L: Sequence[int]
+    dispatcher, dispatched_TE: Tensor, counts_L: Sequence[int], blocks_L: Sequence[int], transport: str = "same"
 ) -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their sources; None where each rank has all experts.
 
-    Call it between dispatch and combine: the next micro-batch overwrites the dispatcher's attributes.
+    One host synchronisation, and none for the alltoall dispatcher without expert tensor parallelism. Call it between
+    dispatch and combine: the next micro-batch overwrites the dispatcher's attributes.
 
     Args:
         dispatcher: MoEAlltoAllTokenDispatcher, MoEAllGatherTokenDispatcher or MoEFlexTokenDispatcher.
         dispatched_TE: bool, the dispatched map of this source's tokens.
         counts_L: numbers of rows that the dispatcher has handed to each local expert.
         blocks_L: numbers of rows from each to the next among the rows to exchange, with padding at their ends.
+        transport: see ``RowExchange``.
+
+    Raises:
+        RuntimeError: the dispatcher has handed over another number of rows than the ranks are to exchange.
     """
     if dispatcher.ep_size == 1:
         return None
-    kind, num_rows = dispatcher.config.moe_token_dispatcher_type, sum(counts_L)
+    kind = dispatcher.config.moe_token_dispatcher_type
     if kind == "flex":
         order, counts_L, rows_for, rows_from = _of_flex(dispatcher, dispatched_TE)
-    elif kind == "allgather":
-        order, rows_for, rows_from = _of_allgather(dispatcher, dispatched_TE, num_rows)
-    elif dispatcher.tp_size > 1:
-        order, rows_for, rows_from = _of_alltoall_and_gather(dispatcher, dispatched_TE, num_rows)
     else:
-        order, rows_for, rows_from = _of_alltoall(dispatcher, num_rows)
+        of_alltoall = _of_alltoall_and_gather if dispatcher.tp_size > 1 else _of_alltoall
+        layout = _of_allgather if kind == "allgather" else of_alltoall
+        order, rows_for, rows_from = layout(dispatcher, dispatched_TE)
+        handed_over, expected = sum(counts_L), sum(rows_for)
+        if handed_over != expected:
+            raise RuntimeError(f"of {handed_over} rows of experts, {expected} are to be returned to their tokens")
     order = _in_blocks(order, counts_L, blocks_L, dispatched_TE.device)
-    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group)
+    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group, transport)
 
 
-def _of_alltoall(dispatcher, num_rows: int) -> tuple[Optional[Tensor], list[int], list[int]]:
+def _of_alltoall(dispatcher, dispatched_TE: Tensor) -> tuple[Optional[Tensor], list[int], list[int]]:
     """The order by source of rows without padding (None: as they lie); how many are for, and from, each rank.
 
     The others likewise.
     """
     # Rows lie by (local expert, source, token) and were received by (source, local expert, token).
     ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
-    order = None
-    if local > 1:
-        rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
-        order = _by_source(rows_RL.T, num_rows).to(dispatcher.probs.device)
-    rows_for, rows_from = dispatcher.output_splits, dispatcher.input_splits
-    if rows_for is None:  # every expert is padded to its capacity
-        rows_for = rows_from = [num_rows // ranks] * ranks
+    if dispatcher.output_splits is None:  # every expert is padded to its capacity
+        rows_for = rows_from = [dispatcher.capacity * local] * ranks
+    else:
+        rows_for, rows_from = list(map(int, dispatcher.output_splits)), list(map(int, dispatcher.input_splits))
+    if local == 1:
+        return None, rows_for, rows_from
+    # The dispatcher has the counts on the host where it does not fuse the permutation.
+    rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
+    order = _by_source(rows_RL.to(dispatched_TE.device, non_blocking=True).T, sum(rows_for))
     return order, rows_for, rows_from
 
 
-def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> tuple[Tensor, list[int], list[int]]:
+def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
     # Rows lie by (local expert, tensor-parallel rank, source, token). The dispatcher keeps the counts only where it
     # needs them: one all-gather of E numbers, and one host synchronisation.
     ranks, peers, local = dispatcher.ep_size, dispatcher.tp_size, dispatcher.num_local_experts
@@ -116,20 +124,17 @@ def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor, num_rows: int) ->
     rows_RCRL = all_gather(own_E, dispatcher.tp_ep_group).view(ranks, peers, ranks, local)
     rank = dispatcher.ep_group.rank()
     here_RCL = rows_RCRL[:, :, rank]
-    order = _by_source(here_RCL.permute(2, 1, 0), num_rows)
-    return order, here_RCL.sum(dim=(1, 2)).tolist(), rows_RCRL[rank].sum(dim=(0, 2)).tolist()
+    rows_for, rows_from = torch.stack([here_RCL.sum(dim=(1, 2)), rows_RCRL[rank].sum(dim=(0, 2))]).tolist()
+    return _by_source(here_RCL.permute(2, 1, 0), sum(rows_for)), rows_for, rows_from
 
 
-def _of_allgather(dispatcher, dispatched_TE: Tensor, num_rows: int) -> tuple[Tensor, list[int], list[int]]:
+def _of_allgather(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
     # Rows lie by (local expert, global token); source r has the r-th T of the global tokens.
-    local_map_GL = dispatcher.local_map
-    ranks, num_tokens = dispatcher.ep_size, len(dispatched_TE)
-    flat = local_map_GL.T.reshape(-1).to(torch.uint8)
-    token_P = flat.argsort(descending=True, stable=True)[:num_rows] % len(local_map_GL)
-    order = (token_P // num_tokens).argsort(stable=True)
-    # The dispatcher itself synchronises with the host for its counts.
-    rows_for = local_map_GL.view(ranks, -1).sum(dim=1).tolist()
-    return order, rows_for, dispatched_TE.view(num_tokens, ranks, -1).sum(dim=(0, 2)).tolist()
+    rows_RL = dispatcher.local_map.unflatten(0, (dispatcher.ep_size, len(dispatched_TE))).sum(dim=1)
+    sent_R = dispatched_TE.sum(dim=0).view(dispatcher.ep_size, -1).sum(dim=1)
+    # One host synchronisation; the dispatcher has another for its counts.
+    rows_for, rows_from = torch.stack([rows_RL.sum(dim=1), sent_R]).tolist()
+    return _by_source(rows_RL.T, sum(rows_for)), rows_for, rows_from
 
 
 def _of_flex(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int], list[int]]:
@@ -140,22 +145,27 @@ def _of_flex(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list
     sent_RL = dispatched_TE.sum(dim=0).view(ranks, local)
     rows_RL = torch.empty_like(sent_RL)
     dist.all_to_all_single(rows_RL, sent_RL, group=dispatcher.ep_group)
-    received, sent = torch.stack([rows_RL, sent_RL]).tolist()
-    rows_for, rows_from = list(map(sum, received)), list(map(sum, sent))
-    order, counts_L = _by_source(rows_RL.T, sum(rows_for)), list(map(sum, zip(*received)))
     manager = dispatcher._comm_manager
-    if dispatcher.config.moe_router_padding_for_quantization and hasattr(manager, "dispatched_indices"):
-        # DeepEP's received tokens that fill experts up lie between the others; another synchronisation.
-        permuted_TL = manager.dispatched_routing_map.bool()
-        chosen_TL = expert_map(manager.dispatched_indices, local)
-        order, counts_L = chosen_TL.T[permuted_TL.T].nonzero().squeeze(1)[order], permuted_TL.sum(dim=0).tolist()
+    # DeepEP's received tokens that fill experts up lie between the others.
+    filled = dispatcher.config.moe_router_padding_for_quantization and hasattr(manager, "dispatched_indices")
+    permuted_TL = manager.dispatched_routing_map.bool() if filled else None
+    counted_L = rows_RL.sum(dim=0) if permuted_TL is None else permuted_TL.sum(dim=0)
+    numbers = torch.cat([rows_RL.sum(dim=1), sent_RL.sum(dim=1), counted_L]).tolist()
+    rows_for, rows_from, counts_L = numbers[:ranks], numbers[ranks : 2 * ranks], numbers[2 * ranks :]
+    order = _by_source(rows_RL.T, sum(rows_for))
+    if permuted_TL is not None:
+        row_LT = permuted_TL.T.reshape(-1).cumsum(0) - 1
+        chosen_LT = expert_map(manager.dispatched_indices, local).T.reshape(-1)
+        order = row_LT.repeat_interleave(chosen_LT.long(), output_size=len(order))[order]
     return order, counts_L, rows_for, rows_from
 
 
 def _by_source(rows: Tensor, num_rows: int) -> Tensor:
     """[P] order by source of rows that lie in blocks; ``rows`` [..., R]: how many in each block, sources last."""
-    sources = torch.arange(rows.shape[-1], device=rows.device).expand(rows.shape).reshape(-1)
-    return sources.repeat_interleave(rows.reshape(-1), output_size=num_rows).argsort(stable=True)
+    starts = (rows.flatten().cumsum(0) - rows.flatten()).view(-1, rows.shape[-1]).T.flatten()
+    rows = rows.flatten(0, -2).T.flatten()
+    moved = starts - (rows.cumsum(0) - rows)
+    return torch.arange(num_rows, device=rows.device) + moved.repeat_interleave(rows, output_size=num_rows)
 
 
 def _in_blocks(order: Optional[Tensor], counts_L: Sequence[int], blocks_L: Sequence[int], device) -> Optional[Tensor]:
@@ -164,7 +174,7 @@ def _in_blocks(order: Optional[Tensor], counts_L: Sequence[int], blocks_L: Seque
         return order
     num_rows = sum(counts_L)
     order = torch.arange(num_rows, device=device) if order is None else order
-    counts, blocks = torch.tensor([counts_L, blocks_L], device=device)
+    counts, blocks = torch.tensor([counts_L, blocks_L]).to(device, non_blocking=True)
     padding = blocks - counts
     return order + (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=num_rows)[order]
 

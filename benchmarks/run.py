@@ -32,7 +32,7 @@ LONGEST_TABLE = 150
 
 @dataclass
 class Part:
-    """A command, the most seconds it gets on a GPU, the modules and program it needs, and how it is tried without a GPU."""
+    """A command, the most seconds it gets on a GPU, what it needs, and the arguments that try it without a GPU."""
 
     command: list[str]
     seconds: int

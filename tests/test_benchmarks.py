@@ -39,7 +39,8 @@ def _python(*command) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_without_a_gpu_everything_is_tried_and_nothing_is_called_measured(tmp_path):
-    run = _python("run.py", "--parts", "environment,kernels,layer,train,memcheck", "--minutes", "10", "--output", tmp_path)
+    parts = "environment,kernels,layer,train,memcheck"
+    run = _python("run.py", "--parts", parts, "--minutes", 10, "--output", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.split("no GPU, nothing was measured")[1]
     assert "SKIPPED: no GPU" in summary

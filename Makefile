@@ -30,8 +30,9 @@ help:
 	@echo "make peer-tests MEGATRON=path  Megatron's own tests of MoE layers, of a Megatron-LM checkout, without and with"
 	@echo "                   the losses: whether any output or gradient differs by a bit (about 10 minutes)."
 	@echo "                   PEER_ARGS=\"--processes 2,4\" and the like go to tests/peer/run.py"
-	@echo "make gpu           check and measure the kernels on a GPU (two times ten minutes at most); without one, try"
-	@echo "                   them on tiny shapes. GPU_ARGS=\"--parts layer,train\" goes to benchmarks/run.py"
+	@echo "make gpu           check and measure the kernels on a GPU (two calls of 8 minutes at most); without one, try"
+	@echo "                   them on tiny shapes. GPU_ARGS=\"--call 1\" and the like go to benchmarks/run.py. A python, or"
+	@echo "                   PYTHON=path, that has torch, triton and megatron-core is used as it is, without pip"
 	@echo "make clean         remove the environments and everything that was built"
 	@echo "Each target makes the environment that it needs: .venv (Python 3.12 or 3.13) or .venv-oldest."
 
@@ -100,8 +101,11 @@ peer-tests:
 	.venv/bin/python tests/peer/run.py "$(MEGATRON)" $(PEER_ARGS)
 
 gpu:
-	@.ci/venv $(PRIMARY)
-	.venv/bin/python benchmarks/run.py $(GPU_ARGS)
+	@for python in $${PYTHON:-python python3}; do \
+	    "$$python" -c "import torch, triton, megatron" 2>/dev/null && break; \
+	done || { .ci/venv $(PRIMARY) && python=.venv/bin/python; } || exit $$?; \
+	echo "$$python benchmarks/run.py $(GPU_ARGS)"; \
+	exec "$$python" benchmarks/run.py $(GPU_ARGS)
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,5 @@
 """Shared by the benchmarks: shapes of real models, timing, and writing of results."""
 
-import csv
 import json
 import platform
 import statistics
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Optional
 
 import torch
 
@@ -89,8 +89,17 @@ def copy_gigabytes_per_second(size: int = 2**30) -> float:
     return 2 * size / milliseconds(lambda: target.copy_(source)) / 1e6
 
 
+def command_output(*command: str) -> Optional[str]:
+    """What a command prints, on one line; None where there is no such program or it fails."""
+    try:
+        run = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return "; ".join(run.stdout.split("\n")[:-1]) if run.returncode == 0 else None
+
+
 def provenance() -> dict:
-    """Device, versions and commit of this run."""
+    """Device, driver, clocks, versions and commit of this run."""
 
     def of(package):
         try:
@@ -98,26 +107,37 @@ def provenance() -> dict:
         except PackageNotFoundError:
             return None
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parent, capture_output=True, text=True)
     gpu = on_gpu()
+    asked = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+    packages = ("torch", "triton", "numpy", "megatron-core", "transformer-engine-torch", "transformer-engine-cu13")
     return {
         "device": torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()})",
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None,
+        "nvidia_smi": command_output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader") if gpu else None,
         "python": platform.python_version(),
-        **{package: of(package) for package in ("torch", "triton", "megatron-core", "transformer-engine")},
+        **{package: of(package) for package in packages},
         "cuda": torch.version.cuda,
-        "commit": git.stdout.strip() or None,
+        "commit": command_output("git", "rev-parse", "HEAD"),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def write(folder: Path, name: str, rows: list[dict], **more) -> None:
-    """Writes NAME.csv, a line a row, and NAME.json with the provenance too."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    record = {**provenance(), **more, "rows": rows}
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {folder / name}.csv and .json", flush=True)
+class Results:
+    """NAME.json: the provenance, ``facts``, and rows. Written after every row, so that a run cut off leaves them."""
+
+    def __init__(self, folder: Path, name: str, **facts):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows, self.facts = [], facts
+        self._file, self._provenance = folder / f"{name}.json", provenance()
+
+    def add(self, row: dict, show: bool = True) -> None:
+        self.rows.append(row)
+        self.save()
+        if show:
+            print("  ".join(map(str, row.values())), flush=True)
+
+    def save(self) -> None:
+        record = {**self._provenance, **self.facts, "rows": self.rows}
+        unfinished = self._file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        unfinished.replace(self._file)

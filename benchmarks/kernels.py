@@ -1,6 +1,7 @@
 """The kernels against eager PyTorch and torch.compile, on the shapes of real MoE layers: time, bandwidth, memory.
 
-    python benchmarks/kernels.py [--tokens 8192] [--seconds 400] [--output FOLDER] [--smoke]
+    python benchmarks/kernels.py [--tokens 8192 32768] [--implementations triton,eager] [--output FOLDER] [--smoke]
+    python benchmarks/kernels.py --check
 
 Each operation is first checked against float64; one that fails is not timed, and the exit status is 1. The bytes of
 an operation are the least it can move: each of its inputs once and each of its outputs once.
@@ -9,7 +10,6 @@ an operation are the least it can move: each of its inputs once and each of its 
 import argparse
 import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,11 @@ from common import (
     MODELS,
     RESULTS,
     SMOKE,
+    Results,
     copy_gigabytes_per_second,
     device,
     milliseconds,
     peak_bytes,
-    write,
 )
 
 from megatron_moe_spec.kernels import mass as mass_kernels
@@ -121,56 +121,59 @@ def errors(operation: Operation) -> tuple[float, float, float]:
     return (*worst, 1.0 if operation.name == "cosines" else float(exact.abs().max()))
 
 
+def timing(operation: Operation, implementation: str, bandwidth: float, smoke: bool) -> dict:
+    function = operation.kernel if implementation == "triton" else operation.eager
+    if implementation == "compile":
+        torch._dynamo.reset()
+        function = torch.compile(function, dynamic=False, backend="eager" if smoke else "inductor")
+    run = lambda: function(*operation.inputs)  # noqa: E731
+    took = milliseconds(run, 1 if smoke else 20)
+    rate = operation.least_bytes / took / 1e6
+    return {
+        "implementation": implementation,
+        "ms": round(took, 4),
+        "least_MB": round(operation.least_bytes / 1e6, 2),
+        "GB_per_s": round(rate, 1),
+        "percent_of_copy": round(100 * rate / bandwidth, 1),
+        "peak_MB": round(peak_bytes(run) / 1e6, 2),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=400, help="no torch.compile after so long (%(default)s)")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 32768], help="of a micro-batch (%(default)s)")
+    parser.add_argument("--implementations", default="triton,eager,compile", help="(%(default)s)")
+    parser.add_argument("--check", action="store_true", help="errors alone, into errors.json")
+    parser.add_argument("--name", default="kernels", help="of the file with the times (%(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on CPU in Triton's interpreter, no compile")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, on CPU in Triton's interpreter")
     arguments = parser.parse_args()
-    deadline = time.monotonic() + arguments.seconds
-    num_tokens, check_tokens, repeats = (20, 20, 1) if arguments.smoke else (arguments.tokens, 512, 20)
-    bandwidth = copy_gigabytes_per_second(2**20 if arguments.smoke else 2**30)
+    smoke = arguments.smoke
+    check_tokens, all_tokens = (20, [20]) if smoke else (512, arguments.tokens)
+    bandwidth = copy_gigabytes_per_second(2**20 if smoke else 2**30)
     print(f"copy: {bandwidth:.0f} GB/s", flush=True)
-    rows, failed = [], 0
-    for model, shape in (SMOKE if arguments.smoke else MODELS).items():
-        checked = {}
+    name = "errors" if arguments.check else arguments.name
+    results, failed = Results(arguments.output, name, copy_GB_per_s=round(bandwidth, 1)), 0
+    for model, shape in (SMOKE if smoke else MODELS).items():
+        right = set()
         for operation in operations(shape, check_tokens):
             kernel, eager, scale = errors(operation)
-            checked[operation.name] = (kernel, eager, kernel <= eager + 2e-5 * scale)
-        for operation in operations(shape, num_tokens):
-            kernel_error, eager_error, is_right = checked[operation.name]
-            if not is_right:
-                print(f"WRONG {model} {operation.name}: error {kernel_error:.2e}, eager {eager_error:.2e}", flush=True)
+            if kernel <= eager + 2e-5 * scale:
+                right.add(operation.name)
+            else:
+                print(f"WRONG {model} {operation.name}: error {kernel:.2e}, eager {eager:.2e}", flush=True)
                 failed += 1
-                continue
-            versions = {"triton": operation.kernel, "eager": operation.eager}
-            if not arguments.smoke and time.monotonic() < deadline:
-                torch._dynamo.reset()
-                versions["compile"] = torch.compile(operation.eager, dynamic=False)
-            elif not arguments.smoke:
-                print(f"SKIPPED torch.compile of {model} {operation.name}: out of time", flush=True)
-            for name, function in versions.items():
-                run = lambda: function(*operation.inputs)  # noqa: E731
-                took = milliseconds(run, repeats)
-                rate = operation.least_bytes / took / 1e6
-                rows.append(
-                    {
-                        "model": model,
-                        "tokens": num_tokens,
-                        "operation": operation.name,
-                        "implementation": name,
-                        "ms": round(took, 4),
-                        "least_MB": round(operation.least_bytes / 1e6, 2),
-                        "GB_per_s": round(rate, 1),
-                        "percent_of_copy": round(100 * rate / bandwidth, 1),
-                        "peak_MB": round(peak_bytes(run) / 1e6, 2),
-                        "max_error": kernel_error if name == "triton" else eager_error,
-                    }
-                )
-                print("  ".join(f"{value}" for value in rows[-1].values()), flush=True)
-    if rows:
-        write(arguments.output, "kernels", rows, copy_GB_per_s=round(bandwidth, 1))
+            if arguments.check:
+                row = {"model": model, "tokens": check_tokens, "operation": operation.name, "kernel_error": kernel}
+                results.add({**row, "eager_error": eager, "magnitude": scale, "right": operation.name in right})
+        for num_tokens in () if arguments.check else all_tokens:
+            for operation in operations(shape, num_tokens):
+                for implementation in arguments.implementations.split(",") if operation.name in right else ():
+                    row = {"model": model, "tokens": num_tokens, "operation": operation.name}
+                    try:
+                        results.add({**row, **timing(operation, implementation, bandwidth, smoke)})
+                    except torch.OutOfMemoryError as error:
+                        print(f"SKIPPED {row} {implementation}: {str(error).splitlines()[0]}", flush=True)
     return 1 if failed else 0
 
 

@@ -1,14 +1,17 @@
 """Two real MoE layers of Megatron-Core, forward and backward, without and with the losses: time and memory.
 
-    python benchmarks/layer.py [--tokens 8192] [--seconds 150] [--output FOLDER] [--smoke]
+    python benchmarks/layer.py [--tokens 8192] [--rounds 15] [--seconds 25] [--output FOLDER] [--smoke]
 
 bf16, one GPU, all experts on it. Experts are limited to --max-experts, with their rows as many as before, where the
 whole layer does not fit. Before a model is timed, its gradients with the kernels are compared with those of the eager
-hooks.
+hooks. Then every round times one step of each variant, in random order, on the same weights and inputs; differences
+are those of the steps of one round, so that a clock that drifts cancels.
 """
 
 import argparse
 import os
+import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -18,10 +21,11 @@ if "--smoke" in sys.argv:
 
 import moe
 import torch
-from common import MODELS, RESULTS, SMOKE, milliseconds, peak_bytes, write
+from common import MODELS, RESULTS, SMOKE, Results, milliseconds, peak_bytes
 
 from megatron_moe_spec import SpecConfig, attach
 
+PERCENTAGES = "layer_percent: of two MoE layers alone, forward and backward; not of a training step, which has more"
 # name -> fields of SpecConfig; None: nothing attached
 VARIANTS = {
     "none": None,
@@ -54,7 +58,8 @@ def worst_difference(model, x) -> float:
     return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
 
 
-def measure(model, x, fields, repeats: int) -> tuple[float, int]:
+def measure(model, x, fields, of):
+    """``of`` a step with the losses of ``fields``: its time or its memory."""
     handle = attach(model, settings(fields)) if fields else None
 
     def step():
@@ -64,33 +69,52 @@ def measure(model, x, fields, repeats: int) -> tuple[float, int]:
         if handle:
             handle.start_after(0)
 
-    took = milliseconds(step, repeats)
-    peak = peak_bytes(step)
+    found = of(step)
     if handle:
         handle.detach()
-    return took, peak
+    return found
+
+
+def one_time(step) -> float:
+    return milliseconds(step, repeats=1, warm_up=1)
+
+
+def one_peak(step) -> int:
+    step()  # from here on there are gradients, which the next step frees
+    return peak_bytes(step)
+
+
+def compared(times: dict, peaks: dict) -> list[dict]:
+    """A row a variant: its median time, and the median, least and largest difference from the step without losses."""
+    rows, base = [], statistics.median(times["none"])
+    for variant, took in times.items():
+        differences = [a - b for a, b in zip(took, times["none"])]
+        of_three = {"": statistics.median, "_least": min, "_largest": max}
+        row = {"losses": variant, "rounds": len(took), "ms": round(statistics.median(took), 3)}
+        row.update({f"difference_ms{end}": round(f(differences), 3) for end, f in of_three.items()})
+        row.update({f"layer_percent{end}": round(100 * f(differences) / base, 2) for end, f in of_three.items()})
+        rows.append({**row, "peak_MB": round(peaks[variant] / 1e6, 1)})
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (%(default)s)")
     parser.add_argument("--max-experts", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--seconds", type=float, default=150, help="start no model after so long (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="at most, of a model (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=25, help="start no round of a model after so long")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on CPU in Triton's interpreter")
     arguments = parser.parse_args()
-    deadline = time.monotonic() + arguments.seconds
     moe.initialize()
     experts = "Transformer Engine" if moe.HAS_TRANSFORMER_ENGINE else "torch grouped matrix products"
-    print(f"experts on {experts}", flush=True)
+    print(f"experts on {experts}\n{PERCENTAGES}", flush=True)
+    results = Results(arguments.output, "layer", experts_on=experts, percentages=PERCENTAGES)
     tolerance = 1e-4 if arguments.smoke else 3e-2
-    rows, failed = [], 0
+    order, failed = random.Random(0), 0
     for name, shape in (SMOKE if arguments.smoke else MODELS).items():
-        if time.monotonic() > deadline:
-            print(f"SKIPPED {name}: out of time", flush=True)
-            continue
         shape = type(shape)(**{**vars(shape), "experts": min(shape.experts, arguments.max_experts)})
-        num_tokens = 20 if arguments.smoke else arguments.tokens
+        num_tokens, num_rounds = (20, 2) if arguments.smoke else (arguments.tokens, arguments.rounds)
         try:
             model = moe.Layers(shape, 2)
             x = torch.randn(num_tokens, 1, shape.hidden, device="cuda").to(moe.DTYPE).requires_grad_()
@@ -99,31 +123,23 @@ def main() -> int:
                 print(f"WRONG {name}: the kernels' gradients differ from eager's by {difference:.2e}", flush=True)
                 failed += 1
                 continue
-            base = None
-            for variant, fields in VARIANTS.items():
-                took, peak = measure(model, x, fields, 2 if arguments.smoke else 15)
-                base = base or (took, peak)
-                rows.append(
-                    {
-                        "model": name,
-                        "tokens": num_tokens,
-                        "experts": shape.experts,
-                        "losses": variant,
-                        "ms": round(took, 3),
-                        "time_percent": round(100 * (took / base[0] - 1), 2),
-                        "peak_MB": round(peak / 1e6, 1),
-                        "memory_percent": round(100 * (peak / base[1] - 1), 2) if base[1] else None,
-                        "gradient_difference": difference,
-                    }
-                )
-                print("  ".join(f"{value}" for value in rows[-1].values()), flush=True)
+            peaks = {variant: measure(model, x, fields, one_peak) for variant, fields in VARIANTS.items()}
+            before, deadline = results.rows, time.monotonic() + arguments.seconds
+            times = {variant: [] for variant in VARIANTS}
+            while len(times["none"]) < num_rounds and time.monotonic() < deadline:
+                for variant in order.sample(list(VARIANTS), len(VARIANTS)):
+                    times[variant].append(measure(model, x, VARIANTS[variant], one_time))
+                of_model = {"model": name, "tokens": num_tokens, "experts": shape.experts}
+                rows = [{**of_model, **row, "gradient_difference": difference} for row in compared(times, peaks)]
+                results.rows = before + rows
+                results.save()
+            for row in results.rows[len(before) :]:
+                print("  ".join(map(str, row.values())), flush=True)
         except torch.OutOfMemoryError as error:
             print(f"SKIPPED {name}: {str(error).splitlines()[0]}", flush=True)
         model = x = None
         if torch.cuda.is_available() and not moe.ON_CPU:
             torch.cuda.empty_cache()
-    if rows:
-        write(arguments.output, "layer", rows, experts_on=experts)
     torch.distributed.destroy_process_group()
     return 1 if failed else 0
 

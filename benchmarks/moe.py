@@ -1,9 +1,9 @@
 """MoE layers of Megatron-Core in one process, with experts that compute as they would in training.
 
-Where Transformer Engine is missing, TEGroupedMLP is built on linears over torch's grouped matrix product.
+Where Transformer Engine is missing, in Megatron's eyes, TEGroupedMLP is built on linears over torch's grouped matrix
+product.
 """
 
-import importlib.util
 import sys
 from functools import partial
 
@@ -17,6 +17,7 @@ if ON_CPU:
 import torch  # noqa: E402
 from common import Shape  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.extensions.transformer_engine import HAVE_TE as HAS_TRANSFORMER_ENGINE  # noqa: E402
 from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
@@ -24,7 +25,6 @@ from megatron.core.transformer.moe import experts  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 DTYPE = torch.float32 if ON_CPU else torch.bfloat16
 
 

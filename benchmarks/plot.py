@@ -1,4 +1,4 @@
-"""Draws the kernels' bandwidths, from kernels.json, under the roofline: kernels.png.
+"""Draws the kernels' bandwidths, from kernels.json and compile.json, under the roofline: kernels.png.
 
 python benchmarks/plot.py [FOLDER]
 """
@@ -18,9 +18,14 @@ HERE = Path(__file__).parent
 
 def main(folder: Path) -> None:
     record = json.loads((folder / "kernels.json").read_text())
-    groups = list(dict.fromkeys((row["operation"], row["model"]) for row in record["rows"]))
-    names = list(dict.fromkeys(row["implementation"] for row in record["rows"]))
-    rate = {(r["operation"], r["model"], r["implementation"]): r["GB_per_s"] for r in record["rows"]}
+    rows = record["rows"]
+    if (folder / "compile.json").exists():
+        rows += json.loads((folder / "compile.json").read_text())["rows"]
+    tokens = rows[0]["tokens"]
+    rows = [row for row in rows if row["tokens"] == tokens]
+    groups = list(dict.fromkeys((row["operation"], row["model"]) for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    rate = {(r["operation"], r["model"], r["implementation"]): r["GB_per_s"] for r in rows}
     figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     width = 0.8 / len(names)
     for i, name in enumerate(names):
@@ -30,7 +35,7 @@ def main(folder: Path) -> None:
     labels = [f"{operation}\n{model}" for operation, model in groups]
     axes.set_xticks(range(len(groups)), labels, rotation=60, fontsize=8)
     axes.set_ylabel("least bytes to move / time (GB/s)")
-    axes.set_title(f"{record['device']}, torch {record['torch']}, triton {record['triton']}")
+    axes.set_title(f"{record['device']}, torch {record['torch']}, triton {record['triton']}, {tokens} tokens")
     axes.legend()
     figure.savefig(folder / "kernels.png", dpi=120)
     print(f"wrote {folder / 'kernels.png'}")

@@ -19,7 +19,7 @@ if "--smoke" in sys.argv:
 
 import moe
 import torch
-from common import RESULTS, on_gpu, write
+from common import RESULTS, Results
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -91,7 +91,8 @@ def batches(sizes):
         yield tokens.cuda()
 
 
-def train(sizes, fields: dict, iterations: int) -> list[dict]:
+def train(sizes, fields: dict, iterations: int):
+    """Yields the values of each iteration."""
     model, optimizer = build(sizes)
     # The baseline's losses are measured in each step, which takes time: do not compare the times of the two.
     handle = attach(model, SpecConfig(kernels="triton", **fields) if fields else SpecConfig(metrics_interval=1))
@@ -108,7 +109,7 @@ def train(sizes, fields: dict, iterations: int) -> list[dict]:
 
         return output, loss
 
-    iterator, rows = batches(sizes), []
+    iterator = batches(sizes)
     for iteration in range(1, iterations + 1):
         start = time.perf_counter()
         model.zero_grad_buffer()
@@ -125,9 +126,8 @@ def train(sizes, fields: dict, iterations: int) -> list[dict]:
         optimizer.step()
         values = {"lm_loss": float(lm_loss), **handle.metrics()}
         values.pop("diagnostics", None)
-        rows.append({"iteration": iteration, **values, "ms": 1e3 * (time.perf_counter() - start)})
+        yield {"iteration": iteration, **values, "ms": 1e3 * (time.perf_counter() - start)}
     handle.detach()
-    return rows
 
 
 def main() -> int:
@@ -138,16 +138,19 @@ def main() -> int:
     arguments = parser.parse_args()
     moe.initialize()
     sizes = SMOKE_SIZES if arguments.smoke else SIZES
-    rows, ends = [], {}
+    results, ends = Results(arguments.output, "train"), {}
     for name, fields in {"baseline": {}, "with the losses": LOSSES}.items():
-        run = train(sizes, fields, arguments.iterations)
-        rows += [{"run": name, **row} for row in run]
+        run = []
+        for row in train(sizes, fields, arguments.iterations):
+            run.append(row)
+            results.add({"run": name, **row}, show=False)
         last = run[-max(len(run) // 10, 1) :]
         ends[name] = {key: statistics.mean(row[key] for row in last) for key in run[0] if key != "iteration"}
         print(name, "  ".join(f"{key} {value:.4g}" for key, value in ends[name].items()), flush=True)
-    write(arguments.output, "train", rows, means_of_the_last_tenth=ends, on_gpu=on_gpu())
+        results.facts["means_of_the_last_tenth"] = ends
+        results.save()
     torch.distributed.destroy_process_group()
-    finite = all(math.isfinite(value) for row in rows for value in row.values() if not isinstance(value, str))
+    finite = all(math.isfinite(value) for row in results.rows for value in row.values() if not isinstance(value, str))
     before, after = ends["baseline"], ends["with the losses"]
     lower = all(after[name] < before[name] for name in ("specialization_loss", "coupling_loss"))
     learns = after["lm_loss"] < math.log(VOCABULARY)

@@ -12,6 +12,7 @@ FULL = dict(recompute_granularity="full", recompute_num_layers=1)
 SELECTIVE = dict(recompute_granularity="selective")
 # Of 1 in fp32: coupling is one minus a number, which is 1 where every token goes to all experts.
 ROUNDING = 6e-8
+FUSED_SWIGLU = dict(moe_grouped_gemm=True, bias_activation_fusion=True)
 RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_num_layers", "recompute_method", "recompute_modules")
 
 # name -> (fields of TransformerConfig, properties of the data)
@@ -73,6 +74,16 @@ MODES = {
     "all_experts": (dict(moe_router_topk=4), {}),
     "grouped_with_biases": (dict(moe_grouped_gemm=True, add_bias_linear=True), {}),
     "interleaved_gates": (dict(moe_grouped_gemm=True, moe_mlp_glu_interleave_size=4), {}),
+    "fused_swiglu": (FUSED_SWIGLU, {}),
+    "fused_swiglu_full_recompute": (dict(**FUSED_SWIGLU, recompute_method="uniform", **FULL), {}),
+    "fused_swiglu_moe_recompute": (dict(**FUSED_SWIGLU, recompute_modules=["moe"], **SELECTIVE), {}),
+    "fused_swiglu_moe_act_recompute": (dict(**FUSED_SWIGLU, recompute_modules=["moe_act"], **SELECTIVE), {}),
+    "fused_swiglu_capacity_with_padding": (
+        dict(**FUSED_SWIGLU, moe_expert_capacity_factor=1.2, moe_pad_expert_input_to_capacity=True),
+        {},
+    ),
+    "fused_swiglu_padding_mask": (dict(**FUSED_SWIGLU, moe_router_topk=3), dict(padding=True)),
+    "fused_swiglu_of_each_expert": (dict(bias_activation_fusion=True), {}),
     "sinkhorn": (dict(moe_router_load_balancing_type="sinkhorn"), {}),
 }
 
@@ -89,6 +100,7 @@ TRITON_MODES = [
     "sigmoid_expert_bias",
     "sqrtsoftplus",
     "top_3_of_12",
+    *(mode for mode in MODES if mode.startswith("fused_swiglu")),
 ]
 
 
@@ -184,6 +196,27 @@ def test_gradients_of_the_kernels(megatron, mode):
     settings, data = MODES[mode]
     names = [*BOTH, "orthogonality_loss"]
     _compare(_fields(settings), data, "mass", names=names, options=dict(kernels="triton"))
+
+
+# Where the gradient of the SwiGLU is computed by a kernel of this package, with the loss's in it.
+IN_SWIGLU = {mode for mode in MODES if mode.startswith("fused_swiglu")} - {
+    "fused_swiglu_moe_act_recompute",
+    "fused_swiglu_of_each_expert",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [mode for mode in TRITON_MODES if mode.startswith(("fused", "grouped"))])
+def test_gradient_in_the_swiglu(megatron, mode, monkeypatch):
+    """Of the main losses alone; and that it is taken where it can be, and nowhere else."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from megatron_moe_spec.kernels import swiglu
+
+    calls, gradient = [], swiglu.swiglu_gradient
+    monkeypatch.setattr(swiglu, "swiglu_gradient", lambda *args: calls.append(1) or gradient(*args))
+    settings, data = MODES[mode]
+    _compare(settings, data, options=dict(kernels="triton"))
+    assert bool(calls) == (mode in IN_SWIGLU)
 
 
 def test_gradient_scaler_is_read_in_backward(megatron):

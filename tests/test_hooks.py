@@ -25,6 +25,7 @@ def _attach(model, config=BOTH):
     [
         {},
         dict(moe_grouped_gemm=True),
+        dict(moe_grouped_gemm=True, bias_activation_fusion=True),
         dict(moe_router_dtype=None, bf16=True, params_dtype=torch.bfloat16),
         dict(moe_z_loss_coeff=1e-3, moe_router_load_balancing_type="aux_loss", moe_aux_loss_coeff=1e-2),
         dict(moe_expert_capacity_factor=0.8, moe_pad_expert_input_to_capacity=True),

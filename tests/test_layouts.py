@@ -17,6 +17,7 @@ FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", 
 BLOCK_RECOMPUTE = dict(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
 PER_TOKEN = dict(calculate_per_token_loss=True)
 MOE_ACT = dict(moe_grouped_gemm=True, recompute_granularity="selective", recompute_modules=["moe_act"])
+FUSED_SWIGLU = dict(moe_grouped_gemm=True, bias_activation_fusion=True)
 MOE_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["moe"])
 SIGMOID = dict(
     moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_bias_update_rate=1e-3
@@ -64,6 +65,8 @@ if HAS_MEGATRON and version("megatron-core").startswith("0.16."):
         del LAYOUTS[name]
 # Where rows stay, come home, and are divided by columns too. Triton's interpreter is slow.
 KERNEL_LAYOUTS = ("one process", "EP2", "TP2+SP, ETP2, EP2")
+# Where all experts of a layer are on a rank, in one piece.
+LOCAL_LAYOUTS = ("one process", "DP2", "PP2+VPP2")
 # Weights are not joined to the experts' run under combined 1F1B.
 PEERS_OF_TOKENS = tuple(name for name in PEERS if name != "erc_loss")
 PIPELINES = ("one process", *(name for name in LAYOUTS if "PP" in name))
@@ -180,6 +183,16 @@ MODELS = {
         losses=PEERS, kernels="triton", like="peers", without="plain", layouts=KERNEL_LAYOUTS[:2]
     ),
     "Triton kernels, token stride": dict(kernels="triton", stride=3, like="plain", layouts=KERNEL_LAYOUTS[:2]),
+    "Triton kernels, fused SwiGLU": dict(
+        model=FUSED_SWIGLU, kernels="triton", like="grouped experts, moe_act recompute", layouts=LOCAL_LAYOUTS
+    ),
+    "Triton kernels, fused SwiGLU, full recompute, token stride": dict(
+        model={**FUSED_SWIGLU, **FULL_RECOMPUTE},
+        kernels="triton",
+        stride=2,
+        like="grouped experts, moe_act recompute",
+        layouts=LOCAL_LAYOUTS,
+    ),
 }
 
 

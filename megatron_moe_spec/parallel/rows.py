@@ -66,6 +66,11 @@ class RowExchange:
         self._group = group
         self._transport = transport
 
+    @property
+    def num_home(self) -> int:
+        """Number of this rank's tokens' rows that travel."""
+        return sum(self._rows_from)
+
     def part(self, chosen: Tensor) -> "RowExchange":
         """The exchange of some rows only. One all-to-all of a byte a row, and one host synchronisation.
 

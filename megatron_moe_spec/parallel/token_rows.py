@@ -21,7 +21,7 @@ from megatron_moe_spec.losses.vectors import (
     unpacked,
 )
 from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_max, all_reduce_sum
-from megatron_moe_spec.parallel.rows import RowExchange
+from megatron_moe_spec.parallel.rows import Pending, RowExchange
 
 Weight = tuple[Union[Tensor, float], float]
 
@@ -132,7 +132,7 @@ class TokenRows:
         self._parts: list[Tensor] = []
         self._gradients: list[Optional[Tensor]] = []
         self._exchange: Optional[RowExchange] = None
-        self._coming = None
+        self._coming: Optional[Pending[Tensor]] = None
 
     def experts(self) -> tuple[Tensor, Tensor]:
         """The experts whose vectors the compared tokens have, see ``experts_of_tokens``; before ``begin``."""
@@ -279,11 +279,12 @@ class TokenRows:
     def _mix_fused(self, rows_PD: Tensor, weight: Weight, incoming: Optional[Tensor] = None) -> Tensor:
         from megatron_moe_spec.kernels import rows as kernels  # imports triton
 
-        add, of_pairs = kernels.add_mixed, self._mixing_TKK
-        if self._cosines_TC is not None:
-            add, of_pairs = kernels.add_squares_gradient, self._cosines_TC
+        tensor, number = weight
+        of_squares = self._cosines_TC is not None
+        add = kernels.add_squares_gradient if of_squares else kernels.add_mixed
+        of_pairs = self._cosines_TC if of_squares else self._mixing_TKK
         found = self._rows_TK, self._covered_P, of_pairs, self._inverse_lengths_TK
-        return add(rows_PD, *found, weight[0], incoming, weight[1])
+        return add(rows_PD, *found, tensor, incoming, number)
 
     def _all_gradients(self, weight: Weight) -> Tensor:
         rows_PD = self._joined() if self._exchange is None else self._exchange.to_tokens(self._joined())

@@ -22,11 +22,13 @@ TAPS: dict[str, type[Tap]] = {
 
 
 def by_tap(losses: Sequence[Loss]) -> Iterator[tuple[type[Tap], list[Loss]]]:
-    """The taps that losses need, each with those it serves together: of rows, those with the same stride."""
+    """The taps that losses need, each with those it serves together: of rows, those that move the same ones alike."""
     for reads, tap in TAPS.items():
-        strides: dict[int, list[Loss]] = {}
+        alike: dict[tuple, list[Loss]] = {}
         for loss in losses:
             if loss.reads == reads:
-                strides.setdefault(getattr(loss, "token_stride", 1), []).append(loss)
-        for together in strides.values():
+                alike.setdefault((getattr(loss, "token_stride", 1), getattr(loss, "transport", "same")), []).append(
+                    loss
+                )
+        for together in alike.values():
             yield tap, together

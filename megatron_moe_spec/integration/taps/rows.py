@@ -95,7 +95,7 @@ class RowsTap(Tap[RowsLoss]):
     def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
         super().__init__(losses, layer)
         self._fused = choose(layer.recorder.spec.kernels, layer.router.weight.device)
-        self._stride = losses[0].token_stride
+        self._stride, self._transport = losses[0].token_stride, losses[0].transport
         self._run: Optional[_Run] = None
         self._check = RowCheck(layer)
         experts = layer.module.experts
@@ -218,7 +218,7 @@ class RowsTap(Tap[RowsLoss]):
                 f"{counts_L} that the dispatcher had handed to them: these cannot be told apart by token"
             )
         dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), column_group(dispatcher))
-        exchange = row_exchange(dispatcher, dispatched_TE, counts_L, blocks_L)
+        exchange = row_exchange(dispatcher, dispatched_TE, counts_L, blocks_L, self._transport)
         rows.begin(dispatched_TE, exchange, blocks_L if is_padded or hands_over_tokens(dispatcher) else None)
         del run.routing_map_TE
         return exchange

@@ -1,6 +1,7 @@
 """Any parallel layout trains as one process does: every parameter's gradient and the logged values, both losses on."""
 
 import json
+import math
 from importlib.metadata import version
 
 import pytest
@@ -395,3 +396,20 @@ def test_overlapped_forward_and_backward(jobs, layout, model):
     plain, overlapped = jobs.run(layout, cases)
     assert overlapped["losses"] == plain["losses"]
     assert _worst_error(overlapped, plain) == 0.0
+
+
+def test_fp8_transport_trains_nearly_the_same(jobs):
+    """Another gradient than without it, by little: rows of other ranks, and their gradients, are rounded to 4 bits."""
+
+    def case(coefficient, transport):
+        config = dict(specialization_loss_coeff=coefficient, specialization_transport=transport, kernels="torch")
+        return {**_case({}, 0.0), "config": {**config, "specialization_token_stride": 1}}
+
+    none, same, fp8 = jobs.run("EP2", [case(0.0, "same"), case(1.0, "same"), case(1.0, "fp8")])
+    own, difference = (
+        math.hypot(*(float((x["gradients"][key] - y["gradients"][key]).norm()) for key in same["gradients"]))
+        for x, y in ((same, none), (fp8, same))
+    )
+    assert 1e-3 * own < difference < 0.05 * own
+    values = [x["losses"]["specialization_loss"] for x in (same, fp8)]
+    assert values[0] != values[1] == pytest.approx(values[0], rel=1e-2)

@@ -80,7 +80,8 @@ def check(case, dispatcher, blocks, pad, synchronisations):
     rows = [row for block in blocks for row in block]
     x, expected = case.tensor(rows), case.tensor(case.home)
     with Synchronisations() as found:
-        exchange = row_exchange(dispatcher, case.own_TE, counts, [len(block) for block in blocks])
+        exchange = row_exchange(dispatcher, case.own_TE, sum(counts))
+        exchange = exchange.in_blocks(counts, [len(block) for block in blocks], x.device)
     assert len(found.names) == synchronisations, found.names
     assert torch.equal(exchange.to_tokens(x), expected)
     pending = exchange.begin_to_tokens(x)

@@ -44,6 +44,7 @@ class RowExchange:
         group: the ranks.
         transport: how floating-point rows [P, D] travel, both ways: "same", in their dtype, or "fp8", see
             ``quantized``: D + 4 bytes a row. They arrive in their dtype, and the same rows alike each time.
+        counts_L: numbers of rows of each local expert, where only the exchange knows them.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class RowExchange:
         rows_from: Sequence[int],
         group,
         transport: str = "same",
+        counts_L: Optional[Sequence[int]] = None,
     ):
         if (num_rows if order is None else len(order)) != sum(rows_for):
             raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
@@ -65,6 +67,7 @@ class RowExchange:
         self._rows_from = [int(rows) for rows in rows_from]
         self._group = group
         self._transport = transport
+        self._counts_L = counts_L
 
     @property
     def num_home(self) -> int:
@@ -97,9 +100,30 @@ class RowExchange:
             order = torch.arange(self._num_rows, device=chosen.device) if self._order is None else self._order
             # Where the number is known, repeating 0 or 1 times chooses without a synchronisation.
             order = order.repeat_interleave(chosen_there.long(), output_size=sum(rows_for))
-            return RowExchange(order, self._num_rows, rows_for, rows_from, self._group, self._transport)
+            return self._of(order, self._num_rows, rows_for, rows_from)
 
         return Pending(finish)
+
+    def in_blocks(self, counts_L: Sequence[int], blocks_L: Sequence[int], device: torch.device) -> "RowExchange":
+        """The same rows, among those that local experts have padded at the ends of theirs.
+
+        Args:
+            counts_L: numbers of rows of each local expert, unless the exchange knows better.
+            blocks_L: numbers of rows from each to the next, with padding.
+            device: of the rows.
+        """
+        counts_L = counts_L if self._counts_L is None else self._counts_L
+        if list(counts_L) == list(blocks_L):
+            return self
+        counts, blocks = torch.tensor([list(counts_L), list(blocks_L)]).to(device, non_blocking=True)
+        padding = blocks - counts
+        before = (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=self._num_rows)
+        order = torch.arange(self._num_rows, device=device) if self._order is None else self._order
+        order = order + before[order]
+        return self._of(order, sum(blocks_L), self._rows_for, self._rows_from)
+
+    def _of(self, order, num_rows: int, rows_for: Sequence[int], rows_from: Sequence[int]) -> "RowExchange":
+        return RowExchange(order, num_rows, rows_for, rows_from, self._group, self._transport, self._counts_L)
 
     def to_tokens(self, x_PD: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""

@@ -131,6 +131,8 @@ class TokenRows:
         self._num_parts = num_parts
         self._parts: list[Tensor] = []
         self._gradients: list[Optional[Tensor]] = []
+        self._dispatched_TE: Optional[Tensor] = None
+        self._located: Union[None, RowExchange, Pending[RowExchange]] = None
         self._exchange: Optional[RowExchange] = None
         self._coming: Optional[Pending[Tensor]] = None
 
@@ -152,33 +154,59 @@ class TokenRows:
         """That have been handed in."""
         return sum(map(len, self._parts))
 
-    def begin(
-        self, dispatched_TE: Tensor, exchange: Optional[RowExchange], blocks_E: Optional[Sequence[int]] = None
-    ) -> None:
-        """Finds the rows of each token, once all are there, and begins to bring them home.
+    @property
+    def travel(self) -> bool:
+        """Whether they come home from other ranks."""
+        return self._exchange is not None
+
+    def locate(self, dispatched_TE: Tensor, exchange: Optional[RowExchange]) -> None:
+        """Takes where the rows are, before they are handed in; with a stride, begins to tell which of them are used.
 
         Args:
             dispatched_TE: bool, the map that the dispatcher has permuted by, of all tokens whose rows the column group
                 shares.
             exchange: returns rows to the ranks of their tokens; None: they are there.
-            blocks_E: number of rows from each expert to the next, where they may be padded; without an exchange.
         """
-        find = _finder(self._fused)
-        active_TE, self._active_TE = self._active_TE, None
-        which = dict(top_k=self._top_k, tokens=self._tokens, num_ranks=self._group.size())
-        if exchange is None:
-            starts_E = None if blocks_E is None else first_rows(blocks_E, dispatched_TE.device)
-            found = find(dispatched_TE, active_TE, num_rows=self.num_rows, starts_E=starts_E, **which)
-        elif self._tokens.step == 1:
-            found = find(dispatched_TE, active_TE, num_rows=exchange.num_home, **which)
+        self._dispatched_TE = dispatched_TE
+        self._located = exchange
+        if exchange is not None and self._tokens.step > 1:
+            # The host is to wait for their number, and has more to queue before.
+            _, used_P = self._find(dispatched_TE, num_rows=exchange.num_home)
+            self._located = exchange.begin_part(used_P)
+
+    def begin(self, counts_L: Sequence[int], blocks_L: Optional[Sequence[int]]) -> None:
+        """Finds the rows of each token, once all are there, and begins to bring them home.
+
+        Args:
+            counts_L: numbers of rows that the dispatcher has handed to each local expert; where there are blocks.
+            blocks_L: numbers of rows from each to the next, where they may be padded; None: they are not.
+        """
+        located, dispatched_TE = self._located, self._dispatched_TE
+        if located is None:
+            starts_E = None if blocks_L is None else first_rows(blocks_L, dispatched_TE.device)
+            found = self._find(dispatched_TE, num_rows=self.num_rows, starts_E=starts_E)
         else:
-            _, used_P = find(dispatched_TE, active_TE, num_rows=exchange.num_home, **which)
-            exchange = exchange.part(used_P)
-            found = find(active_TE, active_TE, num_rows=exchange.num_home, used_alone=True, **which)
-        self._rows_TK, self._covered_P = found
-        self._exchange = exchange
-        if exchange is not None:
+            if isinstance(located, Pending):
+                exchange = located.wait()
+                found = self._find(self._active_TE, exchange.num_home, used_alone=True)
+            else:
+                exchange = located
+                found = self._find(dispatched_TE, exchange.num_home)
+            if blocks_L is not None:
+                exchange = exchange.in_blocks(counts_L, blocks_L, dispatched_TE.device)
+            self._exchange = exchange
             self._coming = exchange.begin_to_tokens(self._joined())
+        self._rows_TK, self._covered_P = found
+        self._located = self._dispatched_TE = self._active_TE = None
+
+    def _find(self, dispatched_TE: Tensor, num_rows: int, **others) -> tuple[Tensor, Tensor]:
+        """See ``rows_of_tokens``."""
+        which = (dispatched_TE, self._active_TE, self._top_k, num_rows, self._tokens, self._group.size())
+        if not self._fused:
+            return rows_of_tokens(*which, **others)
+        from megatron_moe_spec.kernels import positions  # imports triton
+
+        return positions.rows_of_tokens(*which, **others)
 
     def finish(self) -> None:
         """Compares the vectors of each token."""
@@ -311,11 +339,3 @@ class TokenRows:
         if len(rows_PD):
             return rows_PD[self._rows_TK]
         return rows_PD.new_zeros(*self._rows_TK.shape, rows_PD.shape[-1])
-
-
-def _finder(fused: bool):
-    if not fused:
-        return rows_of_tokens
-    from megatron_moe_spec.kernels.positions import rows_of_tokens as fused_rows_of_tokens  # imports triton
-
-    return fused_rows_of_tokens

@@ -7,7 +7,7 @@ Suffixes: T tokens of this source, G tokens of all sources, E experts, L local e
 expert-parallel ranks, C expert-tensor-parallel ranks, P rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Optional
 
 import torch
@@ -63,19 +63,17 @@ def dispatch_problems(transformer_config, expert_tensor_size: int) -> Iterator[s
         yield f"the dispatcher drops rows unseen ({without_rank_capacity(transformer_config)})"
 
 
-def row_exchange(
-    dispatcher, dispatched_TE: Tensor, counts_L: Sequence[int], blocks_L: Sequence[int], transport: str = "same"
-) -> Optional[RowExchange]:
+def row_exchange(dispatcher, dispatched_TE: Tensor, num_rows: int, transport: str = "same") -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their sources; None where each rank has all experts.
 
-    One host synchronisation, and none for the alltoall dispatcher without expert tensor parallelism. Call it between
-    dispatch and combine: the next micro-batch overwrites the dispatcher's attributes.
+    Of rows as they are handed over; see ``RowExchange.in_blocks`` for what is padded later. One host synchronisation,
+    and none for the alltoall dispatcher without expert tensor parallelism. Call it between dispatch and combine: the
+    next micro-batch overwrites the dispatcher's attributes.
 
     Args:
         dispatcher: MoEAlltoAllTokenDispatcher, MoEAllGatherTokenDispatcher or MoEFlexTokenDispatcher.
         dispatched_TE: bool, the dispatched map of this source's tokens.
-        counts_L: numbers of rows that the dispatcher has handed to each local expert.
-        blocks_L: numbers of rows from each to the next among the rows to exchange, with padding at their ends.
+        num_rows: that the dispatcher has handed to the local experts.
         transport: see ``RowExchange``.
 
     Raises:
@@ -86,15 +84,13 @@ def row_exchange(
     kind = dispatcher.config.moe_token_dispatcher_type
     if kind == "flex":
         order, counts_L, rows_for, rows_from = _of_flex(dispatcher, dispatched_TE)
-    else:
-        of_alltoall = _of_alltoall_and_gather if dispatcher.tp_size > 1 else _of_alltoall
-        layout = _of_allgather if kind == "allgather" else of_alltoall
-        order, rows_for, rows_from = layout(dispatcher, dispatched_TE)
-        handed_over, expected = sum(counts_L), sum(rows_for)
-        if handed_over != expected:
-            raise RuntimeError(f"of {handed_over} rows of experts, {expected} are to be returned to their tokens")
-    order = _in_blocks(order, counts_L, blocks_L, dispatched_TE.device)
-    return RowExchange(order, sum(blocks_L), rows_for, rows_from, dispatcher.ep_group, transport)
+        return RowExchange(order, sum(counts_L), rows_for, rows_from, dispatcher.ep_group, transport, counts_L)
+    of_alltoall = _of_alltoall_and_gather if dispatcher.tp_size > 1 else _of_alltoall
+    layout = _of_allgather if kind == "allgather" else of_alltoall
+    order, rows_for, rows_from = layout(dispatcher, dispatched_TE)
+    if num_rows != sum(rows_for):
+        raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
+    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group, transport)
 
 
 def _of_alltoall(dispatcher, dispatched_TE: Tensor) -> tuple[Optional[Tensor], list[int], list[int]]:
@@ -166,17 +162,6 @@ def _by_source(rows: Tensor, num_rows: int) -> Tensor:
     rows = rows.flatten(0, -2).T.flatten()
     moved = starts - (rows.cumsum(0) - rows)
     return torch.arange(num_rows, device=rows.device) + moved.repeat_interleave(rows, output_size=num_rows)
-
-
-def _in_blocks(order: Optional[Tensor], counts_L: Sequence[int], blocks_L: Sequence[int], device) -> Optional[Tensor]:
-    """The order among rows whose blocks are padded at their ends, of one among as many rows without padding."""
-    if list(counts_L) == list(blocks_L):
-        return order
-    num_rows = sum(counts_L)
-    order = torch.arange(num_rows, device=device) if order is None else order
-    counts, blocks = torch.tensor([counts_L, blocks_L]).to(device, non_blocking=True)
-    padding = blocks - counts
-    return order + (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=num_rows)[order]
 
 
 def describe_dispatch(transformer_config) -> str:

@@ -83,8 +83,9 @@ class RowCheck:
             return all_gather(own_TE, column_group(dispatcher)).sum(dim=0).tolist() == counts_L
         if self._tokens_TH is None:
             return False
-        exchange = row_exchange(dispatcher, own_TE, counts_L, counts_L)
+        exchange = row_exchange(dispatcher, own_TE, len(inputs_PH))
         if exchange is not None:
+            exchange = exchange.in_blocks(counts_L, counts_L, own_TE.device)
             home_PH = exchange.to_tokens(inputs_PH)
         elif all(count <= block for count, block in zip(own_TE.sum(dim=0).tolist(), counts_L, strict=True)):
             home_PH = inputs_PH[expert_rows(own_TE, first_rows(counts_L, own_TE.device)).T[own_TE.T]]

@@ -40,7 +40,6 @@ from megatron_moe_spec.losses import RowsLoss
 from megatron_moe_spec.losses.base import one_per_token
 from megatron_moe_spec.losses.vectors import mixing_of
 from megatron_moe_spec.parallel.collectives import all_gather
-from megatron_moe_spec.parallel.rows import RowExchange
 from megatron_moe_spec.parallel.token_rows import TokenRows
 
 
@@ -167,10 +166,16 @@ class RowsTap(Tap[RowsLoss]):
         """Takes note of what the experts are to run on."""
         run = self._run
         # Else nothing may come to the host: inference may be captured in a CUDA graph.
-        if run is not None:
-            run.num_rows, run.tokens_per_expert = len(inputs_PH), tokens_per_expert
-            if self._check.is_due:
-                self._check.received(inputs_PH, run.routing_map_TE, run.counts_L)
+        if run is None:
+            return
+        dispatcher = self.layer.dispatcher
+        run.num_rows, run.tokens_per_expert = len(inputs_PH), tokens_per_expert
+        if self._check.is_due:
+            self._check.received(inputs_PH, run.routing_map_TE, run.counts_L)
+        with torch.no_grad():
+            dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), column_group(dispatcher))
+            run.rows.locate(dispatched_TE, row_exchange(dispatcher, dispatched_TE, run.num_rows, self._transport))
+        del run.routing_map_TE
 
     def tap_rows(self, part: int, rows_PD: Tensor, tokens_per_expert=None) -> Tensor:
         """Takes part of the layer's rows; returns what the model is to go on with instead.
@@ -186,8 +191,8 @@ class RowsTap(Tap[RowsLoss]):
             run.blocks_L += _numbers(tokens_per_expert)
         if run.rows.complete:
             with torch.no_grad():
-                exchange = self._begin(run, run.rows)
-            if exchange is None or self._is_last:
+                self._begin(run, run.rows)
+            if self._is_last or not run.rows.travel:
                 self.tap_end()
         return self._with_gradient(run, part, rows_PD) if self.trained else rows_PD
 
@@ -206,22 +211,19 @@ class RowsTap(Tap[RowsLoss]):
         """What holds the rows until backward."""
         return rows_PD
 
-    def _begin(self, run: _Run, rows: TokenRows) -> Optional[RowExchange]:
-        dispatcher = self.layer.dispatcher
-        is_padded = rows.num_rows != run.num_rows
-        # Numbers that are on the device come to the host only where they are needed.
-        counts_L = run.counts_L if is_padded or not run.blocks_L else run.blocks_L
+    def _begin(self, run: _Run, rows: TokenRows) -> None:
+        if rows.num_rows == run.num_rows and not hands_over_tokens(self.layer.dispatcher):
+            rows.begin((), None)
+            return
+        # Numbers that may be on the device come to the host only here.
+        counts_L = run.counts_L
         blocks_L = run.blocks_L or counts_L
         if any(block < count for count, block in zip(counts_L, blocks_L, strict=True)):
             raise RuntimeError(
                 f"the experts of MoE layer {self.layer.global_index} ran on {blocks_L} rows each, of "
                 f"{counts_L} that the dispatcher had handed to them: these cannot be told apart by token"
             )
-        dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), column_group(dispatcher))
-        exchange = row_exchange(dispatcher, dispatched_TE, counts_L, blocks_L, self._transport)
-        rows.begin(dispatched_TE, exchange, blocks_L if is_padded or hands_over_tokens(dispatcher) else None)
-        del run.routing_map_TE
-        return exchange
+        rows.begin(counts_L, blocks_L)
 
     def _evaluate(self, run: _Run) -> None:
         """Records the losses, and leaves what backward needs of them."""

@@ -14,8 +14,8 @@ By default the bundle is megatron-core alone, and the benchmarks' experts take t
 Transformer Engine comes in three packages of one version: transformer_engine, its core transformer_engine_cu13, which
 makes the bundle larger than a piece, and transformer_engine_torch. The last is published as source alone, to be
 compiled against one torch and one CUDA. Megatron does not start where it finds only the other two, so ``make`` asks for
-all of them. Build the wheel on a machine with the GPU machine's Python, torch and CUDA (nvcc, and the headers of cuDNN
-and NCCL), which needs no GPU:
+all of them. Build the wheel on a machine with the GPU machine's Python, torch and major version of CUDA. That needs
+a C++ compiler, the headers of CUDA, cuDNN and NCCL, and time for 33 files, but no GPU.
 
     pip install transformer_engine_cu13==2.20.2 pybind11 ninja
     pip wheel --no-deps --no-build-isolation --wheel-dir BUILT transformer_engine_torch==2.20.2

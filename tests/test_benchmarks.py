@@ -195,3 +195,9 @@ def test_half_of_transformer_engine_is_refused(bundle, tmp_path):
         wheels.check_transformer_engine([core])
     wheels.check_transformer_engine([core, meta, torch])
     wheels.check_transformer_engine([tmp_path / "megatron_core-1-py3-none-any.whl"])
+
+
+def test_cost_on_paper_is_documented():
+    found = _python("count.py")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout in (ROOT / "docs" / "kernels.md").read_text()

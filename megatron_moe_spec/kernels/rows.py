@@ -26,8 +26,8 @@ from torch import Tensor
 from megatron_moe_spec.kernels import computed_dtype
 
 # How the kernels are compiled, by number of bytes of an element of x.
-FORWARD = {2: dict(BLOCK_D=128, num_warps=1, num_stages=3), 4: dict(BLOCK_D=32, num_warps=1, num_stages=3)}
-BACKWARD = {2: dict(BLOCK_D=128, num_warps=4, num_stages=3), 4: dict(BLOCK_D=64, num_warps=4, num_stages=2)}
+FORWARD = {2: dict(BLOCK_D=64, num_warps=1, num_stages=6), 4: dict(BLOCK_D=32, num_warps=1, num_stages=3)}
+BACKWARD = {2: dict(BLOCK_D=128, num_warps=4, num_stages=3), 4: dict(BLOCK_D=32, num_warps=4, num_stages=2)}
 
 _MIN_TILE = 16  # the smallest side of a matrix product on tensor cores
 # Squared lengths between these are sums of squares that neither overflowed nor lost anything to underflow.
@@ -54,6 +54,7 @@ def _own(token, inside):
 @triton.jit
 def _pair_offsets(token, slot, K: tl.constexpr):
     """[TILE, TILE] where the cosine of each two slots of a token is, of either order, in packed ones [T, C]."""
+    slot = slot.to(tl.int64)
     first = tl.minimum(slot[:, None], slot[None, :])
     second = tl.maximum(slot[:, None], slot[None, :])
     before = first * (2 * K - 1 - first) // 2  # pairs whose first slot is lower

@@ -23,6 +23,7 @@ from megatron.core.fusions.fused_bias_swiglu import weighted_swiglu, weighted_sw
 
 from megatron_moe_spec.kernels import positions, swiglu
 from megatron_moe_spec.kernels import rows as row_kernels
+from megatron_moe_spec.parallel.token_rows import rows_of_tokens
 
 # The loss's gradient is to be about as large as the incoming one; weighted differently, an error in it would not show.
 WEIGHT = 30.0
@@ -34,17 +35,9 @@ def exact_swiglu(y, probs):
 
 
 def squares(z, rows):
-    """The sum over tokens of the squared cosines between the rows of each, each pair once."""
+    """The sum over tokens of the squared cosines between the rows of each, over ordered pairs."""
     units = torch.nn.functional.normalize(z[rows.long()], dim=-1)
-    return (units @ units.mT).tril(-1).square().sum()
-
-
-def eager_positions(dispatched, active, top_k, num_rows):
-    """``token_rows`` where every token has top_k experts: rows lie by (expert, token)."""
-    row = (dispatched.T.reshape(-1).cumsum(0) - 1).view(dispatched.shape[::-1]).T
-    rows = row[dispatched].view(-1, top_k).to(torch.int32)
-    covered = torch.zeros(num_rows, dtype=torch.bool, device=rows.device).index_fill_(0, rows.flatten().long(), True)
-    return rows.masked_fill(~active[dispatched].view(-1, top_k), -1), covered
+    return 2.0 * (units @ units.mT).tril(-1).square().sum()
 
 
 class Case:
@@ -64,10 +57,10 @@ class Case:
         self.cosines, self.inverse, _ = self.row_cosines()
 
     def positions(self):
-        return positions.token_rows(self.map, self.map, self.top_k, self.num_rows)
+        return positions.rows_of_tokens(self.map, self.map, self.top_k, self.num_rows)
 
     def eager_positions(self):
-        return eager_positions(self.map, self.map, self.top_k, self.num_rows)
+        return rows_of_tokens(self.map, self.map, self.top_k, self.num_rows)
 
     def forward(self):
         return weighted_swiglu(self.y, self.probs.unsqueeze(-1))

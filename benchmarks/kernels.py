@@ -70,6 +70,10 @@ def eager_mass(logits, live, score_function):
     return routed_mass(normalized_scores(logits, score_function), live)
 
 
+def mass_gradient(logits, live, score_function, pull, weight, incoming):
+    return mass_kernels.add_mass_gradient(logits, live, score_function, [pull], weight, incoming)
+
+
 def eager_mass_gradient(logits, live, score_function, mass_gradient, weight, incoming):
     gradient = normalized_scores_gradient(logits, score_function, live * mass_gradient.unsqueeze(-1) * weight)
     return incoming + gradient.to(incoming.dtype)
@@ -88,7 +92,7 @@ def operations(shape, num_tokens: int, dtype=torch.bfloat16) -> list[Operation]:
     cosines, inverse, squares = row_kernels.row_cosines(z, rows)
     no_lengths, matrices = torch.zeros_like(inverse), unpacked(cosines, shape.top_k)
     mixing = mixing_of(matrices, no_lengths, 2.0 * matrices, no_lengths)  # of the sum of the squared cosines
-    mass, mass_incoming = mass_kernels.routed_mass(logits, live, shape.score_function), torch.randn_like(logits)
+    (mass, _), mass_incoming = mass_kernels.routed_mass(logits, live, shape.score_function), torch.randn_like(logits)
     of_logits = (logits, live, shape.score_function)
     return [
         Operation("cosines", row_kernels.row_cosines, eager_cosines, (z, rows), (cosines, inverse, squares)),
@@ -102,7 +106,7 @@ def operations(shape, num_tokens: int, dtype=torch.bfloat16) -> list[Operation]:
         Operation("mass", mass_kernels.routed_mass, eager_mass, of_logits, (mass,)),
         Operation(
             "mass gradient",
-            mass_kernels.add_mass_gradient,
+            mass_gradient,
             eager_mass_gradient,
             (*of_logits, mass, WEIGHT, mass_incoming),
             (logits,),

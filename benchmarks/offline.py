@@ -22,6 +22,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from megatron_moe_spec.kernels import mass as mass_kernels
+from megatron_moe_spec.kernels import positions as position_kernels
 from megatron_moe_spec.kernels import rows as row_kernels
 from megatron_moe_spec.kernels import swiglu as swiglu_kernels
 
@@ -114,8 +115,9 @@ def _logits_operations(dtype: str, experts: int, function: str) -> list:
     logits = torch.zeros(16, experts, dtype=getattr(torch, dtype))
     live = logits > 0
     return [
-        lambda: mass_kernels.routed_mass(logits, live, function),
-        lambda: mass_kernels.add_mass_gradient(logits, live, function, torch.zeros(16), 1.0, logits),
+        lambda: mass_kernels.routed_mass(logits, live, function, torch.zeros(16)),
+        lambda: position_kernels.rows_of_tokens(live, live, min(experts, 8), 16 * experts),
+        lambda: mass_kernels.add_mass_gradient(logits, live, function, 2 * [torch.zeros(16)], torch.ones(1), logits),
     ]
 
 

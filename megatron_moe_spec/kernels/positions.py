@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ELEMENTS = 4096  # marks of a program
+_ELEMENTS = 2048  # marks of a program
 _MOST_TOKENS = 32
 _WARPS = 4
 
@@ -59,7 +59,7 @@ def _count_kernel(
     if USED_ALONE:
         is_used, place = _place(token, share, first, stride)
         marks = tl.where(is_used[:, None], marks, 0)
-    expert = tl.arange(0, BLOCK_E)
+    expert = tl.arange(0, BLOCK_E).to(tl.int64)
     tl.store(counts_ptr + expert * num_blocks + tl.program_id(0), tl.sum(marks, axis=0), mask=expert < E)
 
 
@@ -87,7 +87,7 @@ def _rows_kernel(
     is_used, place = _place(token, share, first, stride)
     if USED_ALONE:
         marks = tl.where(is_used[:, None], marks, 0)
-    expert = tl.arange(0, BLOCK_E)
+    expert = tl.arange(0, BLOCK_E).to(tl.int64)
     end = tl.load(ends_ptr + expert * num_blocks + tl.program_id(0), mask=expert < E, other=0)
     start = end - tl.sum(marks, axis=0)
     if starts_ptr is not None:

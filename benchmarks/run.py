@@ -181,6 +181,7 @@ def table(rows: list[dict]) -> list[str]:
 
 def summarize(file: Path, title: str, results: dict[str, str]) -> None:
     """Writes a Markdown file: the parts' results, what the environment is, and each part's rows."""
+    environment = file.parent / "environment.json"
     lines = [f"# {title}", "", *table([{"part": name, "result": result} for name, result in results.items()])]
     for name in results:
         json_file = file.parent / f"{name}.json"
@@ -188,7 +189,7 @@ def summarize(file: Path, title: str, results: dict[str, str]) -> None:
             continue
         record = json.loads(json_file.read_text())
         rows = record.pop("rows")
-        same = json.loads((file.parent / "environment.json").read_text()) if name != "environment" else {}
+        same = json.loads(environment.read_text()) if name != "environment" and environment.exists() else {}
         lines += ["", f"## {name}", ""]
         lines += [f"- {key}: {value}" for key, value in record.items() if key not in same]
         lines += ["", *(table(rows) if len(rows) <= LONGEST_TABLE else [f"{len(rows)} rows in {json_file.name}"])]

@@ -19,6 +19,8 @@ MOST_REGISTERS = {
     "cosines_kernel": 136,
     "mixing_kernel": 112,
     "swiglu_gradient_kernel": 136,
+    "count_kernel": 64,
+    "rows_kernel": 136,
     "mass_kernel": 64,
     "mass_gradient_kernel": 128,
 }

@@ -18,22 +18,22 @@ MUTATIONS = [
     (
         "context-parallel factor left out",
         "integration/scaling.py",
-        "return scale * num_tokens if transformer_config.calculate_per_token_loss else scale",
-        "return scale * num_tokens if transformer_config.calculate_per_token_loss else scale / transformer_config.context_parallel_size",
+        "scale = backward_loss_scale()",
+        "scale = backward_loss_scale() / transformer_config.context_parallel_size",
         f"{LAYOUT}[CP2-plain]",
     ),
     (
         "tensor x context parallel factor left out",
         "integration/scaling.py",
-        "return scale * num_tokens if transformer_config.calculate_per_token_loss else scale",
-        "return scale * num_tokens / transformer_config.tensor_model_parallel_size if transformer_config.calculate_per_token_loss else scale",
+        "factor = factor * num_tokens",
+        "factor = factor * num_tokens / transformer_config.tensor_model_parallel_size",
         f"{LAYOUT}[TP2+SP, ETP2-per-token loss]",
     ),
     (
         "products not summed over expert-tensor-parallel ranks",
         "parallel/token_rows.py",
-        "return all_reduce_sum(pair_cosines(units_TKD), self._group), inverse_lengths_TK",
-        "return pair_cosines(units_TKD), inverse_lengths_TK",
+        "self._cosines_TKK = all_reduce_sum(pair_cosines(units_TKD), self._group)",
+        "self._cosines_TKK = pair_cosines(units_TKD)",
         f"{LAYOUT}[TP2+SP, ETP2-plain]",
     ),
     (
@@ -67,9 +67,10 @@ MUTATIONS = [
     (
         "loss scale read in forward (rows)",
         "integration/taps/rows.py",
-        "return add_gradient(rows_PD, partial(self._add_gradient, run, part)) if self.trained else rows_PD",
-        "weight = self._weight(run.routing)\n"
-        "        return add_gradient(rows_PD, partial(run.rows.add_gradient, part, weight)) if self.trained else rows_PD",
+        "return add_gradient(rows_PD, partial(self._add_gradient, run, part))",
+        "scale = float(self._weight(run)[0])\n"
+        "        weight = lambda: (scale, self._weight(run)[1])\n"
+        "        return add_gradient(rows_PD, partial(run.rows.add_gradient, part, weight))",
         "tests/test_gradients.py::test_gradient_scaler_is_read_in_backward",
     ),
     (
@@ -165,9 +166,9 @@ MUTATIONS = [
     ),
     (
         "order of the flex dispatcher's rows not checked",
-        "integration/taps/row_check.py",
-        "if not self._due:",
-        "if True:",
+        "integration/taps/rows.py",
+        "if self._check.is_due:",
+        "if False:",
         "tests/test_row_check.py::test_another_order_of_the_library_is_noticed",
     ),
     (
@@ -187,15 +188,15 @@ MUTATIONS = [
     (
         "rows of padding taken for rows of tokens",
         "integration/taps/rows.py",
-        "rows.compare(dispatched_TE, exchange, run.blocks_L if padded else None)",
-        "rows.compare(dispatched_TE, exchange)",
+        "rows.begin(counts_L, blocks_L)",
+        "rows.begin((), None)",
         f"{LAYOUT}[one process-padded rows, grouped experts, moe_act recompute]",
     ),
     (
         "rows of padding exchanged as rows of tokens",
-        "integration/compat/dispatch.py",
-        "return order + (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=num_rows)[order]",
-        "return order",
+        "parallel/rows.py",
+        "order = order + before[order]",
+        "pass",
         f"{LAYOUT}[EP2-padded rows, grouped experts, moe_act recompute]",
     ),
     (
@@ -239,6 +240,55 @@ MUTATIONS = [
         "return rows_PH[numbers_ET.gather(0, first_1T).squeeze(0)]",
         "return rows_PH[: len(routing_map_TE)]",
         "tests/test_graphs.py::test_each_loss_alone[coupling_loss-attn+moe_router+moe_preprocess]",
+    ),
+    (
+        "gradient of the SwiGLU without the loss's",
+        "kernels/swiglu.py",
+        "total += _mix(high, low, z, OPERAND) * scale[:, None]",
+        "pass",
+        "tests/test_gradients.py::test_gradient_in_the_swiglu",
+    ),
+    (
+        "probabilities get the loss's gradient, too",
+        "kernels/swiglu.py",
+        "products += total * (silu * up)\n        if MIXED:",
+        "if MIXED:",
+        "tests/test_kernels_swiglu.py::test_the_loss_is_apart",
+    ),
+    (
+        "node of the SwiGLU replaced where hooks hold its inputs",
+        "integration/compat/experts.py",
+        'if any(getattr(saved, "unpack_hook", True) is not None for saved in node._raw_saved_tensors):',
+        "if False:",
+        "tests/test_swiglu_replacement.py::test_anything_else_is_left_alone",
+    ),
+    (
+        "tokens of other ranks numbered as this rank's",
+        "kernels/positions.py",
+        "return is_used, token // share * used_of_rank + own // stride",
+        "return is_used, own // stride",
+        "tests/test_kernels_positions.py::test_rows",
+    ),
+    (
+        "last terms of a loss left out of its value",
+        "integration/recorder.py",
+        "self._add_terms()\n        known =",
+        "known =",
+        "tests/test_gradients.py::test_each_loss_alone",
+    ),
+    (
+        "rows travel in their dtype, whatever was asked for",
+        "integration/taps/rows.py",
+        "row_exchange(dispatcher, dispatched_TE, run.num_rows, self._transport)",
+        "row_exchange(dispatcher, dispatched_TE, run.num_rows)",
+        "tests/test_layouts.py::test_fp8_transport_trains_nearly_the_same",
+    ),
+    (
+        "a part of an exchange forgets how rows travel",
+        "parallel/rows.py",
+        "rows_from, self._group, self._transport, self._counts_L)",
+        "rows_from, self._group, 'same', self._counts_L)",
+        "tests/test_row_exchange.py::test_rows_come_to_their_tokens_and_go_back",
     ),
 ]
 

@@ -448,7 +448,13 @@ def test_mass(random, score_function, dtype, num_tokens, num_experts):
     assert torch.equal(
         gradient, mass_kernels.add_mass_gradient(logits, live, score_function, [previous], weight, incoming, 2.0)
     )
+    apart = torch.stack([previous, others], dim=1)  # as messages of other pipeline stages come
     two = (live, score_function, [previous, others], -0.5)
+    assert torch.equal(products, mass_kernels.routed_mass(logits, live, score_function, apart[:, 0])[1])
+    assert torch.equal(
+        mass_kernels.add_mass_gradient(logits, live, score_function, apart.unbind(dim=1), -0.5, incoming),
+        mass_kernels.add_mass_gradient(logits, *two, incoming),
+    )
     gradient = mass_kernels.add_mass_gradient(logits, *two, incoming)
     assert_no_further(gradient, *(eager_mass_gradient(x, *two, y) for x, y in in_both(logits, incoming)))
 

@@ -147,7 +147,7 @@ def routed_mass(
         _mass_kernel[grid](
             logits_TE.contiguous(),
             active_TE.contiguous(),
-            previous_T,
+            None if previous_T is None else previous_T.contiguous(),
             mass_T,
             products,
             num_tokens,
@@ -198,7 +198,7 @@ def add_mass_gradient(
         else:
             weight, factor = None, factor * weight
         grid, blocks = _blocks(num_tokens, num_experts)
-        pull_T, other_pull_T = (*pulls, None)[:2]
+        pull_T, other_pull_T = (*(pull_T.contiguous() for pull_T in pulls), None)[:2]
         _mass_gradient_kernel[grid](
             logits_TE.contiguous(),
             active_TE.contiguous(),
@@ -223,8 +223,8 @@ def _blocks(num_tokens: int, num_experts: int) -> tuple[tuple[int], dict]:
 
 
 def _check_tokens(name: str, x_T: Tensor, num_tokens: int) -> None:
-    if x_T.shape != (num_tokens,) or x_T.dtype != torch.float32 or not x_T.is_contiguous():
-        raise ValueError(f"{name} must be fp32 [{num_tokens}], contiguous; got {x_T.dtype} {list(x_T.shape)}")
+    if x_T.shape != (num_tokens,) or x_T.dtype != torch.float32:
+        raise ValueError(f"{name} must be fp32 [{num_tokens}]; got {x_T.dtype} {list(x_T.shape)}")
 
 
 def _check(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> None:

@@ -56,6 +56,7 @@ class Recorder:
         self._losses = torch.zeros(len(self._names), 2, dtype=torch.float64, device=self._device)
         self._known = [[0.0, 0.0] for _ in self._names]
         self._terms: dict[tuple[str, float], list[Tensor]] = {}
+        self._num_terms = 0
         self.recorded: set[str] = set()
         self._layers: list[LayerStatistics] = []
         self._pairs: list[PairStatistics] = []
@@ -114,15 +115,16 @@ class Recorder:
         known = self._known[self._names.index(name)]
         known[0] += offset
         known[1] += 1.0 / self._num_shares
-        waiting = self._terms.setdefault((name, factor / routing.divisor), [])
-        waiting.append(terms.detach().reshape(-1))
-        if sum(map(len, waiting)) > _MOST_TERMS:
+        self._terms.setdefault((name, factor / routing.divisor), []).append(terms.detach().reshape(-1))
+        self._num_terms += terms.numel()
+        if self._num_terms > _MOST_TERMS:
             self._add_terms()
 
     def _add_terms(self) -> None:
         for (name, factor), waiting in self._terms.items():
             self._losses[self._names.index(name), 0] += torch.cat(waiting).sum(dtype=torch.float64) * factor
         self._terms.clear()
+        self._num_terms = 0
 
     def losses(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Means over this step's micro-batches, layers (pairs) and ranks, and how many; scalars on the device.

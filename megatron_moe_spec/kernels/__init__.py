@@ -5,8 +5,10 @@ Importing this package does not import triton. Its modules ``rows`` and ``mass``
 
 import importlib.util
 import os
+from typing import Optional, Union
 
 import torch
+from torch import Tensor
 
 OLDEST_CAPABILITY = (8, 0)
 
@@ -19,6 +21,21 @@ def interpreted() -> bool:
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that kernels multiply in and write: that of their tensors, but the interpreter knows no bf16."""
     return torch.float32 if interpreted() else dtype
+
+
+def weight_and_factor(
+    weight: Union[Tensor, float], factor: float, device: torch.device
+) -> tuple[Optional[Tensor], float]:
+    """A weight as the kernels take it: fp32 on the device, if it is there, and what the host knows, multiplied.
+
+    Raises:
+        ValueError: the weight is a tensor of another number of elements than one.
+    """
+    if isinstance(weight, Tensor) and weight.numel() != 1:
+        raise ValueError(f"weight must be a number or a tensor of one element; got {list(weight.shape)}")
+    if isinstance(weight, Tensor) and weight.device == device:
+        return weight.to(torch.float32), float(factor)
+    return None, float(weight) * float(factor)
 
 
 def unavailable(device: torch.device) -> str:

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moe_spec.kernels import computed_dtype
+from megatron_moe_spec.kernels import computed_dtype, weight_and_factor
 from megatron_moe_spec.losses.scores import SCORE_FUNCTIONS
 
 _ELEMENTS = 2048  # logits of a program
@@ -172,7 +172,7 @@ def add_mass_gradient(
     Args:
         logits_TE, active_TE, score_function: as given to ``routed_mass``.
         pulls: one or two fp32 [T], whose sum is the gradient with respect to m.
-        weight: a number, or an fp32 tensor of one element, which is not read on the host.
+        weight: a number, or a tensor of one element, which is not read on the host where it is on the device.
         incoming_TE: gradient of the logits, in their dtype; left as it is.
         factor: a number.
 
@@ -193,10 +193,7 @@ def add_mass_gradient(
         _check_tokens("pulls", pull_T, num_tokens)
     out_TE = torch.empty(logits_TE.shape, dtype=computed_dtype(logits_TE.dtype), device=logits_TE.device)
     if num_tokens:
-        if isinstance(weight, Tensor):
-            weight = weight.to(logits_TE.device, torch.float32)
-        else:
-            weight, factor = None, factor * weight
+        weight, factor = weight_and_factor(weight, factor, logits_TE.device)
         grid, blocks = _blocks(num_tokens, num_experts)
         pull_T, other_pull_T = (*(pull_T.contiguous() for pull_T in pulls), None)[:2]
         _mass_gradient_kernel[grid](
@@ -205,7 +202,7 @@ def add_mass_gradient(
             pull_T,
             other_pull_T,
             weight,
-            float(factor),
+            factor,
             incoming_TE.contiguous(),
             out_TE,
             num_tokens,

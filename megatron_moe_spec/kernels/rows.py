@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moe_spec.kernels import computed_dtype
+from megatron_moe_spec.kernels import computed_dtype, weight_and_factor
 
 # How the kernels are compiled, by number of bytes of an element of x.
 FORWARD = {2: dict(BLOCK_D=64, num_warps=1, num_stages=6), 4: dict(BLOCK_D=32, num_warps=1, num_stages=3)}
@@ -431,7 +431,7 @@ def _add(x_PD, rows_TK, covered_P, mixing, inverse_lengths_TK, weight, incoming_
     num_tokens, k = rows_TK.shape
     check_like("covered_P", covered_P, (num_rows,), torch.bool)
     check_like("inverse_lengths_TK", inverse_lengths_TK, (num_tokens, k), torch.float32)
-    weight, factor = weight_and_factor(weight, factor)
+    weight, factor = weight_and_factor(weight, factor, x_PD.device)
     if incoming_PD is not None:
         check_like("incoming_PD", incoming_PD, x_PD.shape, x_PD.dtype)
         incoming_PD = with_dense_rows(incoming_PD)
@@ -471,15 +471,6 @@ _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 def operand(dtype: torch.dtype) -> tl.dtype:
     """The dtype in which tensor cores take elements of ``dtype``."""
     return _OPERANDS[computed_dtype(dtype)]
-
-
-def weight_and_factor(weight: Union[Tensor, float], factor: float) -> tuple[Optional[Tensor], float]:
-    """A weight on the device, if it is there, and what is multiplied on the host."""
-    if not isinstance(weight, Tensor):
-        return None, float(weight * factor)
-    if weight.numel() != 1 or weight.dtype != torch.float32:
-        raise ValueError(f"weight must be a number or one fp32 element; got {weight.dtype} {list(weight.shape)}")
-    return weight, float(factor)
 
 
 def with_dense_rows(x_PD: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moe_spec.kernels import computed_dtype
+from megatron_moe_spec.kernels import computed_dtype, weight_and_factor
 from megatron_moe_spec.kernels.rows import (
     _in_parts,
     _mix,
@@ -33,7 +33,6 @@ from megatron_moe_spec.kernels.rows import (
     checked,
     operand,
     tiling,
-    weight_and_factor,
     with_dense_rows,
 )
 
@@ -228,7 +227,7 @@ def swiglu_gradient(
     check_like("cosines_TC", cosines_TC, (num_tokens, k * (k - 1) // 2), torch.float32)
     check_like("inverse_lengths_TK", inverse_lengths_TK, (num_tokens, k), torch.float32)
     check_like("incoming_PF", incoming_PF, (num_rows, G // 2), y_PG.dtype)
-    weight, factor = weight_and_factor(weight, factor)
+    weight, factor = weight_and_factor(weight, factor, y_PG.device)
     y_PG, incoming_PF = with_dense_rows(y_PG), with_dense_rows(incoming_PF)
     dy_PG = torch.empty(y_PG.shape, dtype=computed_dtype(y_PG.dtype), device=y_PG.device)
     dprobs_P = torch.empty(probs_P.shape, dtype=computed_dtype(probs_P.dtype), device=y_PG.device)

@@ -399,7 +399,7 @@ def test_arguments_that_do_not_fit(random):
         row_kernels.row_cosines(z, rows.long())
     for name, arguments in {
         "covered_P": (z, rows, covered[1:], cosines, inverse, 1.0),
-        "cosines_TC": (z, rows, covered, cosines[:2], inverse, 1.0),
+        "cosines_TN": (z, rows, covered, cosines[:2], inverse, 1.0),
         "inverse_lengths_TK": (z, rows, covered, cosines, inverse.double(), 1.0),
         "weight": (z, rows, covered, cosines, inverse, torch.ones(2)),
         "incoming_PD": (z, rows, covered, cosines, inverse, 1.0, z.half()),

@@ -230,13 +230,13 @@ def test_arguments_that_do_not_fit(random):
     cosines, inverse, _ = row_cosines(weighted_swiglu(case.y, case.probs), case.rows)
     inputs = [case.y, case.probs, case.rows, case.covered, cosines, inverse, 1.0, case.incoming]
     for index, name, wrong in (
-        (0, "y_PG", case.y.double()),
-        (0, "y_PG", case.y[:, 1:]),
+        (0, "y_PU", case.y.double()),
+        (0, "y_PU", case.y[:, 1:]),
         (1, "probs_P", case.probs[1:]),
         (1, "probs_P", case.probs.int()),
         (2, "rows_TK", case.rows.long()),
         (3, "covered_P", case.covered[1:]),
-        (4, "cosines_TC", cosines[:2]),
+        (4, "cosines_TN", cosines[:2]),
         (5, "inverse_lengths_TK", inverse[:2]),
         (6, "weight", torch.ones(2)),
         (7, "incoming_PF", case.incoming.half()),

@@ -51,9 +51,9 @@ def test_rows_of_zeros_tiny_huge_and_not_finite(dtype):
     largest = min(limits.max, torch.finfo(torch.float32).max)
     x = torch.tensor([[0, 0, 0], [1, 2, limits.tiny], [largest, -largest, 0], [torch.inf, 1, 0], [torch.nan, 1, 0]])
     x = torch.cat([x.to(dtype), torch.full((1, 3), max(limits.tiny, 1e-37), dtype=dtype)])
-    bytes_PB = quantized(x)
-    assert bytes_PB.dtype == torch.uint8 and bytes_PB.shape == (6, 7)
-    found = dequantized(bytes_PB, dtype)
+    bytes_PQ = quantized(x)
+    assert bytes_PQ.dtype == torch.uint8 and bytes_PQ.shape == (6, 7)
+    found = dequantized(bytes_PQ, dtype)
     assert found.dtype == dtype
     assert found[3:5].isnan().all()
     assert torch.equal(found[0], x[0])

@@ -5,7 +5,7 @@ their rows once, wherever they lie, and forms the tile's 16 x 16 products on ten
 diagonal are the tokens' own. No copy of the gathered rows is made and there are no atomics: runs are bitwise equal.
 Each operation is one launch, and no other work for the device.
 
-Suffixes: P rows, D row size, T tokens, K experts per token, C = K (K - 1) / 2 pairs of these, in the order (0, 1),
+Suffixes: P rows, D row size, T tokens, K experts per token, N = K (K - 1) / 2 pairs of these, in the order (0, 1),
 (0, 2), ..., (1, 2), ... of ``losses.vectors.packed``.
 
 Worked example, one token with x = (3, 4) in row 1 and (4, 3) in row 0: products 24 off the diagonal and 25 on it,
@@ -53,7 +53,7 @@ def _own(token, inside):
 
 @triton.jit
 def _pair_offsets(token, slot, K: tl.constexpr):
-    """[TILE, TILE] where the cosine of each two slots of a token is, of either order, in packed ones [T, C]."""
+    """[TILE, TILE] where the cosine of each two slots of a token is, of either order, in packed ones [T, N]."""
     slot = slot.to(tl.int64)
     first = tl.minimum(slot[:, None], slot[None, :])
     second = tl.maximum(slot[:, None], slot[None, :])
@@ -93,7 +93,7 @@ def _powers(row_ptrs, active, D, BLOCK_D: tl.constexpr):
 def _cosines_kernel(
     x_ptr,  # bf16 | fp16 | fp32 [P, D]
     rows_ptr,  # int32 [T, K]
-    cosines_ptr,  # fp32 [T, C], out; products [T, K, K] where PARTIAL
+    cosines_ptr,  # fp32 [T, N], out; products [T, K, K] where PARTIAL
     lengths_ptr,  # fp32 [T, K], out: inverse lengths; the units of the products where PARTIAL
     squares_ptr,  # fp32 [tiles], out: sums of the squared cosines; None where PARTIAL
     num_tokens,
@@ -235,7 +235,7 @@ def _mixing_kernel(
     x_ptr,  # bf16 | fp16 | fp32 [P, D]
     rows_ptr,  # int32 [T, K]
     covered_ptr,  # bool [P]
-    mixing_ptr,  # fp32 [T, K, K]; cosines [T, C] where OF_SQUARES
+    mixing_ptr,  # fp32 [T, K, K]; cosines [T, N] where OF_SQUARES
     lengths_ptr,  # fp32 [T, K] inverse lengths
     weight_ptr,  # fp32 [1]; None: one
     incoming_ptr,  # dtype of x [P, D]; None: zeros
@@ -296,16 +296,16 @@ def row_cosines(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             token.
 
     Returns:
-        Cosines [T, C], 0 where there is no row; inverse lengths [T, K], 0 for zero rows and where there is none; the
+        Cosines [T, N], 0 where there is no row; inverse lengths [T, K], 0 for zero rows and where there is none; the
         sum of the squared cosines over ordered pairs, in parts, which are to be summed. All fp32.
 
     Raises:
         ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
     num_tokens, k = checked(x_PD, rows_TK)
-    cosines_TC = torch.empty(num_tokens, k * (k - 1) // 2, dtype=torch.float32, device=x_PD.device)
+    cosines_TN = torch.empty(num_tokens, k * (k - 1) // 2, dtype=torch.float32, device=x_PD.device)
     squares = torch.empty(tiling(num_tokens, k)[2], dtype=torch.float32, device=x_PD.device)
-    return cosines_TC, _compare(x_PD, rows_TK, cosines_TC, squares), squares
+    return cosines_TN, _compare(x_PD, rows_TK, cosines_TN, squares), squares
 
 
 def row_products(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,7 +379,7 @@ def add_squares_gradient(
     x_PD: Tensor,
     rows_TK: Tensor,
     covered_P: Tensor,
-    cosines_TC: Tensor,
+    cosines_TN: Tensor,
     inverse_lengths_TK: Tensor,
     weight: Union[Tensor, float],
     incoming_PD: Optional[Tensor] = None,
@@ -391,12 +391,12 @@ def add_squares_gradient(
     diagonal).
 
     Args:
-        cosines_TC: from ``row_cosines``.
+        cosines_TN: from ``row_cosines``.
         The others: as of ``add_mixed``, and so is what is returned and raised.
     """
     num_tokens, k = checked(x_PD, rows_TK)
-    check_like("cosines_TC", cosines_TC, (num_tokens, k * (k - 1) // 2), torch.float32)
-    return _add(x_PD, rows_TK, covered_P, cosines_TC, inverse_lengths_TK, weight, incoming_PD, factor, True)
+    check_like("cosines_TN", cosines_TN, (num_tokens, k * (k - 1) // 2), torch.float32)
+    return _add(x_PD, rows_TK, covered_P, cosines_TN, inverse_lengths_TK, weight, incoming_PD, factor, True)
 
 
 def _compare(x_PD: Tensor, rows_TK: Tensor, out: Tensor, squares: Optional[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ The gradient of the SwiGLU reads y, from which z can be had again, and the gradi
 is to be added. So one read of both and one write of y's gradient do: 10 bytes an element of z in bf16. Tiles of
 tokens, and the rest, are as in ``rows``.
 
-Suffixes: P rows, F size of z, G = 2 F, T tokens, K experts per token, C pairs of these.
+Suffixes: P rows, F size of z, U = 2 F, T tokens, K experts per token, N pairs of these.
 
 Worked example, one token of two rows with p = 1/2, F = 2, gate = 20 where silu(20) = 20 and silu'(20) = 1 but for
 4e-8, and up = (0.3, 0.4) in row 1 and (0.4, 0.3) in row 0: z = (3, 4) and (4, 3) are those of the example in ``rows``,
@@ -112,15 +112,15 @@ def _row_gradients(
 # Counts differ from step to step: compiled once for all of them.
 @triton.jit(do_not_specialize=["factor", "num_tiles", "num_tokens", "num_rows"])
 def _swiglu_gradient_kernel(
-    y_ptr,  # bf16 | fp16 | fp32 [P, G]
+    y_ptr,  # bf16 | fp16 | fp32 [P, U]
     probs_ptr,  # float [P]
     rows_ptr,  # int32 [T, K]
     covered_ptr,  # bool [P]
-    cosines_ptr,  # fp32 [T, C]
+    cosines_ptr,  # fp32 [T, N]
     lengths_ptr,  # fp32 [T, K] inverse lengths
     weight_ptr,  # fp32 [1]; None: one
     incoming_ptr,  # dtype of y [P, F]
-    dy_ptr,  # dtype of y [P, G], out
+    dy_ptr,  # dtype of y [P, U], out
     dprobs_ptr,  # dtype of the probabilities [P], out
     factor,
     num_tiles,
@@ -187,11 +187,11 @@ def _swiglu_gradient_kernel(
 
 
 def swiglu_gradient(
-    y_PG: Tensor,
+    y_PU: Tensor,
     probs_P: Tensor,
     rows_TK: Tensor,
     covered_P: Tensor,
-    cosines_TC: Tensor,
+    cosines_TN: Tensor,
     inverse_lengths_TK: Tensor,
     weight: Union[Tensor, float],
     incoming_PF: Tensor,
@@ -203,59 +203,59 @@ def swiglu_gradient(
     cosines over ordered pairs, for y alone: the probabilities scale z, and cosines do not depend on its scale.
 
     Args:
-        y_PG: bf16, fp16 or fp32, gate and up in the halves of each row; rows may be apart, their elements not.
+        y_PU: bf16, fp16 or fp32, gate and up in the halves of each row; rows may be apart, their elements not.
         probs_P: [P] or [P, 1] of any float dtype.
         rows_TK, covered_P: see ``rows.add_mixed``. Rows that are not covered get the gradient of the SwiGLU alone.
-        cosines_TC, inverse_lengths_TK: of z, from ``rows.row_cosines``.
+        cosines_TN, inverse_lengths_TK: of z, from ``rows.row_cosines``.
         weight: a number, or a fp32 tensor of one element, which is not read on the host.
         incoming_PF: [P, F] in the dtype of y; left as it is.
 
     Returns:
-        [P, G] in the dtype of y, contiguous; the probabilities' in their dtype and shape, summed in fp32.
+        [P, U] in the dtype of y, contiguous; the probabilities' in their dtype and shape, summed in fp32.
 
     Raises:
         ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
-    num_tokens, k = checked(y_PG, rows_TK, "y_PG")
-    num_rows, G = y_PG.shape
-    if G % 2 or probs_P.shape not in ((num_rows,), (num_rows, 1)) or not probs_P.is_floating_point():
+    num_tokens, k = checked(y_PU, rows_TK, "y_PU")
+    num_rows, U = y_PU.shape
+    if U % 2 or probs_P.shape not in ((num_rows,), (num_rows, 1)) or not probs_P.is_floating_point():
         raise ValueError(
-            f"y_PG must be [P, 2 F] and probs_P floating-point [P] or [P, 1]; got {list(y_PG.shape)}, "
+            f"y_PU must be [P, 2 F] and probs_P floating-point [P] or [P, 1]; got {list(y_PU.shape)}, "
             f"{probs_P.dtype} {list(probs_P.shape)}"
         )
     check_like("covered_P", covered_P, (num_rows,), torch.bool)
-    check_like("cosines_TC", cosines_TC, (num_tokens, k * (k - 1) // 2), torch.float32)
+    check_like("cosines_TN", cosines_TN, (num_tokens, k * (k - 1) // 2), torch.float32)
     check_like("inverse_lengths_TK", inverse_lengths_TK, (num_tokens, k), torch.float32)
-    check_like("incoming_PF", incoming_PF, (num_rows, G // 2), y_PG.dtype)
-    weight, factor = weight_and_factor(weight, factor, y_PG.device)
-    y_PG, incoming_PF = with_dense_rows(y_PG), with_dense_rows(incoming_PF)
-    dy_PG = torch.empty(y_PG.shape, dtype=computed_dtype(y_PG.dtype), device=y_PG.device)
-    dprobs_P = torch.empty(probs_P.shape, dtype=computed_dtype(probs_P.dtype), device=y_PG.device)
+    check_like("incoming_PF", incoming_PF, (num_rows, U // 2), y_PU.dtype)
+    weight, factor = weight_and_factor(weight, factor, y_PU.device)
+    y_PU, incoming_PF = with_dense_rows(y_PU), with_dense_rows(incoming_PF)
+    dy_PU = torch.empty(y_PU.shape, dtype=computed_dtype(y_PU.dtype), device=y_PU.device)
+    dprobs_P = torch.empty(probs_P.shape, dtype=computed_dtype(probs_P.dtype), device=y_PU.device)
     if num_rows:
         slots, tile, num_tiles = tiling(num_tokens, k)
         _swiglu_gradient_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
-            y_PG,
+            y_PU,
             probs_P.contiguous(),
             rows_TK.contiguous(),
             covered_P.contiguous(),
-            cosines_TC.contiguous(),
+            cosines_TN.contiguous(),
             inverse_lengths_TK.contiguous(),
             weight,
             incoming_PF,
-            dy_PG,
+            dy_PU,
             dprobs_P,
             factor,
             num_tiles,
             num_tokens,
             num_rows,
-            G // 2,
-            y_PG.stride(0),
+            U // 2,
+            y_PU.stride(0),
             incoming_PF.stride(0),
             K=k,
             SLOTS=slots,
             TILE=tile,
-            OPERAND=operand(y_PG.dtype),
-            LARGEST=torch.finfo(y_PG.dtype).max,
-            **BACKWARD[y_PG.element_size()],
+            OPERAND=operand(y_PU.dtype),
+            LARGEST=torch.finfo(y_PU.dtype).max,
+            **BACKWARD[y_PU.element_size()],
         )
-    return dy_PG.to(y_PG.dtype), dprobs_P.to(probs_P.dtype)
+    return dy_PU.to(y_PU.dtype), dprobs_P.to(probs_P.dtype)

@@ -1,6 +1,6 @@
 """Directions and lengths of the vectors that the experts of a token compute, and gradients through them.
 
-Suffixes: T tokens, K experts of a token, C pairs of these, D components of a vector.
+Suffixes: T tokens, K experts of a token, N pairs of these, D components of a vector.
 """
 
 from collections.abc import Callable
@@ -66,12 +66,12 @@ def packed(cosines_TKK: Tensor) -> Tensor:
     return cosines_TKK[:, first, second]
 
 
-def unpacked(cosines_TC: Tensor, k: int) -> Tensor:
+def unpacked(cosines_TN: Tensor, k: int) -> Tensor:
     """[T, k, k] symmetric matrices with 0 on the diagonal, of ``packed`` ones."""
-    first, second = _pairs(k, cosines_TC.device)
-    cosines_TKK = cosines_TC.new_zeros(len(cosines_TC), k, k)
-    cosines_TKK[:, first, second] = cosines_TC
-    cosines_TKK[:, second, first] = cosines_TC
+    first, second = _pairs(k, cosines_TN.device)
+    cosines_TKK = cosines_TN.new_zeros(len(cosines_TN), k, k)
+    cosines_TKK[:, first, second] = cosines_TN
+    cosines_TKK[:, second, first] = cosines_TN
     return cosines_TKK
 
 

@@ -165,7 +165,7 @@ class RowExchange:
 
 
 def quantized(x_PD: Tensor) -> Tensor:
-    """Rows [P, D] in floating point -> bytes [P, D + 4]: e4m3, rounded to nearest, and the row's scale in fp32.
+    """Rows [P, D] in floating point -> bytes [P, Q = D + 4]: e4m3, rounded to nearest, and the row's scale in fp32.
 
     The scale is the row's largest magnitude / 448, e4m3's own largest. A row that is not finite becomes NaN.
     """
@@ -173,15 +173,15 @@ def quantized(x_PD: Tensor) -> Tensor:
     largest_P1 = x_PD.abs().amax(dim=1, keepdim=True).float()
     # A row of zeros, too, needs a number to be divided by.
     scale_P1 = (largest_P1 / torch.finfo(FP8).max).clamp_min(torch.finfo(torch.float32).tiny)
-    bytes_PB = torch.empty(num_rows, width + SCALE_BYTES, dtype=torch.uint8, device=x_PD.device)
-    bytes_PB[:, :width].view(FP8).copy_(x_PD / scale_P1)
-    bytes_PB[:, width:] = scale_P1.view(torch.uint8)
-    return bytes_PB
+    bytes_PQ = torch.empty(num_rows, width + SCALE_BYTES, dtype=torch.uint8, device=x_PD.device)
+    bytes_PQ[:, :width].view(FP8).copy_(x_PD / scale_P1)
+    bytes_PQ[:, width:] = scale_P1.view(torch.uint8)
+    return bytes_PQ
 
 
-def dequantized(bytes_PB: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows [P, D] in ``dtype`` from bytes [P, D + 4], see ``quantized``."""
-    width = bytes_PB.shape[1] - SCALE_BYTES
+def dequantized(bytes_PQ: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [P, D] in ``dtype`` from bytes [P, Q], see ``quantized``."""
+    width = bytes_PQ.shape[1] - SCALE_BYTES
     # A copy, for their place in a row may not be aligned.
-    scale_P1 = bytes_PB[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
-    return (bytes_PB[:, :width].view(FP8).to(torch.float32) * scale_P1).to(dtype)
+    scale_P1 = bytes_PQ[:, width:].clone(memory_format=torch.contiguous_format).view(torch.float32)
+    return (bytes_PQ[:, :width].view(FP8).to(torch.float32) * scale_P1).to(dtype)

@@ -1,7 +1,7 @@
 """The rows that the experts of each token compute, wherever they lie, and gradients through their angles and lengths.
 
-Suffixes: T tokens (every N-th with a token stride), E experts, K experts per token, P rows, D components of a row, C
-pairs of a token's experts, G components of a SwiGLU's input.
+Suffixes: T tokens (every N-th with a token stride), E experts, K experts per token, P rows, D components of a row, N
+pairs of a token's experts, U components of a SwiGLU's input.
 """
 
 from collections.abc import Callable, Sequence
@@ -127,7 +127,7 @@ class TokenRows:
         own = len(range(len(active_TE))[tokens])
         self.own = slice(column_group.rank() * own, (column_group.rank() + 1) * own)
         self._mixing_TKK: Optional[Tensor] = None
-        self._cosines_TC: Optional[Tensor] = None
+        self._cosines_TN: Optional[Tensor] = None
         self._num_parts = num_parts
         self._parts: list[Tensor] = []
         self._gradients: list[Optional[Tensor]] = []
@@ -230,7 +230,7 @@ class TokenRows:
         from megatron_moe_spec.kernels import rows as kernels  # imports triton
 
         if self._group.size() == 1:
-            self._cosines_TC, self._inverse_lengths_TK, self._squares = kernels.row_cosines(rows_PD, self._rows_TK)
+            self._cosines_TN, self._inverse_lengths_TK, self._squares = kernels.row_cosines(rows_PD, self._rows_TK)
             return
         products_TKK, units_TK = kernels.row_products(rows_PD, self._rows_TK)
         common_TK = all_reduce_max(units_TK, self._group)
@@ -243,7 +243,7 @@ class TokenRows:
 
     @property
     def cosines_TKK(self) -> Tensor:
-        return self._cosines_TKK if self._cosines_TC is None else unpacked(self._cosines_TC, self._top_k)
+        return self._cosines_TKK if self._cosines_TN is None else unpacked(self._cosines_TN, self._top_k)
 
     @property
     def lengths_TK(self) -> Tensor:
@@ -251,17 +251,17 @@ class TokenRows:
 
     @property
     def squares(self) -> Tensor:
-        return self._cosines_TKK[self.own].square().sum() if self._cosines_TC is None else self._squares
+        return self._cosines_TKK[self.own].square().sum() if self._cosines_TN is None else self._squares
 
     def keep_squares(self) -> None:
         """Has the gradient be that of the sum of the squared cosines of ordered pairs."""
-        if self._cosines_TC is None:
+        if self._cosines_TN is None:
             self.keep_mixing(mixing_of_squares(self._cosines_TKK))
 
     def keep_mixing(self, mixing_TKK: Tensor) -> None:
         """Takes how the gradient mixes the vectors' directions, from ``losses.vectors.mixing_of``, for backward."""
         self._mixing_TKK = mixing_TKK
-        self._cosines_TKK = self._cosines_TC = None
+        self._cosines_TKK = self._cosines_TN = None
 
     def add_gradient(self, part: int, weight: Callable[[], Weight], incoming: Tensor) -> Tensor:
         """incoming + weight * the gradient with respect to the rows of one part; each part asks once.
@@ -283,22 +283,22 @@ class TokenRows:
     @property
     def goes_through_swiglu(self) -> bool:
         """Whether ``swiglu_gradient`` can compute the gradient; once it is known what to keep."""
-        return self._fused and self._cosines_TC is not None and self._exchange is None and len(self._parts) == 1
+        return self._fused and self._cosines_TN is not None and self._exchange is None and len(self._parts) == 1
 
     def swiglu_gradient(
-        self, y_PG: Tensor, probs: Tensor, weight: Weight, incoming_PD: Tensor
+        self, y_PU: Tensor, probs: Tensor, weight: Weight, incoming_PD: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the weighted SwiGLU whose results the rows are, with that of the rows in them.
 
         Args:
-            y_PG, probs: its inputs.
+            y_PU, probs: its inputs.
             weight: two factors, as of ``add_gradient``.
             incoming_PD: gradient of its results.
         """
         from megatron_moe_spec.kernels.swiglu import swiglu_gradient  # imports triton
 
-        kept = self._rows_TK, self._covered_P, self._cosines_TC, self._inverse_lengths_TK
-        return swiglu_gradient(y_PG, probs, *kept, weight[0], incoming_PD, weight[1])
+        kept = self._rows_TK, self._covered_P, self._cosines_TN, self._inverse_lengths_TK
+        return swiglu_gradient(y_PU, probs, *kept, weight[0], incoming_PD, weight[1])
 
     def forget_rows(self) -> None:
         """Backward does not need them."""
@@ -308,9 +308,9 @@ class TokenRows:
         from megatron_moe_spec.kernels import rows as kernels  # imports triton
 
         tensor, number = weight
-        of_squares = self._cosines_TC is not None
+        of_squares = self._cosines_TN is not None
         add = kernels.add_squares_gradient if of_squares else kernels.add_mixed
-        of_pairs = self._cosines_TC if of_squares else self._mixing_TKK
+        of_pairs = self._cosines_TN if of_squares else self._mixing_TKK
         found = self._rows_TK, self._covered_P, of_pairs, self._inverse_lengths_TK
         return add(rows_PD, *found, tensor, incoming, number)
 

@@ -312,8 +312,8 @@ class ActivationsTap(RowsTap):
         run.rows.forget_rows()
         return replace_swiglu(rows_PD, inputs, partial(self._swiglu_gradient, run))
 
-    def _swiglu_gradient(self, run: _Run, y_PG: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
-        return run.rows.swiglu_gradient(y_PG, probs, self._weight(run), incoming)
+    def _swiglu_gradient(self, run: _Run, y_PU: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
+        return run.rows.swiglu_gradient(y_PU, probs, self._weight(run), incoming)
 
     @classmethod
     def describe(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[tuple[str, str]]:

@@ -410,6 +410,6 @@ def test_fp8_transport_trains_nearly_the_same(jobs):
         math.hypot(*(float((x["gradients"][key] - y["gradients"][key]).norm()) for key in same["gradients"]))
         for x, y in ((same, none), (fp8, same))
     )
-    assert 1e-3 * own < difference < 0.05 * own
+    assert 1e-3 * own < difference < 0.1 * own
     values = [x["losses"]["specialization_loss"] for x in (same, fp8)]
     assert values[0] != values[1] == pytest.approx(values[0], rel=1e-2)

@@ -251,8 +251,10 @@ MUTATIONS = [
     (
         "probabilities get the loss's gradient, too",
         "kernels/swiglu.py",
-        "products += total * (silu * up)\n        if MIXED:",
-        "if MIXED:",
+        "total += _mix(high, low, z, OPERAND) * scale[:, None]",
+        "extra = _mix(high, low, z, OPERAND) * scale[:, None]\n"
+        "            total += extra\n"
+        "            products += extra * (silu * up)",
         "tests/test_kernels_swiglu.py::test_the_loss_is_apart",
     ),
     (

@@ -23,7 +23,7 @@ from megatron.core.fusions.fused_bias_swiglu import weighted_swiglu, weighted_sw
 
 from megatron_moe_spec.kernels import positions, swiglu
 from megatron_moe_spec.kernels import rows as row_kernels
-from megatron_moe_spec.parallel.token_rows import rows_of_tokens
+from megatron_moe_spec.parallel.positions import rows_of_tokens
 
 # The loss's gradient is to be about as large as the incoming one; weighted differently, an error in it would not show.
 WEIGHT = 30.0

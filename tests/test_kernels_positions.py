@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_moe_spec.parallel import token_rows as eager
+from megatron_moe_spec.parallel import positions as eager
 
 pytest.importorskip("triton", reason="triton is not installed")
 

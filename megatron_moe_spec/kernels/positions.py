@@ -1,4 +1,4 @@
-"""Where the rows of each token lie, from the dispatched map; twin of ``parallel.token_rows.rows_of_tokens``.
+"""Where the rows of each token lie, from the dispatched map; twin of ``parallel.positions``.
 
 Rows lie by (expert, token), so a row's number is that of the marks before it in the map's columns. One kernel counts
 the marks of each expert in each block of tokens, a cumulative sum makes these counts positions, and a second kernel

@@ -16,7 +16,7 @@ from megatron_moe_spec.integration.compat.remedies import with_alltoall
 from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
 from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.parallel.collectives import all_gather
-from megatron_moe_spec.parallel.token_rows import expert_rows, first_rows
+from megatron_moe_spec.parallel.positions import expert_rows, first_rows
 
 
 class RowCheck:

@@ -54,7 +54,7 @@ class _Run:
         routing_map_TE: bool, by which this rank's tokens go to experts, as the router has it; until they have run.
         num_rows: that the dispatcher has handed to the local experts; known when they begin to run.
         tokens_per_expert: how many of these are each local expert's; likewise.
-        blocks_L: numbers of rows that each has handed in, padded where Megatron pads them.
+        handed_in: of each part of the rows, how many are each local expert's, padded where Megatron pads them.
         experts_TK: numbers of the experts of this rank's tokens; None where no loss asks for lengths.
         probs_TK: p of each vector, 1 where there is none; None likewise.
         probs_gradients: with respect to p of this rank's tokens; one, once the experts have run.
@@ -67,7 +67,7 @@ class _Run:
     routing_map_TE: Tensor
     num_rows: int = 0
     tokens_per_expert: Union[Tensor, Sequence[int]] = ()
-    blocks_L: list[int] = field(default_factory=list)
+    handed_in: list[Union[Tensor, Sequence[int]]] = field(default_factory=list)
     experts_TK: Optional[Tensor] = None
     probs_TK: Optional[Tensor] = None
     probs_gradients: list[Tensor] = field(default_factory=list)
@@ -188,7 +188,7 @@ class RowsTap(Tap[RowsLoss]):
             return rows_PD
         run.rows.add(self._kept(rows_PD))
         if tokens_per_expert is not None:
-            run.blocks_L += _numbers(tokens_per_expert)
+            run.handed_in.append(tokens_per_expert)
         if run.rows.complete:
             with torch.no_grad():
                 self._begin(run, run.rows)
@@ -217,7 +217,7 @@ class RowsTap(Tap[RowsLoss]):
             return
         # Numbers that may be on the device come to the host only here.
         counts_L = run.counts_L
-        blocks_L = run.blocks_L or counts_L
+        blocks_L = [number for part in run.handed_in for number in _numbers(part)] or counts_L
         if any(block < count for count, block in zip(counts_L, blocks_L, strict=True)):
             raise RuntimeError(
                 f"the experts of MoE layer {self.layer.global_index} ran on {blocks_L} rows each, of "

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-pytestmark = needs_megatron
+pytestmark = [needs_megatron, pytest.mark.slow]
 
 BOTH = dict(specialization_loss_coeff=2e-3, coupling_loss_coeff=1e-3, kernels="triton")
 # Besides views: what gives a tensor another shape, or memory, and leaves the device alone.

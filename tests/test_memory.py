@@ -60,7 +60,9 @@ def test_bytes_a_token_and_layer(mm, fused_swiglu):
     handle = attach(model, SpecConfig(specialization_loss_coeff=2e-3, coupling_loss_coeff=1e-3, kernels="triton"))
     (batch,) = mm.micro_batches(1)
     num_tokens = batch["tokens"].numel()
-    of_others = holders()  # of tests before this one
+    earlier = mm.run_model(model, batch)
+    of_others = holders()  # of another forward pass that waits for its backward, and of tests before this one
+    assert len(of_others) >= 3 * layers
     output = mm.run_model(model, batch)
     found = [x for x in holders() if not any(x is other for other in of_others)]
     assert len(found) == 3 * layers
@@ -71,4 +73,5 @@ def test_bytes_a_token_and_layer(mm, fused_swiglu):
     del found
     output.sum().backward()
     assert len(holders()) <= len(of_others)
+    del earlier
     handle.detach()

@@ -21,7 +21,7 @@ help:
 	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to python -m examples.compare;"
 	@echo "                   interrupted, it goes on where it was"
 	@echo "make recipes       judge public training recipes: what takes the losses as it is (docs/recipes.md; 20 seconds)"
-	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes)"
+	@echo "make test          the quick tests, on the newest supported Megatron-Core (5 minutes)"
 	@echo "make test-all      all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"

@@ -33,7 +33,8 @@ from megatron_moe_spec.kernels import mass as mass_kernels
 from megatron_moe_spec.kernels import rows as row_kernels
 from megatron_moe_spec.losses.coupling import routed_mass
 from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
-from megatron_moe_spec.losses.vectors import mixed, mixing_of, packed, pair_cosines, unit_vectors, unpacked
+from megatron_moe_spec.losses.vectors import mixed, mixing_of_squares, packed, pair_cosines, unit_vectors, unpacked
+from megatron_moe_spec.parallel.positions import rows_of_tokens
 
 WEIGHT = 0.25
 
@@ -85,13 +86,10 @@ def operations(shape, num_tokens: int, dtype=torch.bfloat16) -> list[Operation]:
     options = dict(device=device())
     logits = torch.randn(num_tokens, shape.experts, **options)
     live = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.topk(shape.top_k).indices, True)
-    row = (live.T.reshape(-1).cumsum(0) - 1).view(shape.experts, num_tokens).T
-    rows = row[live].view(num_tokens, shape.top_k).int()
+    rows, covered = rows_of_tokens(live, live, shape.top_k, num_tokens * shape.top_k)
     z, incoming = (torch.randn(num_tokens * shape.top_k, shape.ffn, dtype=dtype, **options) for _ in range(2))
-    covered = torch.ones(len(z), dtype=torch.bool, **options)
     cosines, inverse, squares = row_kernels.row_cosines(z, rows)
-    no_lengths, matrices = torch.zeros_like(inverse), unpacked(cosines, shape.top_k)
-    mixing = mixing_of(matrices, no_lengths, 2.0 * matrices, no_lengths)  # of the sum of the squared cosines
+    mixing = mixing_of_squares(unpacked(cosines, shape.top_k))
     (mass, _), mass_incoming = mass_kernels.routed_mass(logits, live, shape.score_function), torch.randn_like(logits)
     of_logits = (logits, live, shape.score_function)
     return [

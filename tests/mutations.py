@@ -267,8 +267,8 @@ MUTATIONS = [
     (
         "tokens of other ranks numbered as this rank's",
         "kernels/positions.py",
-        "return is_used, token // share * used_of_rank + own // stride",
-        "return is_used, own // stride",
+        "place = token // share * used_of_rank + own // stride",
+        "place = own // stride",
         "tests/test_kernels_positions.py::test_rows",
     ),
     (

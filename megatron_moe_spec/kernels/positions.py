@@ -23,22 +23,34 @@ _WARPS = 4
 
 
 @triton.jit
-def _marks(map_ptr, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Token numbers [BLOCK_T], offsets and mask [BLOCK_T, BLOCK_E], and the marks there: 0 or 1."""
+def _marks(
+    map_ptr,
+    num_tokens,
+    share,
+    first,
+    stride,
+    E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    USED_ALONE: tl.constexpr,
+):
+    """The marks of a block of tokens [BLOCK_T, BLOCK_E], 0 or 1, where USED_ALONE of the used tokens; their offsets.
+
+    Also which there are, [BLOCK_T, BLOCK_E] and, of used tokens alone, [BLOCK_T]; and the number of each of these among
+    the used ones, which are every ``stride``-th of each rank's ``share``.
+    """
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     mask = (token < num_tokens)[:, None] & (expert < E)[None, :]
     offsets = token[:, None] * E + expert[None, :]
-    return token, offsets, mask, tl.load(map_ptr + offsets, mask=mask, other=0).to(tl.int32)
-
-
-@triton.jit
-def _place(token, share, first, stride):
-    """Whether a token is used, and its number among the used ones: every ``stride``-th of each rank's ``share``."""
+    marks = tl.load(map_ptr + offsets, mask=mask, other=0).to(tl.int32)
     own = token % share - first
-    is_used = (own >= 0) & (own % stride == 0)
+    is_used = (token < num_tokens) & (own >= 0) & (own % stride == 0)
     used_of_rank = (share - first + stride - 1) // stride
-    return is_used, token // share * used_of_rank + own // stride
+    place = token // share * used_of_rank + own // stride
+    if USED_ALONE:
+        marks = tl.where(is_used[:, None], marks, 0)
+    return marks, offsets, mask, is_used, place
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "share", "first", "stride"])
@@ -55,10 +67,9 @@ def _count_kernel(
     BLOCK_E: tl.constexpr,
     USED_ALONE: tl.constexpr,
 ):
-    token, offsets, mask, marks = _marks(dispatched_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
-    if USED_ALONE:
-        is_used, place = _place(token, share, first, stride)
-        marks = tl.where(is_used[:, None], marks, 0)
+    marks, offsets, mask, is_used, place = _marks(
+        dispatched_ptr, num_tokens, share, first, stride, E, BLOCK_T, BLOCK_E, USED_ALONE
+    )
     expert = tl.arange(0, BLOCK_E).to(tl.int64)
     tl.store(counts_ptr + expert * num_blocks + tl.program_id(0), tl.sum(marks, axis=0), mask=expert < E)
 
@@ -83,10 +94,9 @@ def _rows_kernel(
     BLOCK_E: tl.constexpr,
     USED_ALONE: tl.constexpr,
 ):
-    token, offsets, mask, marks = _marks(dispatched_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
-    is_used, place = _place(token, share, first, stride)
-    if USED_ALONE:
-        marks = tl.where(is_used[:, None], marks, 0)
+    marks, offsets, mask, is_used, place = _marks(
+        dispatched_ptr, num_tokens, share, first, stride, E, BLOCK_T, BLOCK_E, USED_ALONE
+    )
     expert = tl.arange(0, BLOCK_E).to(tl.int64)
     end = tl.load(ends_ptr + expert * num_blocks + tl.program_id(0), mask=expert < E, other=0)
     start = end - tl.sum(marks, axis=0)
@@ -104,8 +114,7 @@ def _rows_kernel(
     # -1 where a token has fewer.
     slots = tl.arange(0, SLOTS)[None, :]
     is_free = (slots >= tl.sum(active, axis=1)[:, None]) & (slots < K)
-    there = (is_used & (token < num_tokens))[:, None]
-    tl.store(rows_ptr + out + slots, tl.full([BLOCK_T, SLOTS], -1, tl.int32), mask=is_free & there)
+    tl.store(rows_ptr + out + slots, tl.full([BLOCK_T, SLOTS], -1, tl.int32), mask=is_free & is_used[:, None])
 
 
 def rows_of_tokens(

@@ -1,0 +1,171 @@
+"""Reorders the experts of a Megatron checkpoint: the same model, with other experts on the same rank.
+
+The checkpoint is one of ``--ckpt-format torch_dist``. Tensors and bytes are copied as they are; no object of it is
+unpickled but torch's own index of the checkpoint.
+"""
+
+import io
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItemType
+
+LATEST = "latest_checkpointed_iteration.txt"
+
+# decoder.layers.mlp.router.weight holds all layers, decoder.layers.3.mlp.router.weight one.
+_LAYER = re.compile(r"(?:^|\.)decoder\.layers\.(?:(?P<layer>\d+)\.)?mlp\.(?P<part>router|experts)\.(?P<rest>.+)")
+_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
+_ONE_EXPERT = re.compile(r"(\.mlp\.experts\.experts\.)(\d+)\.")
+_OF_EXPERTS = ("weight", "bias", "expert_bias", "local_tokens_per_expert", "global_tokens_per_expert")  # of a router
+_SHARD = re.compile(r"/shard_([\d.]+)_([\d.]+)$")
+
+
+def reorder_experts(checkpoint: Path, order: Mapping[int, Sequence[int]], out: Path) -> list[str]:
+    """Writes the checkpoint with its experts in another order, without the optimizer's state.
+
+    Args:
+        checkpoint: a folder that Megatron's ``--save`` was given, of which the latest iteration is taken, or one
+            iteration's folder.
+        order: for each MoE layer, by its number in the model, the present numbers of its experts in their new order.
+        out: a new folder, for Megatron's ``--load``.
+
+    Returns:
+        Names of what was reordered.
+
+    Raises:
+        ValueError: it is not such a checkpoint, or not of the model that the order is for.
+        FileExistsError: ``out`` exists.
+    """
+    source = _iteration_folder(checkpoint)
+    if out.exists():
+        raise FileExistsError(f"{out} exists: name a new folder with --out")
+    state, index = _load(source)
+    entries = {name: entry for name in state if (entry := _Entry.of(name, state[name]))}
+    _check(entries, order, checkpoint)
+    reordered = {}
+    for name, value in state.items():
+        entry = entries.get(name)
+        new_name, value = entry.reorder(name, value, order) if entry else (name, value)
+        reordered[new_name] = value
+    target = out / source.name
+    _save(reordered, target)
+    for file in source.iterdir():  # what Megatron keeps beside the tensors
+        if file.name not in index and not (target / file.name).exists():
+            shutil.copy(file, target)
+    (out / LATEST).write_text(source.name.removeprefix("iter_").lstrip("0") or "0")
+    return sorted(entries)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a name in the checkpoint says: the layer (None: all, in the first dimension) and the expert it belongs to.
+
+    Attributes:
+        expert: of a name that belongs to one expert; None: experts are a dimension of the tensor.
+        num_layers, num_experts: where they can be told.
+    """
+
+    layer: Optional[int]
+    expert: Optional[int]
+    num_layers: Optional[int]
+    num_experts: Optional[int]
+
+    @staticmethod
+    def of(name: str, value) -> "Optional[_Entry]":
+        """None for what has no experts."""
+        found = _LAYER.search(name)
+        if not found:
+            return None
+        layer = int(found["layer"]) if found["layer"] else None
+        if one := _ONE_EXPERT.search(name):
+            return _Entry(layer, int(one[2]), None, None)
+        if shard := _SHARD.search(name):
+            places, sizes = ([int(number) for number in part.split(".")] for part in shard.groups())
+            if found["part"] == "router":
+                return None
+            if layer is None:
+                return _Entry(places[0], places[-1], sizes[0], sizes[-1])
+            return _Entry(layer, places[-1], None, sizes[-1])
+        if found["part"] == "router" and found["rest"] not in _OF_EXPERTS:
+            raise ValueError(f"{name} belongs to a router in a way that is not known: this model cannot be reordered")
+        dimension = 1 if layer is None else 0
+        if not isinstance(value, torch.Tensor) or value.dim() <= dimension:
+            return None
+        return _Entry(layer, None, value.shape[0] if dimension else None, value.shape[dimension])
+
+    def reorder(self, name: str, value, order: Mapping[int, Sequence[int]]):
+        if self.expert is None:
+            if self.layer is not None:
+                return name, value[list(order[self.layer])]
+            return name, torch.stack([layer[list(order[number])] for number, layer in enumerate(value)])
+        new = list(order[self.layer]).index(self.expert)
+        if _ONE_EXPERT.search(name):
+            return _ONE_EXPERT.sub(rf"\g<1>{new}.", name), value
+        return re.sub(r"(/shard_(?:\d+\.)?)\d+_", rf"\g<1>{new}_", name), value
+
+
+def _check(entries: Mapping[str, _Entry], order: Mapping[int, Sequence[int]], checkpoint: Path) -> None:
+    if not entries:
+        raise ValueError(f"{checkpoint} has no experts: name the checkpoint of the model that was traced")
+    layers: set[int] = set()
+    for name, entry in entries.items():
+        layers |= set(range(entry.num_layers)) if entry.layer is None else {entry.layer}
+        for layer, experts in order.items():
+            if entry.num_experts is not None and entry.num_experts != len(experts):
+                raise ValueError(
+                    f"{name} of {checkpoint} has {entry.num_experts} experts, the trace {len(experts)} in layer "
+                    f"{layer}: the trace is of another model"
+                )
+    if layers != set(order):
+        raise ValueError(
+            f"{checkpoint} has experts in the layers {sorted(layers)}, the trace in {sorted(order)}: the trace is of "
+            "another model, or numbers layers within a pipeline stage"
+        )
+
+
+def _iteration_folder(checkpoint: Path) -> Path:
+    latest = checkpoint / LATEST
+    folder = checkpoint / f"iter_{int(latest.read_text()):07d}" if latest.exists() else checkpoint
+    if not (folder / ".metadata").exists():
+        raise ValueError(
+            f"{folder} is no checkpoint of --ckpt-format torch_dist: convert it by Megatron's --ckpt-convert-format "
+            "torch_dist, or name the folder that --save was given"
+        )
+    return folder
+
+
+def _load(folder: Path) -> tuple[dict, set[str]]:
+    """Everything but the optimizer's state, and the names of the files that held it."""
+    reader = dcp.FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    state: dict = {}
+    for name, stored in metadata.state_dict_metadata.items():
+        if not _OPTIMIZER.match(name):
+            tensor = isinstance(stored, TensorStorageMetadata)
+            state[name] = torch.empty(stored.size, dtype=stored.properties.dtype) if tensor else b""
+    dcp.load(state, storage_reader=reader, planner=_RawLoad(flatten_state_dict=False), no_dist=True)
+    return state, {entry.relative_path for entry in metadata.storage_data.values()} | {".metadata"}
+
+
+def _save(state: dict, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    writer = dcp.FileSystemWriter(folder)
+    dcp.save(state, storage_writer=writer, planner=_RawSave(flatten_state_dict=False), no_dist=True)
+
+
+class _RawLoad(DefaultLoadPlanner):
+    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+        self.original_state_dict[read_item.dest_index.fqn] = value.getvalue()
+
+
+class _RawSave(DefaultSavePlanner):
+    def transform_object(self, write_item, object):
+        return io.BytesIO(object) if write_item.type == WriteItemType.BYTE_IO else object

@@ -62,10 +62,17 @@ test:
 	@$(newest_environment); \
 	OMP_NUM_THREADS=1 exec $$python -m pytest -m "not slow" $(PYTEST_ARGS)
 
+# Both at the same time, for most tests use one core; what the second one says follows when the first has ended.
 test-all:
-	@primary=0; oldest=0; \
+	@.ci/venv $(PRIMARY)
+	@.ci/venv $(OLDEST) || [ $$? -eq 3 ]
+	@mkdir -p build; \
+	$(MAKE) --no-print-directory test-oldest > build/test-oldest.log 2>&1 & background=$$!; \
+	trap 'kill $$background 2>/dev/null; exit 130' INT TERM; \
+	primary=0; oldest=0; \
 	$(MAKE) --no-print-directory test-primary || primary=$$?; \
-	$(MAKE) --no-print-directory test-oldest || oldest=$$?; \
+	wait $$background || oldest=$$?; \
+	cat build/test-oldest.log; \
 	[ $$primary -eq 0 ] || echo "FAILED: make test-primary"; \
 	[ $$oldest -eq 0 ] || echo "FAILED: make test-oldest"; \
 	[ $$primary -eq 0 ] && [ $$oldest -eq 0 ]

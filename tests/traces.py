@@ -51,9 +51,9 @@ def write_trace(folder, trace, num_shards=1, stages=None, micro_batches=1, inter
     """Write the files that a run leaves, and return the number of padding tokens.
 
     Args:
-        num_shards: ranks in each stage, among which the sequences of a batch are divided, one after the other. A shard's
+        num_shards: ranks of each stage, among which the sequences of a batch are divided, one after the other. A rank's
             sequences are padded at their ends to the longest of them.
-        stages: numbers of the layers of each pipeline stage; None: one stage. Stages come slowest in the order of ranks.
+        stages: numbers of the layers of each pipeline stage; None: one stage. The first stage has the first ranks.
         micro_batches: batches of a step.
         interval: steps from one that is traced to the next.
     """

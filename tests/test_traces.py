@@ -97,6 +97,8 @@ def test_rows_are_positions_by_sequences_and_padding_and_drops_are_what_they_are
 def test_rows_are_sorted_with_drops_last(tmp_path):
     _write(tmp_path, _record(num_tokens=3, top_indices=[[3, 1], [-1, 2], [-2, -2]]))
     assert read_trace(tmp_path).experts_TMK[:, 0].tolist() == [[1, 3], [2, -1]]
+    _write(tmp_path, _record(top_indices=[[-1, 2], [0, 1]]))
+    assert read_trace(tmp_path).experts_TMK[:, 0].tolist() == [[2, -1], [0, 1]]
 
 
 def test_without_sequences_a_micro_batch_of_a_rank_is_one(tmp_path):
@@ -474,6 +476,14 @@ def test_ranks_of_sglang_and_recordings_one_after_the_other(tmp_path):
     assert trace.experts_TMK.tolist() == expected
     assert trace.batch_T.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     assert trace.sequence_T.tolist() == list(range(16))
+
+
+def test_requests_on_different_ranks_are_different_sequences(tmp_path):
+    for rank in range(2):
+        recorder = _Recorder(LOGICAL, rank)
+        recorder.forward(0, _physical(1, seed=rank), [3 + rank])
+        recorder.dump(tmp_path, 1)
+    assert read_trace(tmp_path).sequence_T.tolist() == [0, 1]
 
 
 def test_ranks_of_sglang_with_the_same_tokens_count_once(tmp_path):

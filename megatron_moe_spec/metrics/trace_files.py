@@ -119,7 +119,7 @@ def _read_ranks(
                 raise TraceError(f"{other.file} and {file} are of the same rank. {MIXED}")
     if not ranks:
         raise TraceError(f"{', '.join(map(str, files))}: no record of the decoder's MoE layers.")
-    first = min(ranks.items())[1]
+    first = ranks[min(ranks)]
     for rank in ranks.values():
         check_top_k(rank.records[0], first.records[0])
         if rank.numbered != first.numbered:

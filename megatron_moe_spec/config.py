@@ -50,6 +50,22 @@ class SpecConfig(_LossOptions):
         "Every N iterations, measure expert overlap and routing in every MoE layer and write them to the "
         "logs and to moe_spec_metrics.jsonl. Works with all coefficients 0. 0: never.",
     )
+    wandb_metrics: str = option(
+        "brief",
+        "--moe-spec-wandb-metrics",
+        "What of the metrics goes to W&B: means over the layers (brief), or every layer (full).",
+        choices=("brief", "full"),
+        tacit=True,
+    )
+    trace_path: str = option(
+        "",
+        "--moe-spec-trace-path",
+        "Folder for routing traces: which experts each token goes to, in every MoE layer, in the schema of Megatron's "
+        "--moe-routing-trace-path. Works with all coefficients 0. Empty: none.",
+    )
+    trace_interval: int = option(
+        100, "--moe-spec-trace-interval", "Trace every N-th iteration, if there is a path.", minimum=1
+    )
     extra_losses: tuple[Loss, ...] = ()
 
     def __post_init__(self):
@@ -86,7 +102,7 @@ class SpecConfig(_LossOptions):
     @property
     def enabled(self) -> bool:
         """Whether there is anything to hook."""
-        return bool(self.trained_losses or self.metrics_interval)
+        return bool(self.trained_losses or self.metrics_interval or self.trace_path)
 
     @property
     def carries_messages(self) -> bool:

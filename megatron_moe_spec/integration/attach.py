@@ -13,12 +13,14 @@ from megatron_moe_spec.integration.checks import check_supported
 from megatron_moe_spec.integration.compat.groups import model_ranks, token_group
 from megatron_moe_spec.integration.compat.models import FoundLayers, model_config, moe_layers
 from megatron_moe_spec.integration.compat.release import require_megatron
+from megatron_moe_spec.integration.compat.settings import logs_each_layer
 from megatron_moe_spec.integration.layer import LayerTaps
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
 from megatron_moe_spec.integration.pipeline import Carries
 from megatron_moe_spec.integration.recorder import Recorder
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
+from megatron_moe_spec.integration.tracer import Tracer
 
 logger = logging.getLogger(__name__)
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # MoE layers
@@ -58,13 +60,13 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
     if any(layer in _attached for one in found for layer in one.taken.values()):
         raise RuntimeError("the losses are attached to this model already: call detach() on the first handle")
     transformer_config = model_config(chunks)
-    stages = Stages.of_model(chunks, [len(one.taken) for one in found], transformer_config, config)
+    stages = Stages.of_model(chunks, [list(one.taken.values()) for one in found], transformer_config, config)
     layers = [layer for one in found for layer in one.taken.values()]
     config = resolve_across_stages(config, stages, transformer_config)
     notices = check_supported(chunks, transformer_config, layers, stages, config)
     groups = [group] if group is not None else model_ranks(chunks[0])
     SpecHandle.ever_attached = True
-    return SpecHandle(config, list(zip(chunks, found)), stages, groups, notices)
+    return SpecHandle(config, list(zip(chunks, found)), stages, groups, notices, transformer_config)
 
 
 class SpecHandle:
@@ -74,6 +76,8 @@ class SpecHandle:
         config: what they are; ``coupling_across_stages`` as it is done.
         layers: names of the MoE layers that have them, in this rank's chunks one after another.
         left_out: names of the other MoE layers in these chunks, each with the reason.
+        losses_of_layers: with Megatron's ``moe_per_layer_logging``, the losses of the last finished step by name and
+            number of the layer in the model.
         ever_attached: of the class: whether any model of this process has got losses.
     """
 
@@ -86,13 +90,24 @@ class SpecHandle:
         stages: Stages,
         groups: Sequence,
         notices: Sequence[str] = (),
+        transformer_config=None,
     ):
         self.config = config
         self.layers = [name for _, found in chunks for name in found.taken]
         self.left_out = {name: reason for _, found in chunks for name, reason in found.left_out.items()}
         self._layers = [layer for _, found in chunks for layer in found.taken.values()]
-        num_shares = token_group(self._layers[0]).size() if self._layers else 1
-        self.recorder = Recorder(config, [stages.num_experts] * sum(stages.num_layers), num_shares, groups)
+        self._logs_each_layer = logs_each_layer(transformer_config)
+        self.losses_of_layers: dict[str, dict[int, float]] = {}
+        self.recorder = Recorder(
+            config,
+            [stages.num_experts] * sum(stages.num_layers),
+            layer_numbers=stages.layer_numbers,
+            top_k=getattr(transformer_config, "moe_router_topk", 1),
+            token_group=token_group(self._layers[0]) if self._layers else None,
+            groups=groups,
+            tracer=Tracer(config.trace_path, config.trace_interval, transformer_config),
+            per_layer=self._logs_each_layer,
+        )
         self._carries = Carries([chunk for chunk, _ in chunks], stages, config)
         self._trackers = [
             MicroBatchTracker(chunk, len(found.taken), carry)
@@ -135,14 +150,18 @@ class SpecHandle:
     def finish_step(self, iteration: int) -> tuple[dict, Optional[dict]]:
         """Like ``metrics``, with losses left on the device and the number of the finished step given.
 
-        A loss of micro-batches without tokens alone is NaN.
+        Traces are written, too. A loss of micro-batches without tokens alone is NaN.
         """
         losses, diagnostics = self._finish_step(iteration)
         return {name: mean for name, (mean, _) in losses.items()}, diagnostics
 
     def _finish_step(self, iteration: int) -> tuple[dict, Optional[dict]]:
         self._carries.check()
+        self.recorder.tracer.write(iteration)
+        for taps in self._taps if self.recorder.measuring else ():
+            taps.measure_router()
         losses, diagnostics = self.recorder.losses(), self.recorder.diagnostics()
+        self.losses_of_layers = self.recorder.losses_of_layers() if self._logs_each_layer else {}
         missing = self._expected - self.recorder.recorded
         self._warn_of_missing(missing & set(self.config.trained_losses))
         losses = {name: loss for name, loss in losses.items() if name not in missing}

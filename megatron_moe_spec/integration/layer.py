@@ -6,6 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
+from megatron_moe_spec.integration.compat.models import layer_number, whole_weight
 from megatron_moe_spec.integration.graphs import after_graph, is_router_graphed, stays_out_of_graphs
 from megatron_moe_spec.integration.hooks import MethodReplacement
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
@@ -35,6 +36,12 @@ class LayerTaps:
     @property
     def moe_layer(self) -> nn.Module:
         return self._layer.module
+
+    def measure_router(self) -> None:
+        """Measures the router's weight, when a measured step has ended."""
+        weight_EH = whole_weight(self._layer.router)
+        if weight_EH is not None:
+            self._recorder.measure_router(self._layer.global_index, weight_EH)
 
     def records(self) -> set[str]:
         """Names of the losses that this layer records."""
@@ -88,6 +95,11 @@ class LayerTaps:
         if self._recorder.measuring:
             scores_TE = token_scores(call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask)
             self._recorder.measure_routing(layer.global_index, scores_TE, routing.active_TE, routing.num_local_tokens)
+        if self._recorder.tracer.tracing:
+            shape = call.logits.shape  # [positions, sequences, E], as a rule
+            sequences = shape[1] if len(shape) == 3 else None
+            number = layer_number(layer.module)
+            self._recorder.tracer.add(number, call.micro_batch.number, routing.active_TE, call.padding_mask, sequences)
         for tap in self._taps:
             tap.observe(call)
 

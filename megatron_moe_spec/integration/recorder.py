@@ -10,8 +10,10 @@ from torch import Tensor
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.release import current_device
 from megatron_moe_spec.integration.routing import LayerRouting
+from megatron_moe_spec.integration.tracer import Tracer
 from megatron_moe_spec.losses import Loss
-from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics
+from megatron_moe_spec.losses.base import PAIRS
+from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics, RouterStatistics
 
 _MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
 
@@ -24,26 +26,39 @@ class Recorder:
         iteration: number of the last finished training step.
         recorded: log names of the losses that this rank has recorded in this step.
         measuring: whether this step's routing and overlap are measured for the diagnostics.
+        tracer: writes the routing of the steps that are traced.
 
     Args:
         num_experts: of each MoE layer.
-        num_shares: ranks that share a micro-batch; the losses they record for it sum to its loss.
+        layer_numbers: of the MoE layers, among all layers of the model.
+        top_k: experts of a token.
+        token_group: the ranks that share a micro-batch; the losses they record for it sum to its loss.
         groups: process groups to reduce over, one after another.
+        per_layer: whether losses are kept for each layer in every step, not only in measured ones.
     """
 
     def __init__(
         self,
         spec: SpecConfig,
         num_experts: list[int],
-        num_shares: int = 1,
+        layer_numbers: Sequence[int] = (),
+        top_k: int = 1,
+        token_group=None,
         groups: Sequence = (),
+        tracer: Optional[Tracer] = None,
+        per_layer: bool = False,
         iteration: int = 0,
     ):
         self.spec = spec
         self._names = [loss.name for loss in spec.computed_losses]
         self._num_experts = num_experts
-        self._num_shares = num_shares
+        self._layer_numbers = layer_numbers or range(len(num_experts))
+        self._top_k = top_k
+        self._token_group = token_group
+        self._share = 1.0 / token_group.size() if token_group is not None else 1.0
         self._groups = groups
+        self.tracer = tracer or Tracer("", 0, None)
+        self._always_per_layer = per_layer
         self.begin_after(iteration)
 
     def begin_after(self, iteration: int) -> None:
@@ -51,23 +66,29 @@ class Recorder:
         self.iteration = iteration
         interval = self.spec.metrics_interval
         self.measuring = bool(interval) and (iteration + 1) % interval == 0
+        self.tracer.begin_after(iteration)
         self._device = current_device()
-        # One row a loss: sum of its recorded values, and their number; on the device, and what the host knows of them.
-        self._losses = torch.zeros(len(self._names), 2, dtype=torch.float64, device=self._device)
-        self._known = [[0.0, 0.0] for _ in self._names]
-        self._terms: dict[tuple[str, float], list[Tensor]] = {}
+        self._per_layer = self.measuring or self._always_per_layer
+        # Of each loss and layer: sum of its recorded values, and their number; on the device, and what the host knows.
+        num_layers = len(self._num_experts) if self._per_layer else 1
+        self._losses = torch.zeros(len(self._names), num_layers, 2, dtype=torch.float64, device=self._device)
+        self._known = [[[0.0, 0.0] for _ in range(num_layers)] for _ in self._names]
+        self._totals: Optional[Tensor] = None
+        self._terms: dict[tuple[int, int, float], list[Tensor]] = {}
         self._num_terms = 0
         self.recorded: set[str] = set()
         self._layers: list[LayerStatistics] = []
+        self._routers: list[RouterStatistics] = []
         self._pairs: list[PairStatistics] = []
         if self.measuring:
             experts = self._num_experts
-            self._layers = [LayerStatistics(n, self._device) for n in experts]
+            self._layers = [LayerStatistics(n, self._top_k, self._device) for n in experts]
+            self._routers = [RouterStatistics(n, self._device) for n in experts]
             self._pairs = [PairStatistics(n, m, self._device) for n, m in zip(experts, experts[1:])]
 
     @property
     def active(self) -> bool:
-        return self.measuring or bool(self.spec.trained_losses)
+        return self.measuring or self.tracer.tracing or bool(self.spec.trained_losses)
 
     def wants(self, loss: Loss) -> bool:
         """Whether a loss is to be computed in this step."""
@@ -81,25 +102,35 @@ class Recorder:
         if self.measuring:
             self._layers[layer].add_cosines(cosines_TKK, active_TK)
 
+    def measure_router(self, layer: int, weight_EH: Tensor) -> None:
+        """Once, when the step has ended."""
+        if self.measuring:
+            self._routers[layer].add(weight_EH)
+
     def measure_pair(self, layer: int, active_TE: Tensor, active_next_TE: Tensor) -> None:
         """Of ``layer`` and the next MoE layer."""
         if self.measuring:
             self._pairs[layer].add(active_TE, active_next_TE)
 
-    def record_loss(self, name: str, value: Tensor, counts: Union[Tensor, bool]) -> None:
-        """Records this rank's part of a loss of one layer (pair) and micro-batch; ``counts``: whether it has tokens."""
-        index = self._names.index(name)
-        entry = self._losses[index]
+    def record_loss(self, name: str, layer: int, value: Tensor, counts: Union[Tensor, bool]) -> None:
+        """Records this rank's part of a loss of one layer (pair) and micro-batch.
+
+        Args:
+            layer: number of the layer, or of the first one of the pair, among the model's MoE layers.
+            counts: whether the micro-batch has tokens.
+        """
+        loss, layer = self._place(name, layer)
+        entry = self._losses[loss, layer]
         if isinstance(counts, Tensor):
             entry[0] += value.detach() * counts
-            entry[1] += 1.0 / self._num_shares * counts
+            entry[1] += self._share * counts
         elif counts:
             entry[0] += value.detach()
-            self._known[index][1] += 1.0 / self._num_shares
+            self._known[loss][layer][1] += self._share
         self.recorded.add(name)
 
     def record_mean(
-        self, name: str, terms: Tensor, routing: LayerRouting, factor: float = 1.0, offset: float = 0.0
+        self, name: str, layer: int, terms: Tensor, routing: LayerRouting, factor: float = 1.0, offset: float = 0.0
     ) -> None:
         """Records offset + factor * the sum of ``terms`` / number of the micro-batch's tokens, see ``record_loss``.
 
@@ -107,22 +138,27 @@ class Recorder:
         on small tensors cost the time that they take to be launched.
         """
         if isinstance(routing.num_tokens, Tensor):
-            self.record_loss(name, offset + factor * terms.detach().sum() / routing.divisor, routing.counts)
+            value = offset + factor * terms.detach().sum() / routing.divisor
+            self.record_loss(name, layer, value, routing.counts)
             return
         self.recorded.add(name)
         if not routing.counts:
             return
-        known = self._known[self._names.index(name)]
+        loss, layer = self._place(name, layer)
+        known = self._known[loss][layer]
         known[0] += offset
-        known[1] += 1.0 / self._num_shares
-        self._terms.setdefault((name, factor / routing.divisor), []).append(terms.detach().reshape(-1))
+        known[1] += self._share
+        self._terms.setdefault((loss, layer, factor / routing.divisor), []).append(terms.detach().reshape(-1))
         self._num_terms += terms.numel()
         if self._num_terms > _MOST_TERMS:
             self._add_terms()
 
+    def _place(self, name: str, layer: int) -> tuple[int, int]:
+        return self._names.index(name), layer if self._per_layer else 0
+
     def _add_terms(self) -> None:
-        for (name, factor), waiting in self._terms.items():
-            self._losses[self._names.index(name), 0] += torch.cat(waiting).sum(dtype=torch.float64) * factor
+        for (loss, layer, factor), waiting in self._terms.items():
+            self._losses[loss, layer, 0] += torch.cat(waiting).sum(dtype=torch.float64) * factor
         self._terms.clear()
         self._num_terms = 0
 
@@ -132,28 +168,64 @@ class Recorder:
         A mean of nothing is NaN. A loss that is off, and was not measured, is left out. A collective: every rank calls
         it, once a step.
         """
+        if not self._names:
+            return {}
         self._add_terms()
-        known = torch.tensor(self._known, dtype=torch.float64, device=self._device).view(-1, 2)
-        totals = self._summed(self._losses + known)
+        known = torch.tensor(self._known, dtype=torch.float64, device=self._device)
+        self._totals = self._summed(self._losses + known)
+        totals = self._totals.sum(dim=1)
         means = (totals[:, 0] / totals[:, 1]).float()
-        wanted = {loss.name for loss in self.spec.computed_losses if self.wants(loss)}
-        return {name: (mean, number) for name, mean, number in zip(self._names, means, totals[:, 1]) if name in wanted}
+        return {
+            loss.name: (mean, number)
+            for loss, mean, number in zip(self.spec.computed_losses, means, totals[:, 1])
+            if self.wants(loss)
+        }
+
+    def losses_of_layers(self) -> dict[str, dict[int, float]]:
+        """The same for each layer, by its number in the model (of a pair, the first one's), after ``losses``.
+
+        Synchronises with the device. Empty where losses are not kept for each layer.
+        """
+        if not self._per_layer or self._totals is None:
+            return {}
+        means = (self._totals[..., 0] / self._totals[..., 1]).tolist()
+        return {
+            loss.name: {number: value for number, value in zip(self._layer_numbers, values) if value == value}
+            for loss, values in zip(self.spec.computed_losses, means)
+            if self.wants(loss)
+        }
 
     def diagnostics(self) -> Optional[dict]:
         """The measures of this step, on every rank; None in a step that is not measured. A collective, too."""
         if not self.measuring:
             return None
         for layer in self._layers:
+            self._add_violations(layer)
             layer.sums = self._summed(layer.sums)
             layer.largest_cosine = self._summed(layer.largest_cosine, dist.ReduceOp.MAX)
+        for router in self._routers:
+            router.sums = self._summed(router.sums)
         for pair in self._pairs:
             pair.sums = self._summed(pair.sums)
-        return {
-            "layers": [{"layer": i, **layer.summary()} for i, layer in enumerate(self._layers)],
-            "pairs": [
-                {"layers": [i, i + 1], **pair.summary()} for i, pair in enumerate(self._pairs) if pair.sums.any()
-            ],
-        }
+        layers: list[dict] = [
+            {"layer": i, "layer_number": number, **layer.summary(), **router.summary()}
+            for i, (number, layer, router) in enumerate(zip(self._layer_numbers, self._layers, self._routers))
+        ]
+        pairs: list[dict] = [{"layers": [i, i + 1], **pair.summary()} for i, pair in enumerate(self._pairs)]
+        of_pairs = {loss.name for loss in self.spec.computed_losses if loss.reads == PAIRS}
+        for name, values in self.losses_of_layers().items():
+            for number, row in zip(self._layer_numbers, pairs if name in of_pairs else layers):
+                row[name] = values.get(number)
+        return {"layers": layers, "pairs": [row for row, pair in zip(pairs, self._pairs) if pair.sums.any()]}
+
+    def _add_violations(self, layer: LayerStatistics) -> None:
+        """Of micro-batches: each is shared by the ranks of a group, which have the same number of them."""
+        if not layer.loads:  # another stage's
+            return
+        loads = torch.stack(layer.loads)
+        if self._token_group is not None and self._token_group.size() > 1:
+            dist.all_reduce(loads, group=self._token_group)
+        layer.add_violations(loads, self._share)
 
     def _summed(self, x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
         x = x.clone()

@@ -1,12 +1,13 @@
 """Division of a model's MoE layers among pipeline stages."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import pipeline_group
+from megatron_moe_spec.integration.compat.models import layer_number
 
 
 @dataclass(frozen=True)
@@ -17,21 +18,23 @@ class Stages:
         num_layers: number of MoE layers of every stage.
         own: which stages this rank's model chunks are.
         num_experts: of a layer.
+        layer_numbers: of the MoE layers of all stages, among all layers of the model, from 0.
     """
 
     num_layers: list[int]
     own: list[int]
     num_experts: int
+    layer_numbers: list[int] = field(default_factory=list)
 
     @classmethod
     def of_model(
-        cls, chunks: list[nn.Module], layers_of_chunks: list[int], transformer_config, spec: SpecConfig
+        cls, chunks: list[nn.Module], layers_of_chunks: list[list[nn.Module]], transformer_config, spec: SpecConfig
     ) -> "Stages":
         """A collective over the pipeline group where there is more than one stage.
 
         Args:
             chunks: all model chunks of this rank.
-            layers_of_chunks: number of MoE layers of each.
+            layers_of_chunks: MoE layers of each.
             transformer_config: the model's TransformerConfig; None where it has no MoE layer.
             spec: what the losses are, the same on all ranks.
 
@@ -39,9 +42,10 @@ class Stages:
             ValueError: a rank gives some of its chunks only, or another config than the others.
         """
         num_experts = getattr(transformer_config, "num_moe_experts", None) or 0
+        numbers_of_chunks = [[layer_number(layer) for layer in layers] for layers in layers_of_chunks]
         num_stages = getattr(transformer_config, "pipeline_model_parallel_size", 1)
         if num_stages == 1:
-            return cls(layers_of_chunks, list(range(len(chunks))), num_experts)
+            return cls._of_numbers(numbers_of_chunks, list(range(len(chunks))), num_experts)
         expected = transformer_config.virtual_pipeline_model_parallel_size or 1
         if len(chunks) != expected:
             raise ValueError(
@@ -50,11 +54,18 @@ class Stages:
             )
         group = pipeline_group(chunks[0])
         gathered: list = [None] * num_stages
-        dist.all_gather_object(gathered, (layers_of_chunks, spec), group=group)
+        dist.all_gather_object(gathered, (numbers_of_chunks, spec), group=group)
         if any(other != spec for _, other in gathered):
             raise ValueError("attach() got another config on another pipeline stage: give every rank the same")
-        num_layers = [number for numbers in zip(*(layers for layers, _ in gathered)) for number in numbers]
-        return cls(num_layers, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts)
+        of_stages = [numbers for chunk in zip(*(numbers for numbers, _ in gathered)) for numbers in chunk]
+        return cls._of_numbers(
+            of_stages, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts
+        )
+
+    @classmethod
+    def _of_numbers(cls, numbers_of_stages: list[list[int]], own: list[int], num_experts: int) -> "Stages":
+        numbers = [number for numbers in numbers_of_stages for number in numbers]
+        return cls([len(numbers) for numbers in numbers_of_stages], own, num_experts, numbers)
 
     @property
     def several_ranks(self) -> bool:

@@ -5,12 +5,8 @@ that builds the model, and the one that logs a training step.
 """
 
 import functools
-import json
-import math
-import os
-import warnings
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
@@ -21,6 +17,7 @@ from megatron_moe_spec.integration.attach import SpecHandle, attach
 from megatron_moe_spec.integration.compat.release import require_megatron
 from megatron_moe_spec.integration.compat.schedules import around_schedules
 from megatron_moe_spec.integration.compat.settings import training_modules, training_writers
+from megatron_moe_spec.integration.json_lines import JsonLines, finite
 
 METRICS_FILE = "moe_spec_metrics.jsonl"
 NEVER_ATTACHED = (
@@ -154,6 +151,7 @@ class TrainingLosses:
             self._handle.start_after(last)
         if diagnostics is not None:
             self._write(iteration, losses, diagnostics)
+        self._log_layers(iteration)
         trained = self._handle.config.trained_losses
         return {**loss_dict, **{name: loss for name, loss in losses.items() if name in trained}}
 
@@ -164,88 +162,79 @@ class TrainingLosses:
         return iteration
 
     def _write(self, iteration: int, losses: dict, diagnostics: dict) -> None:
-        tensorboard, wandb = training_writers()
-        if tensorboard or wandb:
-            scalars = _scalars(diagnostics)
-            for tag, value in scalars.items() if tensorboard else ():
-                tensorboard.add_scalar(tag, value, iteration)
-            if wandb:
-                wandb.log(scalars, iteration)
+        brief = self._handle.config.wandb_metrics == "brief"
+        scalars = _scalars(diagnostics)
+        self._log(iteration, scalars, _brief(diagnostics) if brief else scalars)
         if dist.get_rank() == 0:
             line = {"iteration": iteration, **{name: float(loss) for name, loss in losses.items()}, **diagnostics}
             self._metrics_file.append(line)
 
+    def _log_layers(self, iteration: int) -> None:
+        """Each layer's losses, under the names that Megatron gives its own ones with --moe-per-layer-logging."""
+        of_layers = self._handle.losses_of_layers
+        scalars = {f"moe/{name}_layer_{i}": v for name, layers in of_layers.items() for i, v in layers.items()}
+        self._log(iteration, scalars, scalars)
 
-class MetricsFile:
-    """A file of strict JSON lines, which rank 0 writes. A long run does not end for it: it warns, once."""
+    @staticmethod
+    def _log(iteration: int, for_tensorboard: dict[str, float], for_wandb: dict[str, float]) -> None:
+        tensorboard, wandb = training_writers()
+        if tensorboard:
+            for tag, value in for_tensorboard.items():
+                tensorboard.add_scalar(tag, value, iteration)
+        if wandb and for_wandb:
+            wandb.log(for_wandb, iteration)
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._warned = False
 
-    def __str__(self):
-        return str(self._path)
+class MetricsFile(JsonLines):
+    """The file of metrics, which rank 0 writes."""
 
     def check(self) -> None:
         """Raises OSError, on every rank, where rank 0 cannot write the file. A collective."""
-        problem: list = [None]
-        if dist.get_rank() == 0:
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.open("a").close()
-            except OSError as error:
-                problem = [f"{error.strerror}: {error.filename}"]
+        problem = [self.problem() if dist.get_rank() == 0 else ""]
         dist.broadcast_object_list(problem)
         if problem[0]:
             raise OSError(
-                f"{self._path} cannot be written ({problem[0]}): set --tensorboard-dir, or --save, to another folder, "
+                f"{self} cannot be written ({problem[0]}): set --tensorboard-dir, or --save, to another folder, "
                 "or --moe-spec-metrics-interval to 0"
             )
 
-    def append(self, line: dict) -> None:
+    def append(self, line: dict) -> None:  # type: ignore[override]
         """Writes a line, with null for what is not finite."""
-        size = None
-        try:
-            size = self._path.stat().st_size if self._path.exists() else 0
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
-        except OSError as error:
-            # No part of a line stays before the next one, if there is room for that later.
-            if size is not None:
-                with suppress(OSError):
-                    os.truncate(self._path, size)
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"{self._path} cannot be written ({error.strerror}); training goes on without its lines",
-                    stacklevel=2,
-                )
-
-
-def _finite(value):
-    """The same with None for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        super().append([finite(line)])
 
 
 def _describe(spec: SpecConfig, metrics_file: Optional[MetricsFile]) -> str:
     parts = [str(loss) for loss in spec.losses if loss.coeff > 0]
     if metrics_file:
         parts.append(f"measured every {spec.metrics_interval} iterations to {metrics_file}")
+    if spec.trace_path:
+        parts.append(f"traced every {spec.trace_interval} iterations to {spec.trace_path}")
     return ", ".join(parts)
 
 
 def _scalars(diagnostics: dict) -> dict[str, float]:
     """Flat tags for the loggers: moe_spec/<measure>/layer_<i> and moe_spec/<measure>/layers_<i>_<j>."""
-    scalars = {}
-    for layer in diagnostics["layers"]:
-        number = layer["layer"]
-        scalars.update({f"moe_spec/{k}/layer_{number}": v for k, v in layer.items() if k != "layer"})
-    for pair in diagnostics["pairs"]:
-        numbers = "_".join(map(str, pair["layers"]))
-        scalars.update({f"moe_spec/{k}/layers_{numbers}": v for k, v in pair.items() if k != "layers"})
-    return {tag: value for tag, value in scalars.items() if value is not None}
+    return {
+        f"moe_spec/{name}/{'layers' if len(layers) > 1 else 'layer'}_{'_'.join(map(str, layers))}": value
+        for name, layers, value in _measures(diagnostics)
+    }
+
+
+def _brief(diagnostics: dict) -> dict[str, float]:
+    """The same, of all layers together: moe_spec/<measure>, its mean, and of some measures the largest value."""
+    values: dict[str, list[float]] = {}
+    for name, _, value in _measures(diagnostics):
+        values.setdefault(name, []).append(value)
+    largest = {
+        f"moe_spec/{name}_largest": max(values[name]) for name in ("max_violation", "dead_experts") if name in values
+    }
+    return {**{f"moe_spec/{name}": sum(found) / len(found) for name, found in values.items()}, **largest}
+
+
+def _measures(diagnostics: dict) -> Iterator[tuple[str, list[int], float]]:
+    """(measure, layer or pair of layers, value) of what was measured and is a number."""
+    for row in (*diagnostics["layers"], *diagnostics["pairs"]):
+        layers = row["layers"] if "layers" in row else [row["layer"]]
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name not in ("layer", "layer_number"):
+                yield name, layers, value

@@ -73,6 +73,9 @@ def check_options(owner) -> None:
         if choices:
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+        elif isinstance(one.default, str):
+            if not isinstance(value, str):
+                raise ValueError(f"{name} must be a string; got {value!r}")
         else:
             _check_number(name, value, type(one.default), minimum)
 

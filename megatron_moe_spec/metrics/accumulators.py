@@ -1,14 +1,16 @@
 """Sums over the tokens of a training step, from which the measures of each layer and pair of layers follow.
 
-Suffixes: T tokens, E experts, K experts per token.
+Suffixes: T tokens, E experts, K experts per token, H hidden size.
 """
 
-from typing import Optional
+from typing import Union
 
 import torch
 from torch import Tensor
 
 from megatron_moe_spec.metrics.information import conditional_entropy, entropy, normalized_mutual_information
+
+Measure = Union[float, list[float], None]
 
 
 class LayerStatistics:
@@ -17,44 +19,112 @@ class LayerStatistics:
     Attributes:
         sums: fp64 vector that adds up over micro-batches and ranks.
         largest_cosine: fp64 scalar, of which the maximum counts.
+        loads: [E] of each micro-batch on this rank: the tokens that each expert was given.
     """
 
-    _SCALARS = 5  # tokens, entropy, mass, |cos|, pairs; then scores [E] and dispatched tokens [E]
+    # tokens, entropy, |cos|, pairs, violation, micro-batches; then masses [K], scores [E] and dispatched tokens [E]
+    _SCALARS = 6
 
-    def __init__(self, num_experts: int, device: torch.device):
-        self._num_experts = num_experts
-        self.sums = torch.zeros(self._SCALARS + 2 * num_experts, dtype=torch.float64, device=device)
+    def __init__(self, num_experts: int, top_k: int, device: torch.device):
+        self._sizes = [self._SCALARS, top_k, num_experts, num_experts]
+        self.sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)
+        self.loads: list[Tensor] = []
 
     def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens) -> None:
         """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts."""
+        top_k = self._sizes[1]
+        masses_K = (scores_TE * active_TE).topk(top_k, dim=1).values.cumsum(dim=1).sum(dim=0)
+        load_E = active_TE.sum(dim=0)
         self.sums[0] += num_tokens
         self.sums[1] += entropy(scores_TE).sum()
-        self.sums[2] += (scores_TE * active_TE).sum()
-        self.sums[5:] += torch.cat([scores_TE.sum(0), active_TE.sum(0)])
+        self.sums[self._SCALARS :] += torch.cat([masses_K, scores_TE.sum(0), load_E])
+        self.loads.append(load_E)
 
     def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor) -> None:
         """Adds the cosines between the vectors of each token's experts."""
         magnitude = cosines_TKK.abs()
         live = active_TK.sum(dim=1)
-        self.sums[3] += magnitude.sum()
-        self.sums[4] += (live * (live - 1)).sum()
+        self.sums[2] += magnitude.sum()
+        self.sums[3] += (live * (live - 1)).sum()
         if magnitude.numel():
             self.largest_cosine.copy_(torch.maximum(self.largest_cosine, magnitude.max()))
 
-    def summary(self) -> dict[str, Optional[float]]:
+    def add_violations(self, loads: Tensor, share: float) -> None:
+        """Adds the load violation of micro-batches.
+
+        Args:
+            loads: [micro-batches, E], of all ranks that share each of them.
+            share: 1 / number of those ranks.
+        """
+        loads = loads[loads.sum(dim=1) > 0].double()
+        self.sums[4] += share * violation(loads).sum()
+        self.sums[5] += share * len(loads)
+
+    def summary(self) -> dict[str, Measure]:
         """The measures; None where there is nothing to measure."""
-        tokens, entropies, mass, cosines, pairs = self.sums[: self._SCALARS]
-        scores_E, load_E = self.sums[self._SCALARS :].split(self._num_experts)
+        scalars, masses_K, scores_E, load_E = self.sums.split(self._sizes)
+        tokens, entropies, cosines, pairs, violations, micro_batches = scalars
+        nothing = torch.tensor(torch.nan)
         measures = {
             "routing_entropy": entropies / tokens,
-            "marginal_entropy": entropy(scores_E) if tokens else torch.tensor(torch.nan),
-            "topk_mass": mass / tokens,
+            "marginal_entropy": entropy(scores_E) if tokens else nothing,
+            "topk_mass": masses_K[-1] / tokens,
+            "mass_of_best": masses_K / tokens,
             "mean_abs_cos": cosines / pairs,
-            "max_abs_cos": self.largest_cosine if pairs else torch.tensor(torch.nan),
+            "max_abs_cos": self.largest_cosine if pairs else nothing,
             "load_imbalance": load_E.max() / load_E.mean(),
+            "max_violation": violation(load_E),
+            "max_violation_micro_batch": violations / micro_batches,
+            "dead_experts": (load_E == 0).double().mean() if tokens else nothing,
+            "effective_experts": entropy(load_E).exp() / len(load_E) if tokens else nothing,
         }
-        return {name: float(value) if value.isfinite() else None for name, value in measures.items()}
+        return {**{name: _plain(value) for name, value in measures.items()}, "load": load_E.long().tolist()}
+
+
+def violation(load: Tensor) -> Tensor:
+    """How far the load [..., E] of the busiest expert is above the mean, relative to it: max / mean - 1."""
+    return load.amax(dim=-1) / load.mean(dim=-1) - 1.0
+
+
+class RouterStatistics:
+    """Geometry of a router's weight, the same on all ranks that hold it.
+
+    Attributes:
+        sums: fp64 vector that adds up over ranks.
+    """
+
+    _SCALARS = 3  # ranks that hold it, mean |cos|, max |cos|; then singular values [E]
+
+    def __init__(self, num_experts: int, device: torch.device):
+        self.sums = torch.zeros(self._SCALARS + num_experts, dtype=torch.float64, device=device)
+
+    def add(self, weight_EH: Tensor) -> None:
+        """Adds what this rank holds."""
+        gram_EE = weight_EH.double() @ weight_EH.double().T
+        lengths_E = gram_EE.diagonal().sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+        cosines_EE = (gram_EE / lengths_E / lengths_E[:, None]).abs().fill_diagonal_(0.0)
+        num_experts = len(weight_EH)
+        self.sums[0] += 1
+        self.sums[1] += cosines_EE.sum() / max(1, num_experts * (num_experts - 1))
+        self.sums[2] += cosines_EE.max()
+        self.sums[self._SCALARS :] += torch.linalg.eigvalsh(gram_EE).clamp_min(0.0).sqrt().flip(0)
+
+    def summary(self) -> dict[str, Measure]:
+        """The measures; None where no rank holds the whole weight."""
+        ranks, mean, largest = self.sums[: self._SCALARS]
+        measures = {
+            "router_mean_abs_cos": mean / ranks,
+            "router_max_abs_cos": largest / ranks,
+            "router_singular_values": self.sums[self._SCALARS :] / ranks,
+        }
+        return {name: _plain(value) for name, value in measures.items()}
+
+
+def _plain(value: Tensor) -> Measure:
+    if not bool(value.isfinite().all()):
+        return None
+    return float(value) if value.dim() == 0 else [float(f"{one:.6g}") for one in value.tolist()]
 
 
 class PairStatistics:

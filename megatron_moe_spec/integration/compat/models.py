@@ -1,8 +1,9 @@
 """Megatron's models, their MoE layers and routers, and what is put around them."""
 
 from dataclasses import dataclass
+from typing import Optional
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,17 @@ _WRAPPED = ("to_wrap", "base_layer")  # Megatron-Bridge and NeMo; PEFT and ms-sw
 
 def router_of(moe_layer: nn.Module) -> nn.Module:
     return unwrapped(moe_layer.router)
+
+
+def layer_number(moe_layer: nn.Module) -> int:
+    """Number of the layer among all layers of the whole model, from 0."""
+    return moe_layer.layer_number - 1
+
+
+def whole_weight(router: nn.Module) -> Optional[Tensor]:
+    """[E, H], without gradients; None where FSDP leaves a rank a part of it."""
+    weight = router.weight.detach()
+    return weight if weight.untyped_storage().size() and not hasattr(router.weight, "device_mesh") else None
 
 
 def model_config(chunks: list[nn.Module]):

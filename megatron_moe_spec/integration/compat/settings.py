@@ -63,6 +63,11 @@ def replaced_logits(transformer_config) -> str:
     return ""
 
 
+def logs_each_layer(transformer_config) -> bool:
+    """Whether Megatron logs its auxiliary losses for each layer, too."""
+    return bool(getattr(transformer_config, "moe_per_layer_logging", False))
+
+
 def will_shard_weights(args) -> bool:
     """Whether FSDP will leave each rank a shard of each weight, see ``compat.models.shards_weights``."""
     return any(getattr(args, name, False) for name in ("use_megatron_fsdp", "use_custom_fsdp", "use_torch_fsdp2"))

@@ -121,7 +121,9 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             norms_EE.requires_grad_()
             loss = excess(norms_EE, self._loss.alpha)
             (gradient_EE,) = torch.autograd.grad(loss, norms_EE)
-        recorder.record_loss(self._loss.name, loss / self.layer.token_group.size(), call.routing.counts)
+        recorder.record_loss(
+            self._loss.name, self.layer.global_index, loss / self.layer.token_group.size(), call.routing.counts
+        )
         slope_EE = (gradient_EE / norms_EE.detach()).masked_fill(norms_EE.detach() == 0, 0.0)
         weight = partial(self._weight, self._group_count(call))
         return add_weight_gradients(

@@ -94,7 +94,8 @@ class PairsTap(Tap[Coupling]):
             products = None if before_T is None else before_T * routing.message
         if products is not None:
             share = 1.0 / self.layer.token_group.size()
-            self.layer.recorder.record_mean(self._loss.name, products, routing, factor=-1.0, offset=share)
+            pair = self.layer.global_index - 1
+            self.layer.recorder.record_mean(self._loss.name, pair, products, routing, factor=-1.0, offset=share)
 
     def _observe_pathway(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
         """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
@@ -107,7 +108,8 @@ class PairsTap(Tap[Coupling]):
         everywhere_EE = all_reduce_sum(joint_EE, layer.token_group)
         previous.successors_EE = strongest_successors(everywhere_EE, layer.transformer_config.moe_router_topk)
         joined = (joint_EE * previous.successors_EE).sum()
-        layer.recorder.record_loss(self._loss.name, 1.0 / layer.token_group.size() - joined, routing.counts)
+        value = 1.0 / layer.token_group.size() - joined
+        layer.recorder.record_loss(self._loss.name, layer.global_index - 1, value, routing.counts)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.local_index

@@ -38,7 +38,7 @@ class RouterWeightTap(Tap[RouterWeightLoss]):
     def observe(self, call: RouterCall) -> None:
         for loss in self.wanted():
             value = loss.of_weight(self.layer.router.weight.detach()) / self.layer.token_group.size()
-            self.layer.recorder.record_loss(loss.name, value, call.routing.counts)
+            self.layer.recorder.record_loss(loss.name, self.layer.global_index, value, call.routing.counts)
 
     def _gradients(self, call: RouterCall) -> list[Tensor]:
         weight = self.layer.router.weight.detach().requires_grad_()

@@ -239,14 +239,15 @@ class RowsTap(Tap[RowsLoss]):
         """Of losses whose gradient is known: no small operation is launched for it."""
         k = self.layer.transformer_config.moe_router_topk
         pairs = k * (k - 1)
+        recorder, layer = self.layer.recorder, self.layer.global_index
         for loss in wanted:
-            self.layer.recorder.record_mean(loss.name, run.rows.squares, run.routing, self._stride / pairs)
+            recorder.record_mean(loss.name, layer, run.rows.squares, run.routing, self._stride / pairs)
         if self.trained:
             run.rows.keep_squares()
             run.per_square = sum(loss.coeff for loss in self.trained) / pairs
 
     def _differentiate(self, run: _Run, wanted: Sequence[RowsLoss]) -> None:
-        rows = run.rows
+        rows, recorder, layer = run.rows, self.layer.recorder, self.layer.global_index
         cosines_TKK, lengths_TK, active_TK = rows.cosines_TKK, rows.lengths_TK, rows.active_TK
         if run.probs_TK is not None:
             lengths_TK = lengths_TK / run.probs_TK.to(lengths_TK.dtype)
@@ -257,7 +258,7 @@ class RowsTap(Tap[RowsLoss]):
             for loss in wanted:
                 losses_T = loss.token_losses(cosines_TKK, lengths_TK if loss.uses_lengths else None, active_TK)
                 losses_T = torch.where(has_some_T, one_per_token(loss, losses_T, len(active_TK)), 0.0)
-                self.layer.recorder.record_mean(loss.name, losses_T[rows.own], run.routing, self._stride)
+                recorder.record_mean(loss.name, layer, losses_T[rows.own], run.routing, self._stride)
                 if loss.coeff > 0:
                     total = total + loss.coeff * losses_T.sum()
             if not self.trained:

@@ -34,7 +34,7 @@ class ScoresTap(Tap[ScoresLoss]):
         routing, scores_TE = call.routing, self._scores(call.logits)
         for loss in wanted:
             value = self._observe(loss, scores_TE, routing, call.padding_mask)
-            self.layer.recorder.record_mean(loss.name, value, routing)
+            self.layer.recorder.record_mean(loss.name, self.layer.global_index, value, routing)
 
     def _observe(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
         """This rank's sum over its tokens; keeps the means that it needs, and the gradient with respect to them."""

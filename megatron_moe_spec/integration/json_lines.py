@@ -1,0 +1,59 @@
+"""Files of strict JSON lines that grow during training."""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+
+class JsonLines:
+    """A file to append to. A long run does not end because it cannot be written: it warns, once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._warned = False
+
+    def __str__(self):
+        return str(self._path)
+
+    def problem(self) -> str:
+        """Why the file cannot be written; empty if it can."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.open("a").close()
+        except OSError as error:
+            return f"{error.strerror}: {error.filename}"
+        return ""
+
+    def append(self, lines: Iterable[dict]) -> None:
+        """Writes lines, with null for what is not finite; all of them or none."""
+        size = None
+        try:
+            size = self._path.stat().st_size if self._path.exists() else 0
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                for line in lines:
+                    file.write(json.dumps(line, allow_nan=False) + "\n")
+        except OSError as error:
+            # No part of a line stays before the next one, if there is room for that later.
+            if size is not None:
+                with suppress(OSError):
+                    os.truncate(self._path, size)
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{self._path} cannot be written ({error.strerror}); training goes on without its lines",
+                    stacklevel=2,
+                )
+
+
+def finite(value):
+    """The same with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,10 @@ import megatron_moe_spec
 from megatron_moe_spec.losses import LOSSES
 
 ROOT = Path(megatron_moe_spec.__file__).parent
-ORDER = ["losses", "config", "metrics", "kernels", "parallel", "integration", "arguments", "cpu", "launch", "doctor"]
+ORDER = [
+    *["losses", "config", "metrics", "kernels", "parallel", "integration", "arguments", "cpu"],
+    *["launch", "doctor", "report", "placement"],
+]
 MEGATRON_FREE = [part for part in ORDER if part not in ("integration", "cpu")]
 
 

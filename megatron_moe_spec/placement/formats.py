@@ -1,0 +1,100 @@
+"""Placements as files for inference engines, as the engines' own loaders read them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_moe_spec.metrics.trace_counts import loads
+from megatron_moe_spec.metrics.traces import Trace
+from megatron_moe_spec.placement.placement import Placement
+
+
+@dataclass(frozen=True)
+class Format:
+    """How an engine reads placements.
+
+    Attributes:
+        write: writes a placement, made from the trace, to a path.
+        suffixes: that the path may have.
+        all_layers: whether dense layers count, so that the trace has to know the number of layers.
+        usage: what the engine is told, with {path}, {devices} and {redundant}.
+    """
+
+    write: Callable[[Placement, Trace, Path], None]
+    suffixes: tuple[str, ...]
+    all_layers: bool
+    usage: str
+
+
+def write_sglang(placement: Placement, trace: Trace, path: Path) -> None:
+    """``physical_to_logical_map`` of all layers, dense ones with the experts in order; JSON or .pt."""
+    num_slots = placement.cluster.num_slots
+    trivial_S = torch.arange(num_slots) % placement.cluster.num_experts
+    logical_S = dict(zip(placement.layers, placement.logical_MS))
+    rows = torch.stack([logical_S.get(layer, trivial_S) for layer in range(trace.num_layers)])
+    if path.suffix == ".pt":
+        torch.save({"physical_to_logical_map": rows}, path)
+    else:
+        path.write_text(json.dumps({"physical_to_logical_map": rows.tolist()}))
+
+
+def write_ktransformers(placement: Placement, trace: Trace, path: Path) -> None:
+    """``logical_count``, [1, layers, E] int64, of the whole trace; 0 in dense layers."""
+    counts = torch.zeros(1, trace.num_layers, trace.num_experts, dtype=torch.int64)
+    counts[0, list(trace.layers)] = loads(trace)
+    torch.save({"logical_count": counts}, path)
+
+
+def write_trtllm(placement: Placement, trace: Trace, path: Path) -> None:
+    """YAML for ``MoeLoadBalancerConfig``; layers by their numbers in the whole model."""
+    lines = [f"num_slots: {placement.cluster.num_slots}", "initial_global_assignments:"]
+    lines += [f"  {layer}: {row}" for layer, row in zip(placement.layers, placement.logical_MS.tolist())]
+    path.write_text("\n".join([*lines, "layer_updates_per_iter: 0", ""]))
+
+
+def write_vllm_ascend(placement: Placement, trace: Trace, path: Path) -> None:
+    """JSON for ``expert_map_path``; ``layer_id`` counts MoE layers alone, from 0."""
+    cluster = placement.cluster
+    layers = [
+        {
+            "layer_id": number,
+            "device_count": cluster.num_devices,
+            "device_list": [
+                {"device_id": device, "device_expert": experts} for device, experts in enumerate(rows.tolist())
+            ],
+        }
+        for number, rows in enumerate(placement.logical_MS.unflatten(1, (cluster.num_devices, -1)))
+    ]
+    path.write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}))
+
+
+FORMATS = {
+    "sglang": Format(
+        write_sglang,
+        (".json", ".pt"),
+        True,
+        "sglang.launch_server --ep-size {devices} --ep-num-redundant-experts {redundant} --init-expert-location {path}",
+    ),
+    "ktransformers": Format(
+        write_ktransformers,
+        (".pt",),
+        True,
+        "sglang.launch_server --kt-expert-placement-strategy frequency --init-expert-location {path} "
+        "(it takes counts of tokens alone, and keeps the hottest experts on GPUs)",
+    ),
+    "trtllm": Format(
+        write_trtllm,
+        (".yaml", ".yml"),
+        False,
+        "moe_config: load_balancer: {path}, with moe_expert_parallel_size {devices}",
+    ),
+    "vllm-ascend": Format(
+        write_vllm_ascend,
+        (".json",),
+        False,
+        """--enable-expert-parallel --additional-config '{{"eplb_config": {{"expert_map_path": "{path}"}}}}'""",
+    ),
+}

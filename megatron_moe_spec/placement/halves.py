@@ -1,0 +1,37 @@
+"""The tokens of a trace that placements are fitted to, and those that judge them."""
+
+from dataclasses import replace
+
+import torch
+
+from megatron_moe_spec.metrics.traces import Trace
+
+
+def halves(trace: Trace) -> tuple[Trace, Trace]:
+    """Cuts a trace between the two sequences that are nearest to its middle, or within its only sequence.
+
+    Raises:
+        ValueError: the trace has one token.
+    """
+    num_tokens = len(trace.sequence_T)
+    if num_tokens < 2:
+        raise ValueError("the trace has one token, but half is fitted to and half judges: record a longer one")
+    borders = 1 + torch.nonzero(trace.sequence_T.diff())[:, 0]
+    middle = num_tokens // 2
+    cut = int(borders[(borders - middle).abs().argmin()]) if len(borders) else middle
+    return tokens(trace, slice(0, cut)), tokens(trace, slice(cut, None))
+
+
+def tokens(trace: Trace, which: slice) -> Trace:
+    """The trace of some of its tokens."""
+    return replace(
+        trace,
+        experts_TMK=trace.experts_TMK[which],
+        batch_T=trace.batch_T[which],
+        sequence_T=trace.sequence_T[which],
+    )
+
+
+def sample(trace: Trace, most: int) -> Trace:
+    """The trace of at most so many of its tokens, at equal distances."""
+    return tokens(trace, slice(None, None, -(-len(trace.sequence_T) // most)))

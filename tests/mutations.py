@@ -153,8 +153,8 @@ MUTATIONS = [
     (
         "micro-batch without tokens counted in the logged mean",
         "integration/recorder.py",
-        "entry[1] += 1.0 / self._num_shares * counts",
-        "entry[1] += 1.0 / self._num_shares",
+        "entry[1] += self._share * counts",
+        "entry[1] += self._share",
         "tests/test_other_programs.py::test_a_micro_batch_of_padding_counts_for_nothing",
     ),
     (

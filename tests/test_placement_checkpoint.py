@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_moe_spec.placement.checkpoint import LATEST, reorder_experts
+from megatron_moe_spec.placement.command import main
 
 KINDS = {
     "every layer has experts": {},
@@ -72,6 +73,28 @@ def test_the_folder_of_an_iteration_is_taken_as_well(mm, tmp_path):
     names = reorder_experts(saved / "iter_0000007", _order(range(3)), tmp_path / "reordered")
     assert any("router.weight" in name for name in names)
     assert (tmp_path / "reordered" / LATEST).read_text() == "7"
+
+
+def test_the_command_reorders_by_a_trace(mm, tmp_path, capsys):
+    from traces import random_trace, write_trace
+
+    saved = _save(mm.build_model(seed=3), tmp_path / "saved")
+    write_trace(tmp_path / "trace", random_trace(400, 3, NUM_EXPERTS, 2, seed=0, num_batches=4, sequences_per_batch=2))
+    out = tmp_path / "reordered"
+    command = [str(tmp_path / "trace"), "--devices", "2", "--format", "megatron", "--out", str(out)]
+    assert main(command) == 2
+    assert "--format megatron and --checkpoint, the one to reorder, need each other" in capsys.readouterr().err
+    assert main([*command, "--checkpoint", str(saved), "--redundant", "2"]) == 2
+    assert "leave --redundant out with --format megatron" in capsys.readouterr().err
+    assert main([*command, "--checkpoint", str(saved)]) == 0
+    assert f"--load {out} --no-load-optim" in capsys.readouterr().out
+    (batch,) = mm.micro_batches(1)
+    found, model = _load(mm.build_model(seed=5), out), mm.build_model(seed=3)
+    assert torch.equal(mm.run_model(found, batch), mm.run_model(model, batch))
+    router = "decoder.layers.0.mlp.router.weight"
+    assert not torch.equal(found.state_dict()[router], model.state_dict()[router])
+    assert main([*command, "--checkpoint", str(saved)]) == 2
+    assert "exists" in capsys.readouterr().err
 
 
 def test_what_cannot_be_reordered_is_an_error(mm, tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Optional
@@ -70,7 +71,11 @@ def _write(args: argparse.Namespace, placement: Placement, trace: Trace) -> None
     """Writes the file beside its place first, so that none is ever there by half."""
     chosen = FORMATS[args.format]
     unfinished = args.out.with_name(f".{args.out.stem}.unfinished{args.out.suffix}")
-    chosen.write(placement, trace, unfinished)
+    if chosen.needs_checkpoint:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        chosen.write(placement, trace, unfinished, args.checkpoint)
+    else:
+        chosen.write(placement, trace, unfinished)
     os.replace(unfinished, args.out)
     told = chosen.usage.format(path=args.out, devices=args.devices, redundant=args.redundant)
     print(f"\nWrote {args.out}: {told}")
@@ -79,9 +84,16 @@ def _write(args: argparse.Namespace, placement: Placement, trace: Trace) -> None
 def _check_out(args: argparse.Namespace) -> None:
     """Before any work: where the result is to go."""
     if args.out is None:
+        if args.checkpoint is not None:
+            raise ValueError("--checkpoint is for --format megatron, with --out")
         return
-    suffixes = FORMATS[args.format].suffixes
-    if args.out.suffix not in suffixes:
+    chosen = FORMATS[args.format]
+    suffixes = chosen.suffixes
+    if chosen.needs_checkpoint != (args.checkpoint is not None):
+        raise ValueError("--format megatron and --checkpoint, the one to reorder, need each other")
+    if chosen.needs_checkpoint and args.force:
+        raise ValueError("--force replaces no checkpoint: name a new folder with --out")
+    if suffixes and args.out.suffix not in suffixes:
         raise ValueError(
             f"--out {args.out}: --format {args.format} is a file whose name ends in {' or '.join(suffixes)}"
         )
@@ -128,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", choices=FORMATS, help="engine that the placement is written for")
     add("--out", type=Path, metavar="FILE", help="where it is written")
     add("--force", action="store_true", help="replace FILE")
+    add("--checkpoint", type=Path, metavar="DIR", help="of Megatron, torch_dist; for --format megatron")
     add("--hidden-size", type=_positive, metavar="H", help="components of a token's row; default: the trace's")
     add("--prefetch", type=_positive, metavar="M", help="experts to predict for the next layer; default 2 x top-k")
     add("--cache-slots", type=_positive, metavar="C", help="experts in each layer's cache; default a quarter of them")

@@ -9,6 +9,7 @@ import torch
 
 from megatron_moe_spec.metrics.trace_counts import loads
 from megatron_moe_spec.metrics.traces import Trace
+from megatron_moe_spec.placement.checkpoint import reorder_experts
 from megatron_moe_spec.placement.placement import Placement
 
 
@@ -17,16 +18,18 @@ class Format:
     """How an engine reads placements.
 
     Attributes:
-        write: writes a placement, made from the trace, to a path.
-        suffixes: that the path may have.
+        write: (placement, trace, path) writes a placement, made from the trace, to a path.
+        suffixes: that the path may have; none: it is a folder.
         all_layers: whether dense layers count, so that the trace has to know the number of layers.
+        needs_checkpoint: whether ``write`` takes a checkpoint, too.
         usage: what the engine is told, with {path}, {devices} and {redundant}.
     """
 
-    write: Callable[[Placement, Trace, Path], None]
+    write: Callable[..., None]
     suffixes: tuple[str, ...]
     all_layers: bool
     usage: str
+    needs_checkpoint: bool = False
 
 
 def write_sglang(placement: Placement, trace: Trace, path: Path) -> None:
@@ -71,6 +74,13 @@ def write_vllm_ascend(placement: Placement, trace: Trace, path: Path) -> None:
     path.write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}))
 
 
+def write_megatron(placement: Placement, trace: Trace, path: Path, checkpoint: Path) -> None:
+    """Megatron's checkpoint with the experts in the order of the slots, without the optimizer's state."""
+    if placement.cluster.num_slots != placement.cluster.num_experts:
+        raise ValueError("Megatron has one place for each expert: leave --redundant out with --format megatron")
+    reorder_experts(checkpoint, dict(zip(placement.layers, placement.logical_MS.tolist())), path)
+
+
 FORMATS = {
     "sglang": Format(
         write_sglang,
@@ -96,5 +106,12 @@ FORMATS = {
         (".json",),
         False,
         """--enable-expert-parallel --additional-config '{{"eplb_config": {{"expert_map_path": "{path}"}}}}'""",
+    ),
+    "megatron": Format(
+        write_megatron,
+        (),
+        False,
+        "--load {path} --no-load-optim --expert-model-parallel-size {devices} (the same model, its experts reordered)",
+        needs_checkpoint=True,
     ),
 }

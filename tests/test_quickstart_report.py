@@ -12,8 +12,9 @@ from processes import ROOT
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
-from examples.quickstart import data, report, results, run, training
+from examples.quickstart import data, report, run, training
 from examples.quickstart.progress import Progress
+from megatron_moe_spec.report import runs as results
 
 ITERATIONS = 120
 WINDOW = 12
@@ -86,7 +87,7 @@ def table_of(folder, write_run):
     runs = {}
     for arm in ("baseline", "specialized"):
         write_run(folder / arm, arm)
-        runs[arm] = results.read_run(folder / arm)
+        runs[arm] = results.read_run(folder / arm).series
     return {row[0]: row[1:] for row in report.table(runs, ITERATIONS)}
 
 

@@ -16,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from examples.compare import arms, report, runs, schedule
-from examples.quickstart import results, training
+from examples.quickstart import training
+from megatron_moe_spec.report import runs as results
 
 CALIBRATION_ITERATIONS = 40
 MIN_ITERATIONS = 100

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from examples.compare import arms, runs
 from examples.compare.paired import difference
-from examples.quickstart import results
-from examples.quickstart.report import ROWS
 from examples.quickstart.training import shown
+from megatron_moe_spec.report import figures
+from megatron_moe_spec.report import runs as results
+from megatron_moe_spec.report.contents import ROWS
 
 LOSS = results.VALIDATION_LOSS
 MEASURES = (
@@ -146,7 +147,7 @@ def markdown(rows):
 
 def draw_differences(found, path):
     """Each arm's paired differences in validation loss: one dot a seed, and the interval of their mean."""
-    pyplot = _pyplot()
+    pyplot = figures.pyplot()
     baseline = values_of(found[arms.BASELINE], LOSS)
     others = [arm for arm in arms.selected(found) if arm.name != arms.BASELINE]
     figure, axis = pyplot.subplots(figsize=(8, 0.55 * len(others) + 1.2), constrained_layout=True)
@@ -167,7 +168,7 @@ def draw_differences(found, path):
 
 def draw_curves(found, path):
     """Means over seeds, over the course of training."""
-    pyplot = _pyplot()
+    pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
     for axis, (title, name) in zip(axes.flat, CURVES):
         reference = dict(mean_curve(found[arms.BASELINE], name)) if name == LOSS else {}
@@ -188,15 +189,6 @@ def mean_curve(by_seed, name):
     curves = [dict(result["series"].get(name, [])) for result in by_seed.values()]
     shared = set.intersection(*(set(curve) for curve in curves)) if curves else set()
     return [(x, statistics.fmean(curve[x] for curve in curves)) for x in sorted(shared)]
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def text(plan, found, scales, sweep_rows):

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 
 from examples.compare import arms, schedule
-from examples.quickstart import results, training
+from examples.quickstart import training
 from examples.quickstart.progress import Progress
+from megatron_moe_spec.report import runs as results
 
 RESULT_FILE = "result.json"
 PEAK_MEMORY = "peak_memory_mb"
@@ -61,7 +62,7 @@ def result_of(output: Path, run: Run):
 
 def step_times(output: Path, run: Run) -> list:
     """[(iteration, seconds), ...] of a finished run."""
-    return results.read_run(output / "runs" / run.name)[results.STEP_TIME]
+    return results.read_run(output / "runs" / run.name).series[results.STEP_TIME]
 
 
 class Runner:
@@ -151,7 +152,7 @@ class _Job:
         self.seconds = time.monotonic() - self.began
         if self.process.returncode:
             sys.exit(training.account_of_failure(self.run.name, self.process.returncode, self.folder))
-        self.result = summary(results.read_run(self.folder), iterations, self.peak_bytes, self.seconds)
+        self.result = summary(results.read_run(self.folder).series, iterations, self.peak_bytes, self.seconds)
         if results.VALIDATION_LOSS not in self.result["values"]:
             sys.exit(f"{self.run.name} left no validation loss: see {training.shown(self.folder / 'log.txt')}")
         # Moved into place, so that a result is there whole or not at all.

@@ -1,29 +1,17 @@
-"""Write the report of a quickstart: ``report.md`` with a table, and ``curves.png``."""
+"""Write the report of a quickstart: ``report.md`` with a table, ``curves.png``, and ``report.html`` with the rest."""
 
 import argparse
 import json
 import math
 from pathlib import Path
 
-from examples.quickstart import results
 from examples.quickstart.settings import ARMS, LOG_INTERVAL
 from examples.quickstart.training import shown
+from megatron_moe_spec.report import figures
+from megatron_moe_spec.report import runs as results
+from megatron_moe_spec.report.command import write_report
+from megatron_moe_spec.report.contents import ROWS
 
-# (what the reader sees, series, digits)
-ROWS = (
-    ("load-balancing loss", "load_balancing_loss", 4),
-    ("specialization loss", "specialization_loss", 5),
-    ("coupling loss", "coupling_loss", 4),
-    ("routing entropy of a token (nats)", "routing_entropy", 4),
-    ("routing entropy over all tokens (nats)", "marginal_entropy", 4),
-    ("probability of the chosen experts", "topk_mass", 4),
-    ("expert overlap, mean abs(cos)", "mean_abs_cos", 4),
-    ("expert overlap, largest abs(cos)", "max_abs_cos", 4),
-    ("load imbalance, max / mean", "load_imbalance", 3),
-    ("entropy of the next layer's expert given this one's (nats)", "conditional_entropy", 4),
-    ("mutual information of adjacent layers, normalised", "normalized_mutual_information", 4),
-    ("the same for shuffled tokens", "null_normalized_mutual_information", 4),
-)
 CURVES = (
     (f"training loss (means of {LOG_INTERVAL} steps)", results.TRAIN_LOSS),
     ("validation loss", results.VALIDATION_LOSS),
@@ -93,33 +81,20 @@ def plain_table(rows):
     )
 
 
-def smooth(points, width):
-    """Means of ``width`` successive points, each at the middle of its iterations."""
-    blocks = [points[start : start + width] for start in range(0, len(points) - width + 1, width)] or [points]
-    return [(sum(x for x, _ in block) / len(block), sum(y for _, y in block) / len(block)) for block in blocks if block]
-
-
 def draw(runs, path):
-    import matplotlib
+    def drawn():
+        figure, axes = figures.panels(2, 2)
+        for axis, (title, key) in zip(axes, CURVES):
+            for arm, colour in zip(ARMS, (figures.BASELINE, figures.COLOURS[1])):
+                points = runs[arm].get(key, [])
+                if key == results.TRAIN_LOSS:
+                    points = figures.thinned(points, -(-len(points) // LOG_INTERVAL))
+                figures.curve(axis, points, arm, colour)
+            figures.finish(axis, title)
+        return figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), constrained_layout=True)
-    for axis, (title, key) in zip(axes.flat, CURVES):
-        for arm, colour in zip(ARMS, ("#555555", "#c8102e")):
-            points = runs[arm].get(key, [])
-            if key == results.TRAIN_LOSS:
-                points = smooth(points, LOG_INTERVAL)
-            marker = "o" if len(points) < 20 else None
-            x, y = [point[0] for point in points], [point[1] for point in points]
-            axis.plot(x, y, label=arm, color=colour, linewidth=1.2, marker=marker, markersize=3)
-        axis.set_title(title)
-        axis.set_xlabel("iteration")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    light, _ = figures.pictures(drawn)
+    path.write_bytes(light)
 
 
 def markdown(run, rows):
@@ -152,19 +127,24 @@ say, not what they are worth: judge small differences in validation loss by runs
 
 
 def write(output):
-    """Write ``report.md`` and ``curves.png`` into the quickstart's output folder and print the table."""
+    """Write the report into the quickstart's output folder and print the table."""
     output = Path(output)
     if not (output / "run.json").exists():
         raise SystemExit(f"No finished quickstart in {shown(output)}: run `make quickstart`.")
     run = json.loads((output / "run.json").read_text())
-    runs = {arm: results.read_run(output / arm) for arm in ARMS}
+    runs = {arm: results.read_run(output / arm).series for arm in ARMS}
     for arm, series in runs.items():
         if results.TRAIN_LOSS not in series:
             raise SystemExit(f"No training loss was found in {shown(output / arm)}: run `make quickstart` again.")
     rows = table(runs, run["iterations"])
     draw(runs, output / "curves.png")
+    baseline, specialized = (output / arm for arm in ARMS)
+    write_report(specialized, baseline, None, output / "report.html", force=True)
     (output / "report.md").write_text(markdown(run, rows))
-    print(f"\n{plain_table(rows)}\n\nReport: {shown(output / 'report.md')}\nCurves: {shown(output / 'curves.png')}")
+    print(
+        f"\n{plain_table(rows)}\n\nReport: {shown(output / 'report.md')}\nCurves: {shown(output / 'curves.png')}\n"
+        f"Layers, experts, routing: {shown(output / 'report.html')}"
+    )
 
 
 if __name__ == "__main__":

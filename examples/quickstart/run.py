@@ -30,6 +30,8 @@ def command(machine, options, prefix, folder, coefficients):
         f"--moe-specialization-loss-coeff={coefficients['specialization']}",
         f"--moe-coupling-loss-coeff={coefficients['coupling']}",
         f"--moe-spec-metrics-interval={min(settings.LOG_INTERVAL, options.iterations)}",
+        f"--moe-spec-trace-path={folder / 'traces'}",
+        f"--moe-spec-trace-interval={max(1, options.iterations // settings.TRACED_STEPS)}",
     ]
     if machine.loop == "megatron.core":
         cpu = ["--cpu"] if machine.cpu else []
@@ -124,7 +126,7 @@ def main():
         )
     make_data(prefix)
 
-    for stale in ("run.json", "report.md", "curves.png"):
+    for stale in ("run.json", "report.md", "report.html", "curves.png"):
         (options.output / stale).unlink(missing_ok=True)
     start = time.monotonic()
     description = describe(machine, options)

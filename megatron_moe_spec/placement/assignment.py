@@ -1,7 +1,7 @@
 """Slots on devices at least cost, as many on each, by scipy's linear assignment. No device gets an expert twice."""
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+from scipy.optimize import linear_sum_assignment
 
 _SWEEPS = 50
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from textwrap import fill
 from typing import Optional
 
-from scipy.stats import ttest_rel  # type: ignore[import-untyped]
+from scipy.stats import ttest_rel
 
 from megatron_moe_spec.placement.measures import Measures
 from megatron_moe_spec.placement.objectives import OBJECTIVES

@@ -99,8 +99,8 @@ def read_run(path: Path, traces: Optional[Path] = None) -> Run:
             raise RunError(f"{folder} holds several runs ({names}): name the folder of one")
     if not (metrics or logs or events):
         raise RunError(
-            f"{path} has no {METRICS_FILE}, {LOG_FILE} or TensorBoard events: train with --moe-spec-metrics-interval and "
-            "--tensorboard-dir, and name that folder"
+            f"{path} has no {METRICS_FILE}, {LOG_FILE} or TensorBoard events: train with "
+            "--moe-spec-metrics-interval and --tensorboard-dir, and name that folder"
         )
     for one in events:
         run.sources.append(one)

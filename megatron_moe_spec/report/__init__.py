@@ -1,0 +1,1 @@
+"""Reports of training runs: ``python -m megatron_moe_spec.report``."""

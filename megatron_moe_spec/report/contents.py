@@ -1,0 +1,408 @@
+"""What a report shows of a run: sections of figures and tables, as far as there are data."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Optional
+
+from megatron_moe_spec.metrics.information import normalized_mutual_information
+from megatron_moe_spec.metrics.trace_counts import coactivation, loads, shuffled, transitions
+from megatron_moe_spec.metrics.traces import Trace
+from megatron_moe_spec.report import figures
+from megatron_moe_spec.report.runs import AUXILIARY, TRAIN_LOSS, VALIDATION_LOSS, Run, final
+
+# (what the reader sees, series, digits)
+ROWS = (
+    ("load-balancing loss", "load_balancing_loss", 4),
+    ("specialization loss", "specialization_loss", 5),
+    ("coupling loss", "coupling_loss", 4),
+    ("routing entropy of a token (nats)", "routing_entropy", 4),
+    ("routing entropy over all tokens (nats)", "marginal_entropy", 4),
+    ("probability of the chosen experts", "topk_mass", 4),
+    ("expert overlap, mean abs(cos)", "mean_abs_cos", 4),
+    ("expert overlap, largest abs(cos)", "max_abs_cos", 4),
+    ("load imbalance, max / mean", "load_imbalance", 3),
+    ("entropy of the next layer's expert given this one's (nats)", "conditional_entropy", 4),
+    ("mutual information of adjacent layers, normalised", "normalized_mutual_information", 4),
+    ("the same for shuffled tokens", "null_normalized_mutual_information", 4),
+)
+MORE_ROWS = (
+    ("max violation of the load, of a step", "max_violation", 3),
+    ("max violation of the load, of a micro-batch", "max_violation_micro_batch", 3),
+    ("experts without a token", "dead_experts", 3),
+    ("effective experts, share", "effective_experts", 3),
+    ("router rows, mean abs(cos)", "router_mean_abs_cos", 4),
+    ("router rows, largest abs(cos)", "router_max_abs_cos", 4),
+)
+LAYERED = {
+    "Routing": (
+        "Entropies fall as routing gets decisive. That of a token should fall, that over all tokens stay: then every "
+        "expert is still in use.",
+        ("routing_entropy", "marginal_entropy", "topk_mass"),
+    ),
+    "Balance": (
+        "A violation of 1 is an expert with twice the mean load. Dead experts get no token in a whole step.",
+        ("max_violation", "max_violation_micro_batch", "dead_experts", "effective_experts"),
+    ),
+    "Overlap of experts": (
+        "Cosines between what the experts of one token compute: 0 is no overlap.",
+        ("mean_abs_cos", "max_abs_cos"),
+    ),
+    "Pathways": (
+        "Mutual information well above that of shuffled tokens: experts of adjacent layers follow each other.",
+        ("conditional_entropy",),
+    ),
+    "Geometry of routers": (
+        "Rows of a router's weight that point the same way choose the same tokens.",
+        ("router_mean_abs_cos", "router_max_abs_cos"),
+    ),
+}
+_TITLES = {name: title for title, name, _ in (*ROWS, *MORE_ROWS)}
+_MOST_PAIRS = 4  # of layers, whose transitions are drawn
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+        name: of its file.
+        alt: what it shows, in words.
+        draw: makes it, by matplotlib.
+        columns: of the page that it takes: "" (one), "two" or "wide" (all).
+    """
+
+    name: str
+    alt: str
+    draw: Callable[[], Any]
+    columns: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: a sentence that says what to look for, and then a table, text and figures."""
+
+    title: str
+    sentence: str
+    figures: list[Figure] = field(default_factory=list)
+    table: Sequence[Sequence[str]] = ()
+    text: str = ""
+
+
+def window_of(run: Run) -> tuple[int, int]:
+    """(last iteration, number of iterations that final values are averaged over: a tenth, and one measurement)."""
+    iterations = sorted({iteration for values in run.series.values() for iteration, _ in values})
+    last = iterations[-1] if iterations else 0
+    measured = sorted({iteration for layers in run.layers.values() for one in layers.values() for iteration, _ in one})
+    step = measured[-1] - measured[-2] if len(measured) > 1 else 1
+    return last, max(1, step, math.ceil(last / 10))
+
+
+def summary(run: Run, baseline: Optional[Run]) -> list[tuple[str, ...]]:
+    """Rows of final values, with the baseline's and the change where there is one."""
+    runs = [run] if baseline is None else [baseline, run]
+    rows = []
+    losses = [(name.replace("_", " "), name, 4) for name in AUXILIARY if name not in _TITLES]
+    of_logs = [("training loss", TRAIN_LOSS, 4), ("validation loss", VALIDATION_LOSS, 4)]
+    for title, name, digits in (*of_logs, *ROWS, *losses, *MORE_ROWS):
+        values = [_final(one, name) for one in runs]
+        if values[-1] is None:
+            continue
+        cells = ["" if value is None else f"{value:.{digits}f}" for value in values]
+        if baseline is not None:
+            before, after = values
+            cells.append(f"{(after - before) / abs(before):+.1%}" if before else "")
+        rows.append((title, *cells))
+    return rows
+
+
+def _final(run: Run, name: str) -> Optional[float]:
+    last, window = window_of(run)
+    values = run.series.get(name, [])
+    return (values[-1][1] if values else None) if name == VALIDATION_LOSS else final(values, last, window)
+
+
+def sections(run: Run, baseline: Optional[Run]) -> Iterator[Section]:
+    """What there are data for, in the order of the page."""
+    if overview := _overview(run, baseline):
+        yield Section("Overview", "The same figures are below, one by one.", [overview])
+    header = ("", "baseline", "this run", "change") if baseline is not None else ("", "this run")
+    if rows := summary(run, baseline):
+        last, window = window_of(run)
+        yield Section(
+            "Final values",
+            f"Means over the last {window} of {last} iterations, and over layers or pairs of adjacent layers; of "
+            "largest values the largest; of the validation loss the last.",
+            table=[header, *rows],
+        )
+    if losses := [_curves(run, baseline, name) for name in (TRAIN_LOSS, VALIDATION_LOSS) if name in run.series]:
+        yield Section("Training", "The loss of language modelling; it contains no auxiliary loss.", losses)
+    auxiliary = [name for name in AUXILIARY if name in run.series]
+    if auxiliary:
+        yield Section(
+            "Auxiliary losses",
+            "Unscaled by their coefficients. They fall to some degree in any training: compare with a run without.",
+            [_of_layers(run, baseline, name) for name in auxiliary],
+        )
+    for title, (sentence, names) in LAYERED.items():
+        found = [_of_layers(run, baseline, name) for name in names if name in run.series]
+        if title == "Balance":
+            found += _loads(run)
+        if title == "Pathways":
+            found = [*_information(run, baseline), *found, *_transitions(run.trace)]
+        if title == "Geometry of routers":
+            found += _lists(run, baseline, "router_singular_values", "singular values of each router", "singular value")
+        if found:
+            yield Section(title, sentence, found)
+        if title == "Overlap of experts":
+            yield from _coactivation(run.trace)
+    masses = _lists(run, baseline, "mass_of_best", "probability of a token's best experts", "experts used", first=1)
+    if masses:
+        yield Section(
+            "Fewer experts",
+            "How much of a token's routing probability its best experts carry: the more the first ones do, the less is "
+            "left out where fewer experts serve than were trained.",
+            masses,
+            text=_fewer(run),
+        )
+
+
+def _title(name: str) -> str:
+    return _TITLES.get(
+        name, {TRAIN_LOSS: "training loss", VALIDATION_LOSS: "validation loss"}.get(name, name.replace("_", " "))
+    )
+
+
+def _series(run: Optional[Run], name: str):
+    return run.series.get(name, []) if run is not None else []
+
+
+def _curves(run: Run, baseline: Optional[Run], name: str) -> Figure:
+    def draw():
+        figure, (axis,) = figures.panels(1, 1)
+        _draw_curve(axis, run, baseline, name)
+        return figure
+
+    return Figure(name, f"{_title(name)} over iterations", draw)
+
+
+def _draw_curve(axis, run: Run, baseline: Optional[Run], name: str) -> None:
+    figures.draw_curves(axis, _title(name), {"this run": run.series[name]}, {"this run": _series(baseline, name)})
+
+
+def _of_layers(run: Run, baseline: Optional[Run], name: str) -> Figure:
+    layers = run.layers.get(name, {})
+    if len(layers) < 2:
+        return _curves(run, baseline, name)
+
+    def draw():
+        figure, (axis,) = figures.panels(1, 1)
+        figures.draw_layers(figure, axis, _title(name), layers, run.series[name], _series(baseline, name))
+        return figure
+
+    return Figure(name, f"{_title(name)} of each layer over iterations", draw)
+
+
+def _draw_information(axis, run: Run, baseline: Optional[Run]) -> None:
+    names = {
+        "adjacent layers": "normalized_mutual_information",
+        "shuffled tokens": "null_normalized_mutual_information",
+    }
+    curves, before = ({label: _series(one, name) for label, name in names.items()} for one in (run, baseline))
+    figures.draw_curves(axis, "mutual information, normalised", curves, before)
+
+
+def _information(run: Run, baseline: Optional[Run]) -> Iterator[Figure]:
+    if "normalized_mutual_information" in run.series:
+
+        def draw():
+            figure, (axis,) = figures.panels(1, 1)
+            _draw_information(axis, run, baseline)
+            return figure
+
+        yield Figure("mutual_information", "mutual information of adjacent layers, and of shuffled tokens", draw)
+
+
+def _relative_loads(run: Run):
+    """(numbers of the layers, [M, E] load over its layer's mean) of the last tenth of measured steps, or the trace."""
+    if run.loads:
+        iterations = list(run.loads)
+        late = [run.loads[i] for i in iterations[-max(1, len(iterations) // 10) :]]
+        load, names = sum(one.double() for one in late), list(next(iter(run.layers.values()), {}))
+        names = names if len(names) == len(load) else list(map(str, range(len(load))))
+    elif run.trace is not None:
+        load, names = loads(run.trace).double(), list(map(str, run.trace.layers))
+    else:
+        return None
+    return names, load / load.mean(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _draw_loads(figure, axis, run: Run) -> None:
+    names, relative = _relative_loads(run)
+    figures.draw_heat(
+        figure, axis, "load of experts, over the mean", relative.numpy(), "expert", "layer", names, smallest=0
+    )
+
+
+def _loads(run: Run) -> Iterator[Figure]:
+    if _relative_loads(run) is None:
+        return
+
+    def draw():
+        figure, (axis,) = figures.panels(1, 1)
+        _draw_loads(figure, axis, run)
+        return figure
+
+    yield Figure("load", "load of each expert of each layer, over the layer's mean", draw)
+    if len(run.loads) > 1:
+        names, relative = _relative_loads(run)
+        worst = int(relative.amax(dim=1).argmax())
+        yield Figure(
+            "load_over_time",
+            f"load of the experts of layer {names[worst]} over iterations",
+            partial(_draw_load_over_time, run, worst, names[worst]),
+        )
+
+
+def _draw_load_over_time(run: Run, layer: int, name: str):
+    figure, (axis,) = figures.panels(1, 1)
+    iterations = list(run.loads)
+    iterations = iterations[:: -(-len(iterations) // figures.MOST_COLUMNS)]
+    columns = [run.loads[i][layer].double() / run.loads[i][layer].double().mean().clamp_min(1e-12) for i in iterations]
+    table = [[float(column[expert]) for column in columns] for expert in range(len(columns[0]))]
+    title = f"load of layer {name}, the least even, over the mean"
+    figures.draw_heat(
+        figure, axis, title, table, f"measured steps {iterations[0]} to {iterations[-1]}", "expert", smallest=0
+    )
+    axis.set_xticks([])
+    return figure
+
+
+def _transitions(trace: Optional[Trace]) -> Iterator[Figure]:
+    """Of the pairs of layers with the strongest pathways, beside those of shuffled tokens."""
+    if trace is None or len(trace.layers) < 2:
+        return
+    joints = _joints(trace)
+    strongest = sorted(
+        range(len(joints)), key=lambda pair: -float(normalized_mutual_information(joints[pair].double()))
+    )
+    chance = _joints(shuffled(trace))
+    for pair in sorted(strongest[:_MOST_PAIRS]):
+        here, there = trace.layers[pair : pair + 2]
+        yield Figure(
+            f"transitions_{here}_{there}",
+            f"which experts of layer {there} follow those of layer {here}, and the same for shuffled tokens",
+            partial(_draw_transitions, joints[pair], chance[pair], here, there),
+            columns="two",
+        )
+
+
+def _joints(trace: Trace):
+    layers = trace.experts_TMK.unbind(dim=1)
+    return [transitions(here, there, trace.num_experts) for here, there in zip(layers, layers[1:])]
+
+
+def _draw_transitions(joint, chance, here: int, there: int):
+    from scipy.optimize import linear_sum_assignment
+
+    figure, axes = figures.panels(1, 2, height=4.4)
+    # Columns in the order in which they follow the rows: a pathway is a bright diagonal.
+    _, order = linear_sum_assignment(-joint.numpy())
+    share = [x.double() / x.double().sum(dim=1, keepdim=True).clamp_min(1) for x in (joint, chance)]
+    largest = float(share[0].max())
+    for axis, table, title in zip(axes, share, (f"P(expert of layer {there} | of layer {here})", "tokens shuffled")):
+        x = f"expert of layer {there}, reordered"
+        figures.draw_heat(
+            figure, axis, title, table[:, order].numpy(), x, f"of layer {here}", largest=largest, smallest=0
+        )
+    return figure
+
+
+def _coactivation(trace: Optional[Trace]) -> Iterator[Section]:
+    if trace is None or trace.experts_TMK.shape[2] < 2:
+        return
+    middle = len(trace.layers) // 2
+    chosen = sorted({0, middle, len(trace.layers) - 1})
+    drawn = [
+        Figure(
+            f"coactivation_{trace.layers[layer]}",
+            f"how often two experts of layer {trace.layers[layer]} serve the same token",
+            partial(_draw_coactivation, trace, layer),
+        )
+        for layer in chosen
+    ]
+    sentence = "How often two experts serve the same token, over what their loads alone would give: 1 is chance."
+    yield Section("Co-activation", sentence, drawn)
+
+
+def _draw_coactivation(trace: Trace, layer: int):
+    figure, (axis,) = figures.panels(1, 1, height=4.4)
+    joint = coactivation(trace.experts_TMK[:, layer], trace.num_experts).double()
+    load = joint.sum(dim=1)
+    expected = load[:, None] * load / load.sum().clamp_min(1)
+    lift = (joint / expected.clamp_min(1e-12)).fill_diagonal_(math.nan)
+    title = f"co-activation in layer {trace.layers[layer]}"
+    figures.draw_heat(figure, axis, title, lift.numpy(), "expert", "expert", smallest=0)
+    return figure
+
+
+def _lists(run: Run, baseline: Optional[Run], name: str, title: str, x: str, first: int = 0) -> list[Figure]:
+    """A list of each layer, at the last measured step, as lines."""
+    if name not in run.lists:
+        return []
+
+    def draw():
+        figure, (axis,) = figures.panels(1, 1)
+        layers = run.lists[name]
+        for number, values in enumerate(layers.values()):
+            points = [(first + i, value) for i, value in enumerate(values)]
+            figures.curve(axis, points, "", figures.colour_of_layer(number, len(layers)), width=1.0)
+        if baseline is not None and name in baseline.lists:
+            others = list(baseline.lists[name].values())
+            mean = [(first + i, sum(column) / len(column)) for i, column in enumerate(zip(*others))]
+            figures.curve(axis, mean, "baseline, mean of layers", figures.BASELINE, dashed=True, width=2.0)
+        figures.finish(axis, f"{title} (first layer blue)", x=x)
+        return figure
+
+    return [Figure(name, f"{title}, a line for each layer", draw)]
+
+
+def _fewer(run: Run) -> str:
+    shares = []
+    for values in run.lists["mass_of_best"].values():
+        if values[-1] > 0:
+            shares.append([value / values[-1] for value in values])
+    means = [sum(column) / len(column) for column in zip(*shares)]
+    parts = [f"{count} of {len(means)} experts carry {share:.1%}" for count, share in enumerate(means[:-1], start=1)]
+    return f"Of the probability of the chosen experts, in the mean of layers: {'; '.join(parts)}." if parts else ""
+
+
+def _overview(run: Run, baseline: Optional[Run]) -> Optional[Figure]:
+    """Six panels, of what there is."""
+    chosen: list[Callable] = [
+        partial(_panel, run=run, baseline=baseline, name=name)
+        for name in (VALIDATION_LOSS, "specialization_loss", "coupling_loss", "mean_abs_cos", "routing_entropy")
+        if name in run.series
+    ]
+    if "normalized_mutual_information" in run.series:
+        chosen.append(lambda figure, axis: _draw_information(axis, run, baseline))
+    if _relative_loads(run) is not None:
+        chosen.append(lambda figure, axis: _draw_loads(figure, axis, run))
+    if len(chosen) < 2:
+        return None
+    chosen = chosen[-6:]
+
+    def draw():
+        figure, axes = figures.panels(-(-len(chosen) // 3), 3)
+        for axis, one in zip(axes, chosen):
+            one(figure, axis)
+        for axis in axes[len(chosen) :]:
+            axis.axis("off")
+        return figure
+
+    return Figure("overview", "losses, overlap, entropy, pathways and load at a glance", draw, columns="wide")
+
+
+def _panel(figure, axis, run: Run, baseline: Optional[Run], name: str) -> None:
+    _draw_curve(axis, run, baseline, name)

@@ -1,0 +1,160 @@
+"""Draws figures by matplotlib, for light and for dark pages."""
+
+import base64
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+MOST_POINTS = 500  # of a curve
+MOST_COLUMNS = 200  # of a heat map
+BASELINE = "#8a8a8a"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
+HEAT = "cividis"
+
+Points = Sequence[tuple[float, float]]
+
+
+def pyplot():
+    """matplotlib.pyplot, without a display.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message names the remedy.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reports need matplotlib: install it, or this package with its extra, pip install -e '.[report]'",
+            name="matplotlib",
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as module
+
+    return module
+
+
+@contextmanager
+def theme(dark: bool) -> Iterator[None]:
+    """Figures drawn inside suit a page of this kind: transparent, with text that can be read on it."""
+    text = "#d7dae0" if dark else "#24292f"
+    settings = {
+        "figure.facecolor": "none",
+        "axes.facecolor": "none",
+        "savefig.facecolor": "none",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": False,
+        "grid.alpha": 0.25,
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        **dict.fromkeys(
+            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), text
+        ),
+    }
+    with pyplot().rc_context(settings):
+        yield
+
+
+def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """At most so many points: means of neighbours, each at the middle of their iterations."""
+    width = -(-len(points) // most) or 1
+    blocks = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(sum(x for x, _ in block) / len(block), sum(y for _, y in block) / len(block)) for block in blocks]
+
+
+def curve(axis, points: Points, label: str, colour: str, dashed: bool = False, width: float = 1.4) -> None:
+    """One line, with marks where points are few."""
+    points = thinned(points)
+    x, y = [x for x, _ in points], [y for _, y in points]
+    marker = "o" if len(points) < 20 else None
+    style = "--" if dashed else "-"
+    axis.plot(x, y, style, label=label, color=colour, linewidth=width, marker=marker, markersize=3)
+
+
+def finish(axis, title: str, x: str = "iteration", y: str = "", legend: bool = True) -> None:
+    axis.set_title(title)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(True)
+    if legend and axis.get_legend_handles_labels()[0]:
+        axis.legend()
+
+
+def draw_curves(axis, title: str, curves: Mapping[str, Points], baseline: Mapping[str, Points], y: str = "") -> None:
+    """Named curves of a run in one panel; those of the baseline dashed, in the same colour."""
+    for colour, (name, points) in zip(COLOURS, curves.items()):
+        curve(axis, points, name, colour)
+        if baseline.get(name):
+            several = len(curves) > 1
+            label, colour = (f"{name}, baseline", colour) if several else ("baseline", BASELINE)
+            curve(axis, baseline[name], label, colour, dashed=True)
+    finish(axis, title, y=y, legend=len(curves) > 1 or any(baseline.get(name) for name in curves))
+
+
+def colour_of_layer(number: int, num_layers: int):
+    """From blue, the first layer, to green; each can be seen on light and on dark pages."""
+    return pyplot().get_cmap("viridis")(0.3 + 0.5 * number / max(1, num_layers - 1))
+
+
+def draw_layers(figure, axis, title: str, layers: Mapping[str, Points], mean: Points, baseline: Points) -> None:
+    """A measure of each layer: lines, or a heat map where there are many layers."""
+    import numpy
+
+    if len(layers) > 12:
+        columns = sorted({x for points in layers.values() for x, _ in points})
+        columns = columns[:: -(-len(columns) // MOST_COLUMNS)]
+        table = numpy.full((len(layers), len(columns)), numpy.nan)
+        for row, points in enumerate(layers.values()):
+            values = dict(points)
+            table[row] = [values.get(x, numpy.nan) for x in columns]
+        image = axis.imshow(
+            table, aspect="auto", cmap=HEAT, interpolation="nearest", extent=(columns[0], columns[-1], len(layers), 0)
+        )
+        figure.colorbar(image, ax=axis)
+        finish(axis, title, y="layer")
+        axis.grid(False)
+        return
+    for number, (name, points) in enumerate(layers.items()):
+        curve(axis, points, f"layer {name}", colour_of_layer(number, len(layers)), width=1.0)
+    if baseline:
+        curve(axis, baseline, "baseline, all", BASELINE, dashed=True, width=2.0)
+    finish(axis, title)
+
+
+def draw_heat(figure, axis, title: str, table, x: str, y: str, names=None, largest=None, smallest=None) -> None:
+    """A table of numbers as colours; ``names``: of the rows."""
+    image = axis.imshow(table, aspect="auto", cmap=HEAT, interpolation="nearest", vmin=smallest, vmax=largest)
+    figure.colorbar(image, ax=axis)
+    axis.set_title(title)
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    if names is not None and len(names) <= 24:
+        axis.set_yticks(range(len(names)), names)
+
+
+def panels(rows: int, columns: int, height: float = 3.4):
+    """(figure, axes in a list)."""
+    figure, axes = pyplot().subplots(
+        rows, columns, figsize=(5.6 * columns, height * rows), layout="constrained", squeeze=False
+    )
+    return figure, list(axes.flat)
+
+
+def pictures(draw: Callable[[], Any]) -> tuple[bytes, bytes]:
+    """PNGs of a figure that ``draw`` makes: on white, and without a background, for a dark page."""
+    found = []
+    for dark in (False, True):
+        with theme(dark), warnings.catch_warnings():
+            figure = draw()
+            file = io.BytesIO()
+            figure.savefig(file, format="png", dpi=110, facecolor="none" if dark else "white")
+            pyplot().close(figure)
+            found.append(file.getvalue())
+    return found[0], found[1]
+
+
+def data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

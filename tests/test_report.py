@@ -1,0 +1,223 @@
+"""The report of a run: one page that needs nothing else, with what the files say, and errors that name them."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from traces import random_trace, write_trace
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from megatron_moe_spec.report.command import main
+from megatron_moe_spec.report.contents import summary
+from megatron_moe_spec.report.runs import RunError, read_run
+
+ITERATIONS = range(10, 110, 10)
+NUM_LAYERS, NUM_EXPERTS = 3, 4
+
+
+def record(iteration, scale=1.0, num_layers=NUM_LAYERS, num_experts=NUM_EXPERTS):
+    def layer(number):
+        return {
+            "layer": number,
+            "layer_number": number + 1,
+            "routing_entropy": scale * (2.0 + number - iteration / 100),
+            "mean_abs_cos": 0.1 * scale,
+            "max_abs_cos": scale * (0.3 + 0.1 * number),
+            "max_violation": 0.5 * number * scale,
+            "load": [iteration + expert * number for expert in range(num_experts)],
+            "mass_of_best": [0.6, 0.8],
+            "router_singular_values": [4.0, 3.0, 2.0, 1.0][:num_experts],
+            "router_mean_abs_cos": None,
+            "specialization_loss": 0.01 * scale * (number + 1),
+        }
+
+    pairs = [
+        {
+            "layers": [number, number + 1],
+            "conditional_entropy": 1.0,
+            "normalized_mutual_information": 0.2 * scale,
+            "null_normalized_mutual_information": 0.01,
+        }
+        for number in range(num_layers - 1)
+    ]
+    return {
+        "iteration": iteration,
+        "specialization_loss": 0.02 * scale,
+        "coupling_loss": 0.8 * scale,
+        "layers": [layer(number) for number in range(num_layers)],
+        "pairs": pairs,
+    }
+
+
+def write_run(folder, records, trace=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(one) + "\n" for one in records)
+    (folder / "moe_spec_metrics.jsonl").write_text(lines)
+    log = [{"iteration": i, "lm_loss": 5.0 - i / 50} for i in range(1, 101)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(one) + "\n" for one in log))
+    if trace is not None:
+        write_trace(folder / "traces", trace)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    trace = random_trace(200, NUM_LAYERS, NUM_EXPERTS, 2, seed=0, num_batches=2, dropped=0.1)
+    return write_run(tmp_path / "run", map(record, ITERATIONS), trace)
+
+
+class _Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.headings, self.addresses, self.alts, self.cells, self._inside = [], [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self._inside = tag
+        for name, value in attributes:
+            if name in ("src", "srcset", "href"):
+                self.addresses.append(value)
+            if name == "alt":
+                self.alts.append(value)
+
+    def handle_endtag(self, tag):
+        self._inside = ""
+
+    def handle_data(self, data):
+        if self._inside == "h2":
+            self.headings.append(data)
+        if self._inside == "td":
+            self.cells.append(data)
+
+
+def _page(path):
+    return _Page(path.read_text())
+
+
+def _refusal(capsys, *argv):
+    assert main([str(one) for one in argv]) == 2
+    return capsys.readouterr().err
+
+
+def test_the_page_needs_nothing_else(folder, tmp_path):
+    out = tmp_path / "out" / "report.html"
+    assert main([str(folder), "--out", str(out)]) == 0
+    found = _page(out)
+    assert len(found.addresses) == 2 * len(found.alts) > 20  # light and dark
+    assert all(address.startswith("data:image/png;base64,") for address in found.addresses)
+    assert "http" not in re.sub(r"base64,[^']*", "", out.read_text())
+    assert found.headings == [
+        *["Overview", "Final values", "Training", "Auxiliary losses", "Routing", "Balance", "Overlap of experts"],
+        *["Co-activation", "Pathways", "Geometry of routers", "Fewer experts"],
+    ]
+    pictures = {file.name for file in (tmp_path / "out" / "report_figures").iterdir()}
+    assert {
+        "overview.png",
+        "load.png",
+        "mutual_information.png",
+        "transitions_0_1.png",
+        "coactivation_0.png",
+    } <= pictures
+    assert len(pictures) == len(found.alts)
+    assert "1 of 2 experts carry 75.0%" in out.read_text()
+
+
+def test_what_is_not_there_has_no_section(tmp_path):
+    folder = write_run(tmp_path / "run", [])
+    assert main([str(folder), "--out", str(tmp_path / "report.html")]) == 0
+    assert _page(tmp_path / "report.html").headings == ["Final values", "Training"]
+
+
+def test_final_values_are_those_of_the_files(folder, tmp_path):
+    baseline = write_run(tmp_path / "baseline", [record(i, scale=2.0) for i in ITERATIONS])
+    rows = {row[0]: row[1:] for row in summary(read_run(folder), read_run(baseline))}
+    # The last tenth: iteration 100, three layers.
+    entropy = sum(2.0 + layer - 1.0 for layer in range(3)) / 3
+    assert rows["routing entropy of a token (nats)"] == (f"{2 * entropy:.4f}", f"{entropy:.4f}", "-50.0%")
+    assert rows["expert overlap, largest abs(cos)"] == ("1.0000", "0.5000", "-50.0%")
+    assert rows["specialization loss"] == ("0.04000", "0.02000", "-50.0%")
+    assert rows["max violation of the load, of a step"][1] == "0.500"
+    loss = sum(5.0 - i / 50 for i in range(91, 101)) / 10
+    assert rows["training loss"] == (f"{loss:.4f}", f"{loss:.4f}", "+0.0%")
+    assert "router rows, mean abs(cos)" not in rows
+    out = tmp_path / "report.html"
+    assert main([str(folder), "--baseline", str(baseline), "--out", str(out)]) == 0
+    assert f"{2 * entropy:.4f}" in _page(out).cells
+
+
+def test_layers_are_numbered_as_in_the_model(folder):
+    run = read_run(folder)
+    assert list(run.layers["routing_entropy"]) == ["1", "2", "3"]
+    assert run.layers["routing_entropy"]["2"][0] == (10, pytest.approx(2.9))
+    assert list(run.layers["conditional_entropy"]) == ["0-1", "1-2"]
+    assert run.loads[100].tolist()[2] == [100, 102, 104, 106]
+
+
+def test_a_step_that_was_run_again_counts_once(folder):
+    lines = [record(100, scale=3.0), record(110)]
+    with (folder / "moe_spec_metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(one) + "\n" for one in lines))
+    values = dict(read_run(folder).series["coupling_loss"])
+    assert values[100] == pytest.approx(2.4) and values[110] == pytest.approx(0.8) and len(values) == 11
+
+
+def test_a_line_that_is_cut_off(folder, tmp_path, capsys):
+    file = folder / "moe_spec_metrics.jsonl"
+    with file.open("a") as lines:
+        lines.write('{"iteration": 110, "lay')
+    out = tmp_path / "report.html"
+    assert main([str(folder), "--out", str(out)]) == 0
+    assert "The last line of moe_spec_metrics.jsonl is cut off" in out.read_text()
+    with file.open("a") as lines:
+        lines.write("\n" + json.dumps(record(120)) + "\n")
+    assert f"{file}:11 is no record of an iteration: delete this line" in _refusal(
+        capsys, folder, "--out", out, "--force"
+    )
+
+
+def test_errors_name_what_to_do(folder, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "train with --moe-spec-metrics-interval and --tensorboard-dir" in _refusal(capsys, empty)
+    assert "does not exist" in _refusal(capsys, tmp_path / "nothing")
+    other = write_run(tmp_path / "other", [record(i, num_experts=3) for i in ITERATIONS])
+    message = "3 MoE layers of 3 experts, .* 3 of 4: name a baseline of the same model"
+    assert re.search(message, _refusal(capsys, folder, "--baseline", other, "--out", tmp_path / "a.html"))
+    assert "holds several runs (other/moe_spec_metrics.jsonl, run/moe_spec_metrics.jsonl)" in _refusal(capsys, tmp_path)
+    assert "ends in .html" in _refusal(capsys, folder, "--out", tmp_path / "report.pdf")
+    (folder / "traces" / "router_trace_rank0.jsonl").write_text("{")
+    assert "router_trace_rank0.jsonl:1 is no JSON" in _refusal(capsys, folder, "--out", tmp_path / "a.html")
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_lines_of_another_model_are_refused(folder):
+    with (folder / "moe_spec_metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record(110, num_layers=2)) + "\n")
+    with pytest.raises(RunError, match="moe_spec_metrics.jsonl:11 is of another model"):
+        read_run(folder)
+
+
+def test_nothing_is_replaced_without_being_told(folder, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    out.write_text("mine")
+    assert "give --force" in _refusal(capsys, folder, "--out", out)
+    assert out.read_text() == "mine"
+    assert main([str(folder), "--out", str(out), "--force"]) == 0
+    assert out.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_names_are_escaped(tmp_path):
+    folder = write_run(tmp_path / "a<b>&'c", map(record, ITERATIONS))
+    out = tmp_path / "report.html"
+    assert main([str(folder), "--out", str(out)]) == 0
+    assert "a&lt;b&gt;&amp;&#x27;c" in out.read_text() and "a<b>" not in out.read_text()
+
+
+def test_many_layers_become_heat_maps_of_bounded_size(tmp_path):
+    records = (record(i, num_layers=16) for i in range(1, 600))
+    folder = write_run(tmp_path / "run", records)
+    out = tmp_path / "report.html"
+    assert main([str(folder), "--out", str(out)]) == 0
+    assert len(out.read_text()) < 5e6

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 from megatron_moe_spec.metrics.information import normalized_mutual_information
 from megatron_moe_spec.metrics.trace_counts import coactivation, loads, shuffled, transitions

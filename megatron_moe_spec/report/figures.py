@@ -5,6 +5,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 MOST_POINTS = 500  # of a curve
 MOST_COLUMNS = 200  # of a heat map

@@ -93,7 +93,8 @@ def run(sizes: dict, case: dict) -> dict:
 
         pad_rows(chunks, case["pads_rows"])
     own = losses_of_ones_own(case["own"]) if case["own"] is not None else ()
-    handle = attach(chunks, SpecConfig(extra_losses=own, **case["config"]))
+    trace = dict(trace_path=case["trace"], trace_interval=1) if case.get("trace") else {}
+    handle = attach(chunks, SpecConfig(extra_losses=own, **trace, **case["config"]))
     if case.get("graphs"):
         for chunk in chunks:
             capture(chunk)
@@ -118,7 +119,18 @@ def run(sizes: dict, case: dict) -> dict:
         "gradients": whole_gradients(chunks, mean),
         "losses": losses,
         "diagnostics": metrics[0].get("diagnostics"),
+        "trace": read_whole_trace(case["trace"]) if trace else None,
     }
+
+
+def read_whole_trace(folder: str):
+    """(layers, rows of all tokens in an order that depends on them alone), of all ranks' files."""
+    from megatron_moe_spec.metrics.trace_files import read_trace
+
+    dist.barrier()
+    trace = read_trace(folder)
+    rows = sorted(map(tuple, trace.experts_TMK.flatten(1).tolist()))
+    return trace.layers, trace.num_padding, rows
 
 
 def main(job: str, output: str) -> None:

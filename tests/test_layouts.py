@@ -75,11 +75,11 @@ ONE_OF_EACH = ("one process", "DP2", "EP2", "TP2+SP, ETP2", "CP2", "PP2+VPP2", "
 FLEX_LAYOUTS = ("EP2", "EP4", "TP2+SP, ETP1, EP2", "CP2+EP2", "PP2+EP2", "PP2+VPP2, TP2+SP, ETP1, EP2")
 # name -> what the model and its data are like; compared with one process, of the model "like" where one is named.
 # "without": another model that, trained without losses, shows Megatron's own error of this one as well.
-# "layouts": where to run it, if not everywhere.
+# "layouts": where to run it, if not everywhere. "traced": its routing is compared, too.
 MODELS = {
-    "plain": {},
+    "plain": dict(traced=True),
     "allgather dispatcher": dict(model=dict(moe_token_dispatcher_type="allgather")),
-    "full recompute": dict(model=FULL_RECOMPUTE),
+    "full recompute": dict(model=FULL_RECOMPUTE, traced=True),
     "full recompute, block": dict(model=BLOCK_RECOMPUTE, layouts=ONE_OF_EACH),
     "grouped experts, moe_act recompute": dict(model=MOE_ACT),
     "moe recompute": dict(model=MOE_RECOMPUTE, layouts=ONE_OF_EACH),
@@ -87,10 +87,12 @@ MODELS = {
     "per-token loss, full recompute": dict(
         model={**PER_TOKEN, **FULL_RECOMPUTE}, like="per-token loss", layouts=ONE_OF_EACH
     ),
-    "per-token loss, padding": dict(model=PER_TOKEN, padding=True),
+    "per-token loss, padding": dict(model=PER_TOKEN, padding=True, traced=True),
     "pathway": dict(coupling_type="pathway"),
     "top-3 of 12, sigmoid with bias, shared expert": dict(model=ODD),
-    "dense layers at the stage boundary": dict(model=dict(moe_layer_freq=[1, 0, 0, 1]), layouts=PIPELINES),
+    "dense layers at the stage boundary": dict(
+        model=dict(moe_layer_freq=[1, 0, 0, 1]), layouts=PIPELINES, traced=True
+    ),
     "no MoE layer in the first stage": dict(model=dict(moe_layer_freq=[0, 0, 1, 1]), layouts=PIPELINES),
     "token stride": dict(stride=3, like="plain"),
     "token stride, allgather dispatcher": dict(
@@ -246,12 +248,18 @@ class Jobs:
         torchrun(processes, "layouts.py", job, output, timeout=900)
         return torch.load(output)
 
+    def _traced(self, layout: str, model: str, coefficient: float) -> dict:
+        case = _case(MODELS[model], coefficient)
+        if MODELS[model].get("traced") and coefficient > 0:
+            case["trace"] = str(self._folder / f"traces of {layout}, {model}")
+        return case
+
     def result(self, layout: str, model: str, coefficient: float) -> dict:
         """One result; the first of a layout runs all of its models."""
         if layout not in self._found:
             self._found[layout] = None
             cases = _cases(layout)
-            results = self.run(layout, [_case(MODELS[name], c) for name, c in cases])
+            results = self.run(layout, [self._traced(layout, name, c) for name, c in cases])
             self._found[layout] = dict(zip(cases, results, strict=True))
         assert self._found[layout] is not None, "the job of this layout failed in another test"
         return self._found[layout][model, coefficient]
@@ -310,6 +318,10 @@ def test_layout_trains_as_one_process(jobs, record_property, layout, model):
     assert own < 1e-5, "Megatron's own gradients differ from one process"
     assert error < 1e-5
     assert loss_error < 1e-5
+    if MODELS[model].get("traced"):
+        layers, num_padding, rows = expected["trace"]
+        assert rows and (num_padding > 0) == bool(MODELS[model].get("padding"))
+        assert found["trace"] == expected["trace"]
     if model == like:
         _compare_diagnostics(found["diagnostics"], expected["diagnostics"])
 

@@ -90,9 +90,7 @@ MODELS = {
     "per-token loss, padding": dict(model=PER_TOKEN, padding=True, traced=True),
     "pathway": dict(coupling_type="pathway"),
     "top-3 of 12, sigmoid with bias, shared expert": dict(model=ODD),
-    "dense layers at the stage boundary": dict(
-        model=dict(moe_layer_freq=[1, 0, 0, 1]), layouts=PIPELINES, traced=True
-    ),
+    "dense layers at the stage boundary": dict(model=dict(moe_layer_freq=[1, 0, 0, 1]), layouts=PIPELINES, traced=True),
     "no MoE layer in the first stage": dict(model=dict(moe_layer_freq=[0, 0, 1, 1]), layouts=PIPELINES),
     "token stride": dict(stride=3, like="plain"),
     "token stride, allgather dispatcher": dict(

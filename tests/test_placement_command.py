@@ -62,6 +62,13 @@ def test_without_a_file_the_judgement_alone_is_printed(folder, tmp_path, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["trace"]
 
 
+def test_it_says_to_how_many_tokens_it_was_fitted(folder, monkeypatch, capsys):
+    few = replace(OBJECTIVES["fanout"], most_tokens=70)
+    monkeypatch.setitem(OBJECTIVES, "fanout", few)
+    assert main([folder, "--devices", "2", "--objective", "fanout"]) == 0
+    assert "Fitted to 65 of the first 195 tokens, judged by the other 205." in capsys.readouterr().out
+
+
 def test_one_layer_has_no_hops_and_no_next(tmp_path, capsys):
     write_trace(tmp_path / "trace", replace(random_trace(60, 1, 4, 2, seed=0), hidden_size=None))
     assert main([str(tmp_path / "trace"), "--devices", "2", "--objective", "fanout"]) == 0

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 
 from examples.quickstart.settings import ARMS, LOG_INTERVAL
@@ -132,9 +133,11 @@ def write(output):
     if not (output / "run.json").exists():
         raise SystemExit(f"No finished quickstart in {shown(output)}: run `make quickstart`.")
     run = json.loads((output / "run.json").read_text())
-    runs = {arm: results.read_run(output / arm).series for arm in ARMS}
-    for arm, series in runs.items():
-        if results.TRAIN_LOSS not in series:
+    runs = {}
+    for arm in ARMS:
+        with suppress(results.RunError):
+            runs[arm] = results.read_run(output / arm).series
+        if results.TRAIN_LOSS not in runs.get(arm, {}):
             raise SystemExit(f"No training loss was found in {shown(output / arm)}: run `make quickstart` again.")
     rows = table(runs, run["iterations"])
     draw(runs, output / "curves.png")

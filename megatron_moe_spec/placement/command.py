@@ -10,7 +10,7 @@ from typing import Optional
 from megatron_moe_spec.metrics.trace_files import read_trace
 from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.formats import FORMATS
-from megatron_moe_spec.placement.halves import halves
+from megatron_moe_spec.placement.halves import halves, sample
 from megatron_moe_spec.placement.placement import Cluster, Placement
 
 _DESCRIPTION = """\
@@ -40,6 +40,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from megatron_moe_spec.placement.judge import JUDGED_TOKENS, judge, judge_prefetch
+    from megatron_moe_spec.placement.objectives import OBJECTIVES
     from megatron_moe_spec.placement.text import measures_table, rates_table, verdict
 
     trace = read_trace(args.trace, args.num_experts, args.num_layers, args.drop_incomplete)
@@ -50,10 +51,12 @@ def _run(args: argparse.Namespace) -> int:
     for notice in trace.notices:
         print(f"Notice: {notice}")
     num_tokens, num_layers, top_k = trace.experts_TMK.shape
+    num_fitted = len(sample(fitted, OBJECTIVES[args.objective].most_tokens).batch_T)
     print(
         f"{num_tokens:,} tokens, {top_k} of {trace.num_experts} experts in each of {num_layers} MoE layers; "
         f"{cluster.num_slots} slots a layer on {cluster.num_devices} devices.\n"
-        f"Fitted to the first {len(fitted.batch_T):,} tokens, judged by the other {len(judged.batch_T):,}.\n",
+        f"Fitted to {num_fitted:,} of the first {len(fitted.batch_T):,} tokens, judged by the other "
+        f"{len(judged.batch_T):,}.\n",
         flush=True,
     )
     judged_placements = judge(fitted, judged, cluster, args.objective, num_groups)

@@ -151,6 +151,7 @@ class Objective:
         control: makes the trace that has the same loads, but not what the objective lives on.
         without: what the control does.
         judged_by: name of the measure.
+        most_tokens: that it is fitted to, evenly spaced; more would take minutes and tell no more.
         engines: which of them gain.
     """
 
@@ -158,6 +159,7 @@ class Objective:
     control: Callable[[Trace], Trace]
     without: str
     judged_by: str
+    most_tokens: int
     engines: str
 
 
@@ -167,6 +169,7 @@ OBJECTIVES = {
         shuffled,
         "tokens shuffled",
         "batch_load",
+        2**20,
         "SGLang, vLLM and TensorRT-LLM gain with expert parallelism: in each layer, all ranks wait for the one that "
         "bears most. EPLB, which they run themselves, balances totals.",
     ),
@@ -175,6 +178,7 @@ OBJECTIVES = {
         recombined,
         "experts recombined",
         "devices",
+        2**15,
         "SGLang, vLLM and TensorRT-LLM gain with expert parallelism where a token's row goes once to each device "
         "(DeepEP and the like): fewer rows travel. Mind the load: the device that bears most sets the time.",
     ),
@@ -183,6 +187,7 @@ OBJECTIVES = {
         shuffled,
         "tokens shuffled",
         "hops",
+        2**15,
         "SGLang, vLLM and TensorRT-LLM gain nothing: they return the tokens of each layer to the rank that they came "
         "from. It serves engines that fetch experts from elsewhere (offloading, prefetching) and those that keep "
         "tokens where they are.",

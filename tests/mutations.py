@@ -151,6 +151,20 @@ MUTATIONS = [
         "tests/test_programs.py::test_ranks_with_different_numbers_of_tokens[erc]",
     ),
     (
+        "load of a micro-batch not summed over the ranks that share it",
+        "integration/recorder.py",
+        "dist.all_reduce(loads, group=self._token_group)",
+        "pass",
+        f"{LAYOUT}[CP2-plain]",
+    ),
+    (
+        "padding traced as dropped",
+        "integration/tracer.py",
+        "rows_TK = rows_TK.masked_fill(padding_mask.reshape(-1, 1), PADDING)",
+        "pass",
+        "tests/test_tracer.py::test_padding_is_told_from_what_was_dropped",
+    ),
+    (
         "micro-batch without tokens counted in the logged mean",
         "integration/recorder.py",
         "entry[1] += self._share * counts",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe_spec.integration.training import MetricsFile
+from megatron_moe_spec.integration.training import MetricsFile, _brief, _scalars
 
 REMEDY = "set --tensorboard-dir, or --save, to another folder, or --moe-spec-metrics-interval to 0"
 
@@ -90,3 +90,25 @@ def test_full_disk_warns_once_and_leaves_whole_lines(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         file.append({"iteration": 4})
     assert _lines(path) == [{"iteration": 1}, {"iteration": 4}]
+
+
+def test_keys_for_wandb_do_not_grow_with_the_model():
+    def diagnostics(num_layers):
+        layers = [
+            {"layer": i, "layer_number": 3 + i, "load": [1, 2], "routing_entropy": 1.0 + i, "max_violation": i / 2}
+            for i in range(num_layers)
+        ]
+        layers[0]["topk_mass"] = None
+        pairs = [{"layers": [i, i + 1], "conditional_entropy": 2.0} for i in range(num_layers - 1)]
+        return {"layers": layers, "pairs": pairs}
+
+    assert _brief(diagnostics(3)) == {
+        "moe_spec/routing_entropy": 2.0,
+        "moe_spec/max_violation": 0.5,
+        "moe_spec/max_violation_largest": 1.0,
+        "moe_spec/conditional_entropy": 2.0,
+    }
+    assert _brief(diagnostics(3)).keys() == _brief(diagnostics(60)).keys()
+    full = _scalars(diagnostics(3))
+    assert full["moe_spec/routing_entropy/layer_2"] == 3.0 and full["moe_spec/conditional_entropy/layers_1_2"] == 2.0
+    assert len(full) == 2 * 3 + 2

@@ -27,6 +27,7 @@ MODEL = """
 """.split()
 LOSSES = ["--moe-specialization-loss-coeff", "2e-2", "--moe-coupling-loss-coeff", "1e-2"]
 MEASURE = ["--moe-spec-metrics-interval", "2"]
+TRACE = ["--moe-spec-trace-interval", "2", "--moe-spec-trace-path"]
 
 
 def launch(*flags, processes=1) -> str:
@@ -63,7 +64,7 @@ def runs(megatron, tmp_path_factory):  # megatron: reading a checkpoint imports 
     outputs = {
         "plain": run("plain"),
         "zero": run("zero", "--moe-specialization-loss-coeff", "0", "--moe-coupling-loss-coeff", "0"),
-        "losses": run("losses", *LOSSES, *MEASURE),
+        "losses": run("losses", *LOSSES, *MEASURE, *TRACE, folder / "traces", "--moe-per-layer-logging"),
     }
     return folder, outputs
 
@@ -122,6 +123,33 @@ def test_metrics_file(runs):
         assert all(0 < layer["mean_abs_cos"] <= layer["max_abs_cos"] <= 1 for layer in line["layers"])
         assert all(layer["load_imbalance"] >= 1 for layer in line["layers"])
         assert [pair["layers"] for pair in line["pairs"]] == [[0, 1]]
+
+
+def test_each_layer_s_losses_are_logged_beside_megatron_s_own(runs):
+    folder, _ = runs
+    logged = scalars(folder / "losses")
+    assert list(logged["moe/load_balancing_loss_layer_1"]) == [1, 2, 3, 4]
+    layers = [logged[f"moe/specialization_loss_layer_{layer}"] for layer in (0, 1)]
+    for iteration in (1, 2, 3, 4):
+        mean = sum(layer[iteration] for layer in layers) / 2
+        assert mean == pytest.approx(logged["specialization_loss"][iteration], rel=1e-5)
+        assert logged["moe/coupling_loss_layer_0"][iteration] == pytest.approx(
+            logged["coupling_loss"][iteration], rel=1e-5
+        )
+    assert "moe/coupling_loss_layer_1" not in logged and not any("_layer_" in name for name in scalars(folder / "zero"))
+
+
+def test_routing_is_traced(runs):
+    from megatron_moe_spec.metrics.trace_counts import loads
+    from megatron_moe_spec.metrics.trace_files import read_trace
+
+    folder, outputs = runs
+    assert f"traced every 2 iterations to {folder / 'traces'}" in outputs["losses"]
+    trace = read_trace(folder / "traces")
+    assert (trace.layers, trace.num_experts, len(trace.experts_TMK)) == ((0, 1), 4, 2 * 4 * 32)
+    lines = [json.loads(line) for line in (folder / "losses" / "moe_spec_metrics.jsonl").read_text().splitlines()]
+    for number, layer in enumerate(loads(trace).tolist()):
+        assert layer == [sum(loads) for loads in zip(*(line["layers"][number]["load"] for line in lines))]
 
 
 def test_checkpoints_resume_with_and_without_the_losses(runs, tmp_path):

@@ -278,6 +278,8 @@ def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
     if not spec.trained_losses and spec.metrics_interval:
         losses += ", measuring alone"
     yield "losses", losses + (" (assumed: no coefficient was given)" if assumed else "")
+    if spec.trace_path:
+        yield "traces", f"every {spec.trace_interval} iterations to {spec.trace_path}"
     number = f"{sum(stages.num_layers)} of {transformer_config.num_layers}"
     spread = f", by pipeline stage {stages.num_layers}" if len(stages.num_layers) > 1 else ""
     experts = f"{transformer_config.num_moe_experts} experts, {transformer_config.moe_router_topk} for each token"

@@ -52,6 +52,8 @@ def test_where_a_coefficient_is_given_none_is_assumed(diagnose):
     status, _, rows = diagnose(*MODEL, "--moe-specialization-loss-coeff=0")
     assert status == 0 and rows["losses"] == "none"
     assert diagnose(*MODEL, "--moe-spec-metrics-interval", 5)[2]["losses"] == "none, measuring alone"
+    traced = diagnose(*MODEL, "--moe-spec-trace-path", "traces")[2]
+    assert (traced["losses"], traced["traces"]) == ("none", "every 100 iterations to traces")
 
 
 RECIPE = """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_moe_spec.metrics.traces import Trace
 
-_PART = 2**14  # tokens whose one-hot rows are in memory at once
+_PART = 2**14  # tokens whose pairs of experts are in memory at once
 
 
 def loads(trace: Trace) -> Tensor:
@@ -22,12 +22,13 @@ def transitions(experts_TK: Tensor, experts_next_TK: Tensor, num_experts: int) -
     Args:
         experts_TK, experts_next_TK: experts of the same tokens in the two layers; negative: none.
     """
-    joint = torch.zeros(num_experts, num_experts, dtype=torch.int64)
-    parts = zip(experts_TK.split(_PART), experts_next_TK.split(_PART))
-    for here_TK, next_TK in parts:  # counts of a part are exact in fp32
-        here_TE, next_TE = _counts_of_tokens(here_TK, num_experts), _counts_of_tokens(next_TK, num_experts)
-        joint += (here_TE.T @ next_TE).long()
-    return joint
+    columns = num_experts + 1  # a last one for those that have none, which is cut off
+    joint = torch.zeros(columns * columns, dtype=torch.int64)
+    for here_TK, next_TK in zip(experts_TK.split(_PART), experts_next_TK.split(_PART)):
+        here_TK, next_TK = (part.long().clamp_min(-1) % columns for part in (here_TK, next_TK))
+        pairs_TKK = here_TK[:, :, None] * columns + next_TK[:, None]
+        joint += torch.bincount(pairs_TKK.flatten(), minlength=columns * columns)
+    return joint.view(columns, columns)[:-1, :-1]
 
 
 def coactivation(experts_TK: Tensor, num_experts: int) -> Tensor:
@@ -64,10 +65,3 @@ def recombined(trace: Trace, seed: int = 0) -> Trace:
 def _counts(numbers: Tensor, size: int) -> Tensor:
     """How often each of 0 to size - 1 occurs; negative numbers are passed over."""
     return torch.bincount(numbers[numbers >= 0], minlength=size)
-
-
-def _counts_of_tokens(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """[T, E] fp32: how often each expert is among a token's; negative numbers are passed over."""
-    columns_TK = experts_TK.long().clamp_min(-1) % (num_experts + 1)  # -1: a last column, which is cut off
-    counts = torch.zeros(len(experts_TK), num_experts + 1)
-    return counts.scatter_add_(1, columns_TK, torch.ones(()).expand(columns_TK.shape))[:, :num_experts]

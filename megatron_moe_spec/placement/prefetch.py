@@ -43,16 +43,16 @@ def cache_hits(trace: Trace, num_slots: int) -> tuple[float, float]:
     """Hit rates of caches of ``num_slots`` experts in each layer, which see the tokens in order.
 
     The experts of a token are looked up together, then all enter. The least recently used (LRU) of the others leave, or
-    the least frequently used in the trace up to here (LFU); of those, the least recently used. Of experts of the same
-    token, the one of the lower number counts as used earlier.
+    the least frequently used in the trace up to here (LFU); of those, the least recently used; of those, the ones of
+    lower numbers.
 
     Args:
         num_slots: not less than K.
     """
-    num_tokens, num_layers, top_k = trace.experts_TMK.shape
+    num_tokens, num_layers = trace.experts_TMK.shape[:2]
     rows = np.arange(2 * num_layers)  # a cache each: LRU, then LFU
     row_X1 = rows[:, None]
-    weight_X1 = np.repeat([0, num_tokens * top_k], num_layers)[:, None]
+    weight_X1 = np.repeat([0, num_tokens], num_layers)[:, None]
     # The least value leaves; infinite: not in the cache. Dropped experts, -1, use the last column.
     values_XE = np.full((len(rows), trace.num_experts + 1), np.inf)
     uses_XE = np.zeros(values_XE.shape)
@@ -68,7 +68,7 @@ def cache_hits(trace: Trace, num_slots: int) -> tuple[float, float]:
             values_XE[rows[is_full_X], values_XE.argmin(axis=1)[is_full_X]] = np.inf
             sizes_X -= is_full_X
         uses_XE[row_X1, experts_XK] += 1
-        values_XE[row_X1, experts_XK] = weight_X1 * uses_XE[row_X1, experts_XK] + token * top_k + np.arange(top_k)
+        values_XE[row_X1, experts_XK] = weight_X1 * uses_XE[row_X1, experts_XK] + token
         values_XE[:, -1] = np.inf
     lru, lfu = hits_X.reshape(2, -1).sum(axis=1) / int((trace.experts_TMK >= 0).sum())
     return float(lru), float(lfu)

@@ -20,7 +20,7 @@ needs_training_loop = pytest.mark.skipif(
 )
 
 
-def torchrun(processes: int, *command, timeout: int = 300, folders=()) -> str:
+def torchrun(processes: int, *command, timeout: int = 600, folders=()) -> str:
     """Runs ``torchrun --nproc-per-node processes command``, in the tests' folder; returns what it printed.
 
     Args:

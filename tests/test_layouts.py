@@ -243,7 +243,7 @@ class Jobs:
         processes, sizes = LAYOUTS[layout]
         job, output = self._folder / "job.json", self._folder / "results.pt"
         job.write_text(json.dumps([sizes, cases]))
-        torchrun(processes, "layouts.py", job, output, timeout=900)
+        torchrun(processes, "layouts.py", job, output, timeout=1800)
         return torch.load(output)
 
     def _traced(self, layout: str, model: str, coefficient: float) -> dict:

@@ -5,7 +5,7 @@ import torch
 from traces import random_trace
 
 from megatron_moe_spec.metrics.trace_counts import loads, shuffled
-from megatron_moe_spec.placement.halves import halves, sample, tokens
+from megatron_moe_spec.placement.halves import halves, sample, some_batches, tokens
 from megatron_moe_spec.placement.measures import measure
 from megatron_moe_spec.placement.placement import Cluster, Placement, contiguous, random
 from megatron_moe_spec.placement.prefetch import cache_hits, popularity_scores, predicted_hits, transition_scores
@@ -168,3 +168,12 @@ def test_shuffled_tokens_predict_no_better_than_popularity():
     hottest = predicted_hits(popularity_scores(fitted), judged, 2)
     assert by_experts > hottest + 0.1
     assert abs(mixed - hottest) < 0.03
+
+
+def test_some_batches_are_whole_and_evenly_spaced():
+    trace = random_trace(400, 2, 4, 2, seed=0, num_batches=8, sequences_per_batch=2)
+    some = some_batches(trace, 150)
+    assert some.batch_T.unique().tolist() == [0, 3, 6]
+    kept = (trace.batch_T == 0) | (trace.batch_T == 3) | (trace.batch_T == 6)
+    assert torch.equal(some.experts_TMK, trace.experts_TMK[kept])
+    assert some_batches(trace, 400) is trace

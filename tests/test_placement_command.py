@@ -66,7 +66,7 @@ def test_it_says_to_how_many_tokens_it_was_fitted(folder, monkeypatch, capsys):
     few = replace(OBJECTIVES["fanout"], most_tokens=70)
     monkeypatch.setitem(OBJECTIVES, "fanout", few)
     assert main([folder, "--devices", "2", "--objective", "fanout"]) == 0
-    assert "Fitted to 65 of the first 195 tokens, judged by the other 205." in capsys.readouterr().out
+    assert "Fitted to 65 of the first 195 tokens, judged by 205 of the other 205." in capsys.readouterr().out
 
 
 def test_one_layer_has_no_hops_and_no_next(tmp_path, capsys):

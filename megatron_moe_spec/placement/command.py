@@ -10,7 +10,7 @@ from typing import Optional
 from megatron_moe_spec.metrics.trace_files import read_trace
 from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.formats import FORMATS
-from megatron_moe_spec.placement.halves import halves, sample
+from megatron_moe_spec.placement.halves import halves, sample, some_batches
 from megatron_moe_spec.placement.placement import Cluster, Placement
 
 _DESCRIPTION = """\
@@ -39,7 +39,7 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_moe_spec.placement.judge import JUDGED_TOKENS, judge, judge_prefetch
+    from megatron_moe_spec.placement.judge import JUDGED_TOKENS, MEASURED_TOKENS, judge, judge_prefetch
     from megatron_moe_spec.placement.objectives import OBJECTIVES
     from megatron_moe_spec.placement.text import measures_table, rates_table, verdict
 
@@ -52,10 +52,11 @@ def _run(args: argparse.Namespace) -> int:
         print(f"Notice: {notice}")
     num_tokens, num_layers, top_k = trace.experts_TMK.shape
     num_fitted = len(sample(fitted, OBJECTIVES[args.objective].most_tokens).batch_T)
+    num_judged = len(some_batches(judged, MEASURED_TOKENS).batch_T)
     print(
         f"{num_tokens:,} tokens, {top_k} of {trace.num_experts} experts in each of {num_layers} MoE layers; "
         f"{cluster.num_slots} slots a layer on {cluster.num_devices} devices.\n"
-        f"Fitted to {num_fitted:,} of the first {len(fitted.batch_T):,} tokens, judged by the other "
+        f"Fitted to {num_fitted:,} of the first {len(fitted.batch_T):,} tokens, judged by {num_judged:,} of the other "
         f"{len(judged.batch_T):,}.\n",
         flush=True,
     )

@@ -1,8 +1,10 @@
 """The tokens of a trace that placements are fitted to, and those that judge them."""
 
 from dataclasses import replace
+from typing import Union
 
 import torch
+from torch import Tensor
 
 from megatron_moe_spec.metrics.traces import Trace
 
@@ -22,7 +24,13 @@ def halves(trace: Trace) -> tuple[Trace, Trace]:
     return tokens(trace, slice(0, cut)), tokens(trace, slice(cut, None))
 
 
-def tokens(trace: Trace, which: slice) -> Trace:
+def some_batches(trace: Trace, most: int) -> Trace:
+    """The trace of whole batches at equal distances, of about so many tokens in all."""
+    kept = trace.batch_T.unique()[:: -(-len(trace.batch_T) // most)]
+    return trace if len(kept) == len(trace.batch_T.unique()) else tokens(trace, torch.isin(trace.batch_T, kept))
+
+
+def tokens(trace: Trace, which: Union[slice, Tensor]) -> Trace:
     """The trace of some of its tokens."""
     return replace(
         trace,

@@ -3,13 +3,14 @@
 from megatron_moe_spec.metrics.trace_counts import loads, shuffled
 from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.eplb import rebalance_experts
-from megatron_moe_spec.placement.halves import sample, tokens
+from megatron_moe_spec.placement.halves import sample, some_batches, tokens
 from megatron_moe_spec.placement.measures import Measures, measure
 from megatron_moe_spec.placement.objectives import OBJECTIVES
 from megatron_moe_spec.placement.placement import Cluster, Placement, contiguous, random
 from megatron_moe_spec.placement.prefetch import cache_hits, popularity_scores, predicted_hits, transition_scores
 
 _FITTED_TOKENS = 2**14  # of a predictor
+MEASURED_TOKENS = 2**16  # of placements
 JUDGED_TOKENS = 5_000  # of predictors and caches
 
 
@@ -32,7 +33,8 @@ def judge(
         f"{objective}, {chosen.without}": chosen.place(chosen.control(few), cluster),
         objective: chosen.place(few, cluster),
     }
-    return {name: (placement, measure(placement, judged)) for name, placement in placements.items()}
+    some = some_batches(judged, MEASURED_TOKENS)
+    return {name: (placement, measure(placement, some)) for name, placement in placements.items()}
 
 
 def judge_prefetch(fitted: Trace, judged: Trace, num_predicted: int, num_slots: int) -> dict[str, list[float]]:

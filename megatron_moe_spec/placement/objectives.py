@@ -169,7 +169,7 @@ OBJECTIVES = {
         shuffled,
         "tokens shuffled",
         "batch_load",
-        2**20,
+        2**16,
         "SGLang, vLLM and TensorRT-LLM gain with expert parallelism: in each layer, all ranks wait for the one that "
         "bears most. EPLB, which they run themselves, balances totals.",
     ),

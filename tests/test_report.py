@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -9,8 +11,9 @@ from traces import random_trace, write_trace
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
+from megatron_moe_spec.report import figures
 from megatron_moe_spec.report.command import main
-from megatron_moe_spec.report.contents import summary
+from megatron_moe_spec.report.contents import sections, summary
 from megatron_moe_spec.report.runs import RunError, read_run
 
 ITERATIONS = range(10, 110, 10)
@@ -70,7 +73,7 @@ def short(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    trace = random_trace(200, NUM_LAYERS, NUM_EXPERTS, 2, seed=0, num_batches=2, dropped=0.1)
+    trace = random_trace(200, NUM_LAYERS, NUM_EXPERTS, 2, seed=0, num_batches=2, dropped=0.1, num_dense=1)
     return write_run(tmp_path / "run", map(record, ITERATIONS), trace)
 
 
@@ -94,7 +97,7 @@ class _Page(HTMLParser):
     def handle_data(self, data):
         if self._inside == "h2":
             self.headings.append(data)
-        if self._inside == "td":
+        if self._inside in ("td", "th"):
             self.cells.append(data)
 
 
@@ -111,7 +114,7 @@ def test_the_page_needs_nothing_else(folder, tmp_path):
     out = tmp_path / "out" / "report.html"
     assert main([str(folder), "--out", str(out)]) == 0
     found = _page(out)
-    assert len(found.addresses) == 2 * len(found.alts) > 20  # light and dark
+    assert len(found.addresses) == len(found.alts) == 2 * len(set(found.alts)) > 20  # light and dark
     assert all(address.startswith("data:image/png;base64,") for address in found.addresses)
     assert "http" not in re.sub(r"base64,[^']*", "", out.read_text())
     assert found.headings == [
@@ -123,10 +126,10 @@ def test_the_page_needs_nothing_else(folder, tmp_path):
         "overview.png",
         "load.png",
         "mutual_information.png",
-        "transitions_0_1.png",
-        "coactivation_0.png",
+        "transitions_1_2.png",
+        "coactivation_1.png",
     } <= pictures
-    assert len(pictures) == len(found.alts)
+    assert len(pictures) == len(set(found.alts))
     assert "1 of 2 experts carry 75.0%" in out.read_text()
 
 
@@ -154,14 +157,16 @@ def test_the_baseline_is_in_the_table(short, tmp_path):
     out = tmp_path / "report.html"
     assert main([str(short), "--baseline", str(short), "--out", str(out)]) == 0
     loss = f"{sum(5.0 - i / 50 for i in range(91, 101)) / 10:.4f}"
-    assert _page(out).cells == ["training loss", loss, loss, "+0.0%"]
+    header = ["baseline", "this run", "change"]
+    assert _page(out).cells == [*header, "training loss", loss, loss, "+0.0%"]
 
 
 def test_layers_are_numbered_as_in_the_model(folder):
     run = read_run(folder)
     assert list(run.layers["routing_entropy"]) == ["1", "2", "3"]
     assert run.layers["routing_entropy"]["2"][0] == (10, pytest.approx(2.9))
-    assert list(run.layers["conditional_entropy"]) == ["0-1", "1-2"]
+    assert list(run.layers["conditional_entropy"]) == ["1-2", "2-3"]
+    assert run.names == ["1", "2", "3"] and run.model == "3 MoE layers of 4 experts, 2 for each token"
     assert run.loads[100].tolist()[2] == [100, 102, 104, 106]
 
 
@@ -171,6 +176,30 @@ def test_a_step_that_was_run_again_counts_once(folder):
         file.write("".join(json.dumps(one) + "\n" for one in lines))
     values = dict(read_run(folder).series["coupling_loss"])
     assert values[100] == pytest.approx(2.4) and values[110] == pytest.approx(0.8) and len(values) == 11
+
+
+def test_lines_after_a_restart_count_in_logs_too(short):
+    lines = [{"iteration": i, "lm_loss": 40.0 + i, "validation_loss": 7.0} for i in (99, 100, 101)]
+    lines.append({"iteration": 101, "validation_loss": 9.0})
+    with (short / "log.jsonl").open("a") as file:
+        file.write("".join(json.dumps(one) + "\n" for one in lines))
+    series = read_run(short).series
+    losses = dict(series["lm_loss"])
+    assert losses[98] == 5.0 - 98 / 50 and [losses[i] for i in (99, 100, 101)] == [139.0, 140.0, 141.0]
+    assert series["validation_loss"][-1] == (101, 8.0)  # two evaluations of the last iteration
+
+
+def test_measurements_are_in_order_after_a_restart(folder):
+    with (folder / "moe_spec_metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record(55)) + "\n")
+    assert list(read_run(folder).loads) == [10, 20, 30, 40, 50, 55, 60, 70, 80, 90, 100]
+
+
+def test_the_end_of_a_measure_is_its_own(folder):
+    with (folder / "log.jsonl").open("a") as file:
+        file.write("".join(json.dumps({"iteration": i, "lm_loss": 1.0}) + "\n" for i in range(101, 1001)))
+    rows = {row[0]: row[1] for row in summary(read_run(folder), None)}
+    assert rows["coupling loss"] == "0.8000" and rows["training loss"] == "1.0000"
 
 
 def test_a_line_that_is_cut_off(short, tmp_path, capsys):
@@ -193,12 +222,17 @@ def test_errors_name_what_to_do(folder, tmp_path, capsys):
     assert "train with --moe-spec-metrics-interval and --tensorboard-dir" in _refusal(capsys, empty)
     assert "does not exist" in _refusal(capsys, tmp_path / "nothing")
     other = write_run(tmp_path / "other", [record(i, num_experts=3) for i in ITERATIONS])
-    message = "3 MoE layers of 3 experts, .* 3 of 4: name a baseline of the same model"
+    message = "3 MoE layers of 3 experts, .* 3 MoE layers of 4 experts.*: name a baseline of the same model"
     assert re.search(message, _refusal(capsys, folder, "--baseline", other, "--out", tmp_path / "a.html"))
+    bare = [{**one, "layers": [{"layer": row["layer"]} for row in one["layers"]]} for one in map(record, ITERATIONS)]
+    bare = write_run(tmp_path / "bare", [{**one, "layers": one["layers"][:2], "pairs": []} for one in bare])
+    message = _refusal(capsys, folder, "--baseline", bare, "--out", tmp_path / "a.html")
+    assert "bare has 2 MoE layers, " in message and "3 MoE layers of 4 experts" in message
+    shutil.rmtree(bare)
     assert "holds several runs (other/moe_spec_metrics.jsonl, run/moe_spec_metrics.jsonl)" in _refusal(capsys, tmp_path)
     assert "ends in .html" in _refusal(capsys, folder, "--out", tmp_path / "report.pdf")
     (folder / "traces" / "router_trace_rank0.jsonl").write_text("{")
-    assert "router_trace_rank0.jsonl:1 is no JSON" in _refusal(capsys, folder, "--out", tmp_path / "a.html")
+    assert "router_trace_rank0.jsonl: no record" in _refusal(capsys, folder, "--out", tmp_path / "a.html")
     assert not list(tmp_path.glob("*.html"))
 
 
@@ -209,6 +243,98 @@ def test_lines_of_another_model_are_refused(folder):
         read_run(folder)
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"layers": 3},
+        {"layers": [{"routing_entropy": 1.0}]},
+        {"layers": [{"layer": 0, "routing_entropy": "high"}]},
+        {"layers": [{"layer": 0, "mass_of_best": [0.5, "x"]}]},
+        {"layers": [{"layer": 0, "load": [1]}, {"layer": 1, "load": [1, 2]}]},
+        {"layers": [], "pairs": [{"layers": [0, 1], "conditional_entropy": 1.0}]},
+    ],
+)
+def test_a_line_of_another_kind_is_named(tmp_path, broken):
+    folder = write_run(tmp_path / "run", [{"iteration": 1}, {"iteration": 2, **broken}])
+    with pytest.raises(RunError, match="moe_spec_metrics.jsonl:2 is not what --moe-spec-metrics-interval writes"):
+        read_run(folder)
+
+
+def test_a_trace_alone_has_a_report(folder):
+    (folder / "moe_spec_metrics.jsonl").unlink()
+    (folder / "log.jsonl").unlink()
+    run = read_run(folder, folder / "traces")
+    assert run.model == "3 MoE layers of 4 experts, 2 for each token"
+    assert [section.title for section in sections(run, None)] == ["Balance", "Co-activation", "Pathways"]
+
+
+def test_a_trace_of_another_model_is_refused(folder, tmp_path):
+    for model, words in (((5, 4, 2), "5 MoE layers of 4 experts"), ((3, 6, 2), "3 MoE layers of 6 experts")):
+        traces = tmp_path / f"traces of {model[1]}"
+        write_trace(traces, random_trace(50, *model, seed=1))
+        with pytest.raises(RunError, match=f"{traces} has {words}.*metrics of .* 3 MoE layers of 4.*--traces"):
+            read_run(folder, traces)
+
+
+def test_a_trace_that_is_being_written_is_read_and_noted(folder):
+    file = folder / "traces" / "router_trace_rank0.jsonl"
+    file.write_text(file.read_text()[:-20])
+    run = read_run(folder, folder / "traces")
+    assert 0 < len(run.trace.experts_TMK) < 200
+    assert any("is no JSON and was left out" in notice for notice in run.notices)
+    assert any("1 of 2 micro-batches are incomplete and were left out" in notice for notice in run.notices)
+
+
+def test_the_remedy_for_a_trace_that_does_not_say_its_experts_works(folder, tmp_path, capsys):
+    (folder / "traces" / "router_trace_model.json").unlink()
+    out = tmp_path / "report.html"
+    assert "Give --num-experts" in _refusal(capsys, folder, "--out", out)
+    assert read_run(folder, folder / "traces", num_experts=4).trace.num_experts == 4
+    assert "has 3 MoE layers of 6 experts" in _refusal(capsys, folder, "--out", out, "--num-experts", 6)
+
+
+@pytest.mark.parametrize("library", ["matplotlib", "tensorboard"])
+def test_a_library_that_is_missing_is_named(short, tmp_path, capsys, monkeypatch, library):
+    (short / "events.out.tfevents.1").touch()
+    monkeypatch.setitem(sys.modules, library, None)
+    for module in [name for name in sys.modules if name.startswith("tensorboard.backend")]:
+        monkeypatch.delitem(sys.modules, module)
+    message = _refusal(capsys, short, "--out", tmp_path / "report.html")
+    assert f"reports need {library}: install it" in message and ".[report]" in message
+
+
+def test_the_overview_has_six_panels_with_the_loss_first(folder, monkeypatch):
+    overview = next(sections(read_run(folder, folder / "traces"), None)).figures[0]
+    axes = [axis for axis in overview.draw().axes if axis.get_title()]
+    assert [axis.get_title() for axis in axes] == [
+        *["training loss", "auxiliary losses, over their first value", "expert overlap, mean abs(cos)"],
+        *["routing entropy of a token (nats)", "load of experts, over the mean", "mutual information, normalised"],
+    ]
+    figures.pyplot().close("all")
+
+
+def test_layers_are_drawn_with_their_mean_and_the_baseline(folder, tmp_path):
+    baseline = read_run(write_run(tmp_path / "baseline", [record(i, scale=2.0) for i in ITERATIONS]))
+    run = read_run(folder)
+    found = {figure.name: figure for section in sections(run, baseline) for figure in section.figures}
+    (axis,) = found["routing_entropy"].draw().axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines()}
+    assert list(lines) == ["layer 1", "layer 2", "layer 3", "all layers", "all, baseline"]
+    assert lines["all layers"] == pytest.approx([3.0 - i / 100 for i in ITERATIONS])
+    assert lines["all, baseline"] == pytest.approx([2 * (3.0 - i / 100) for i in ITERATIONS])
+    figures.pyplot().close("all")
+
+
+def test_the_load_is_that_of_the_last_measured_steps(folder):
+    found = {figure.name: figure for section in sections(read_run(folder), None) for figure in section.figures}
+    axis = found["load"].draw().axes[0]
+    last = [[100 + expert * layer for expert in range(4)] for layer in range(3)]  # a tenth: iteration 100
+    expected = [[value / (sum(row) / 4) for value in row] for row in last]
+    assert axis.get_images()[0].get_array().tolist() == [pytest.approx(row) for row in expected]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "3"]
+    figures.pyplot().close("all")
+
+
 def test_nothing_is_replaced_without_being_told(short, tmp_path, capsys):
     out = tmp_path / "report.html"
     out.write_text("mine")
@@ -216,6 +342,11 @@ def test_nothing_is_replaced_without_being_told(short, tmp_path, capsys):
     assert out.read_text() == "mine"
     assert main([str(short), "--out", str(out), "--force"]) == 0
     assert out.read_text().startswith("<!DOCTYPE html>")
+    kept, stale = tmp_path / "report_figures" / "notes.txt", tmp_path / "report_figures" / "stale.png"
+    kept.touch()
+    stale.touch()
+    assert main([str(short), "--out", str(out), "--force"]) == 0
+    assert kept.exists() and not stale.exists()
 
 
 def test_names_are_escaped(tmp_path):

@@ -174,11 +174,9 @@ def draw_curves(found, path):
         reference = dict(mean_curve(found[arms.BASELINE], name)) if name == LOSS else {}
         for number, arm in enumerate(arms.selected(found)):
             points = [(x, y - reference.get(x, 0.0)) for x, y in mean_curve(found[arm.name], name)]
-            style = dict(color="black", linestyle="--") if arm.name == arms.BASELINE else dict(color=f"C{number}")
-            axis.plot([x for x, _ in points], [y for _, y in points], label=arm.name, linewidth=1.3, **style)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("iteration")
-        axis.grid(alpha=0.3)
+            is_baseline = arm.name == arms.BASELINE
+            figures.curve(axis, points, arm.name, "black" if is_baseline else f"C{number}", dashed=is_baseline)
+        figures.finish(axis, title, legend=False)
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(found))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import Optional
@@ -10,7 +9,7 @@ from typing import Optional
 from megatron_moe_spec.report import figures
 from megatron_moe_spec.report.contents import sections
 from megatron_moe_spec.report.page import page
-from megatron_moe_spec.report.runs import Run, RunError, find_traces, read_run
+from megatron_moe_spec.report.runs import Run, RunError, find_traces, read_run, same_model
 
 _DESCRIPTION = """\
 Writes a report of a training run, one HTML page and a folder of its figures as PNG: from moe_spec_metrics.jsonl,
@@ -23,15 +22,18 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run, or its moe_spec_metrics.jsonl")
     parser.add_argument("--baseline", metavar="RUN2", type=Path, help="another run, to compare with")
     parser.add_argument("--traces", metavar="TRACE", type=Path, help="routing trace; default: the one in RUN, if any")
+    parser.add_argument("--num-experts", metavar="N", type=int, help="of a layer, for a trace that does not say")
     parser.add_argument("--out", metavar="FILE", type=Path, default=Path("report.html"), help="default: report.html")
     parser.add_argument("--force", action="store_true", help="replace FILE and its figures")
     args = parser.parse_args(argv)
     try:
-        write_report(args.run, args.baseline, args.traces, args.out, args.force)
+        write_report(args.run, args.baseline, args.traces, args.out, args.force, args.num_experts)
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "scipy", "tensorboard", "numpy"):
+        library = error.name.split(".")[0]
+        if library not in ("matplotlib", "scipy", "tensorboard", "numpy"):
             raise
-        print(f"megatron_moe_spec.report: {error}", file=sys.stderr)
+        remedy = "install it, or this package with its extra: pip install -e '.[report]'"
+        print(f"megatron_moe_spec.report: reports need {library}: {remedy}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"megatron_moe_spec.report: {error}", file=sys.stderr)
@@ -40,7 +42,14 @@ def main(argv: Optional[list[str]] = None) -> int:
     return 0
 
 
-def write_report(path: Path, baseline: Optional[Path], traces: Optional[Path], out: Path, force: bool = False) -> None:
+def write_report(
+    path: Path,
+    baseline: Optional[Path],
+    traces: Optional[Path],
+    out: Path,
+    force: bool = False,
+    num_experts: Optional[int] = None,
+) -> None:
     """Writes the page ``out`` and the folder of figures beside it.
 
     Args:
@@ -49,6 +58,7 @@ def write_report(path: Path, baseline: Optional[Path], traces: Optional[Path], o
         traces: of the run's routing; None: what is found in the run's folder.
         out: its name ends in .html.
         force: replace what is there.
+        num_experts: of a layer, for a trace that does not say.
 
     Raises:
         ValueError: a run or trace cannot be read, the two are of different models, or ``out`` cannot be written.
@@ -62,22 +72,20 @@ def write_report(path: Path, baseline: Optional[Path], traces: Optional[Path], o
     if not path.exists():
         raise RunError(f"{path} does not exist")
     figures.pyplot()
-    run = read_run(path, traces or find_traces(path))
+    run = read_run(path, traces or find_traces(path), num_experts)
     other = None
     if baseline is not None:
         if not baseline.exists():
             raise RunError(f"--baseline {baseline} does not exist")
         other = read_run(baseline)
-        if other.shape and run.shape and other.shape != run.shape:
-            raise RunError(
-                f"{baseline} has {other.shape[0]} MoE layers of {other.shape[1]} experts, {path} {run.shape[0]} of "
-                f"{run.shape[1]}: name a baseline of the same model"
-            )
+        if not same_model(run, other):
+            raise RunError(f"{baseline} has {other.model}, {path} {run.model}: name a baseline of the same model")
     found = list(sections(run, other))
     pictures = {figure.name: figures.pictures(figure.draw) for section in found for figure in section.figures}
     text = page(f"Experts and routing of {path}", _facts(run, other), run.notices, found, pictures)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.png"):
+        stale.unlink()
     for name, (light, _) in pictures.items():
         (folder / f"{name}.png").write_bytes(light)
     unfinished = out.with_name(f".{out.name}.unfinished")
@@ -93,15 +101,16 @@ def _facts(run: Run, baseline: Optional[Run]) -> list[str]:
     facts = [f"Read: {', '.join(map(str, run.sources))}"]
     if baseline is not None:
         facts.append(f"Baseline (dashed): {', '.join(map(str, baseline.sources))}")
-    if run.shape:
-        facts.append(f"{run.shape[0]} MoE layers of {run.shape[1]} experts")
-    if run.loads:
-        facts.append(f"{len(run.loads)} measured steps, the last of iteration {max(run.loads)}")
+    if run.names:
+        facts.append(run.model)
+    if run.last_iteration:
+        measured = {iteration for of in run.layers.values() for one in of.values() for iteration, _ in one}
+        facts.append(f"{run.last_iteration:,} iterations, of which routing was measured in {len(measured):,}")
     if run.trace is not None:
         tokens, layers, top_k = run.trace.experts_TMK.shape
         dropped = int((run.trace.experts_TMK < 0).sum())
         facts.append(
-            f"Routing of {tokens:,} tokens in {layers} layers, {top_k} experts each; {dropped:,} places dropped, "
+            f"Routing of {tokens:,} tokens in {layers} layers, {top_k} experts each: {dropped:,} places dropped, "
             f"{run.trace.num_padding:,} tokens of padding left out"
         )
     return facts

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
 
+import torch
+
 from megatron_moe_spec.metrics.information import normalized_mutual_information
 from megatron_moe_spec.metrics.trace_counts import coactivation, loads, shuffled, transitions
 from megatron_moe_spec.metrics.traces import Trace
@@ -90,23 +92,22 @@ class Section:
     text: str = ""
 
 
-def window_of(run: Run) -> tuple[int, int]:
-    """(last iteration, number of iterations that final values are averaged over: a tenth, and one measurement)."""
-    iterations = sorted({iteration for values in run.series.values() for iteration, _ in values})
-    last = iterations[-1] if iterations else 0
+def window_of(run: Run) -> int:
+    """Number of iterations that final values are averaged over: a tenth of all, and at least one measurement."""
     measured = sorted({iteration for layers in run.layers.values() for one in layers.values() for iteration, _ in one})
     step = measured[-1] - measured[-2] if len(measured) > 1 else 1
-    return last, max(1, step, math.ceil(last / 10))
+    return max(1, step, math.ceil(run.last_iteration / 10))
 
 
 def summary(run: Run, baseline: Optional[Run]) -> list[tuple[str, ...]]:
     """Rows of final values, with the baseline's and the change where there is one."""
     runs = [run] if baseline is None else [baseline, run]
+    windows = [window_of(one) for one in runs]
     rows = []
     losses = [(name.replace("_", " "), name, 4) for name in AUXILIARY if name not in _TITLES]
     of_logs = [("training loss", TRAIN_LOSS, 4), ("validation loss", VALIDATION_LOSS, 4)]
     for title, name, digits in (*of_logs, *ROWS, *losses, *MORE_ROWS):
-        values = [_final(one, name) for one in runs]
+        values = [_final(one, name, window) for one, window in zip(runs, windows)]
         if values[-1] is None:
             continue
         cells = ["" if value is None else f"{value:.{digits}f}" for value in values]
@@ -117,10 +118,12 @@ def summary(run: Run, baseline: Optional[Run]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _final(run: Run, name: str) -> Optional[float]:
-    last, window = window_of(run)
-    values = run.series.get(name, [])
-    return (values[-1][1] if values else None) if name == VALIDATION_LOSS else final(values, last, window)
+def _final(run: Run, name: str, window: int) -> Optional[float]:
+    values = run.series.get(name)
+    if not values:
+        return None
+    last, value = values[-1]  # of this measure: others may go on for longer
+    return value if name == VALIDATION_LOSS else final(values, last, window)
 
 
 def sections(run: Run, baseline: Optional[Run]) -> Iterator[Section]:
@@ -129,11 +132,10 @@ def sections(run: Run, baseline: Optional[Run]) -> Iterator[Section]:
         yield Section("Overview", "The same figures are below, one by one.", [overview])
     header = ("", "baseline", "this run", "change") if baseline is not None else ("", "this run")
     if rows := summary(run, baseline):
-        last, window = window_of(run)
         yield Section(
             "Final values",
-            f"Means over the last {window} of {last} iterations, and over layers or pairs of adjacent layers; of "
-            "largest values the largest; of the validation loss the last.",
+            f"Means over the last {window_of(run):,} of {run.last_iteration:,} iterations, and over layers or pairs of "
+            "adjacent layers; of largest values the largest; of the validation loss the last.",
             table=[header, *rows],
         )
     if losses := [_curves(run, baseline, name) for name in (TRAIN_LOSS, VALIDATION_LOSS) if name in run.series]:
@@ -187,8 +189,8 @@ def _curves(run: Run, baseline: Optional[Run], name: str) -> Figure:
     return Figure(name, f"{_title(name)} over iterations", draw)
 
 
-def _draw_curve(axis, run: Run, baseline: Optional[Run], name: str) -> None:
-    figures.draw_curves(axis, _title(name), {"this run": run.series[name]}, {"this run": _series(baseline, name)})
+def _draw_curve(axis, run: Run, baseline: Optional[Run], name: str, label: str = "this run") -> None:
+    figures.draw_curves(axis, _title(name), {label: run.series[name]}, {label: _series(baseline, name)})
 
 
 def _of_layers(run: Run, baseline: Optional[Run], name: str) -> Figure:
@@ -196,12 +198,18 @@ def _of_layers(run: Run, baseline: Optional[Run], name: str) -> Figure:
     if len(layers) < 2:
         return _curves(run, baseline, name)
 
+    many = len(layers) > figures.MOST_LINES
+
     def draw():
-        figure, (axis,) = figures.panels(1, 1)
-        figures.draw_layers(figure, axis, _title(name), layers, run.series[name], _series(baseline, name))
+        figure, axes = figures.panels(1, 2 if many else 1)
+        if many:
+            _draw_curve(axes[0], run, baseline, name, "all layers")
+            figures.draw_layers_as_heat(figure, axes[1], _title(name), layers)
+        else:
+            figures.draw_layers(axes[0], _title(name), layers, run.series[name], _series(baseline, name))
         return figure
 
-    return Figure(name, f"{_title(name)} of each layer over iterations", draw)
+    return Figure(name, f"{_title(name)} of each layer over iterations", draw, columns="two" if many else "")
 
 
 def _draw_information(axis, run: Run, baseline: Optional[Run]) -> None:
@@ -225,24 +233,21 @@ def _information(run: Run, baseline: Optional[Run]) -> Iterator[Figure]:
 
 
 def _relative_loads(run: Run):
-    """(numbers of the layers, [M, E] load over its layer's mean) of the last tenth of measured steps, or the trace."""
+    """[M, E] load over its layer's mean, of the last tenth of measured steps, or of the trace; None without either."""
     if run.loads:
-        iterations = list(run.loads)
-        late = [run.loads[i] for i in iterations[-max(1, len(iterations) // 10) :]]
-        load, names = sum(one.double() for one in late), list(next(iter(run.layers.values()), {}))
-        names = names if len(names) == len(load) else list(map(str, range(len(load))))
+        measured = list(run.loads.values())
+        load = torch.stack(measured[-math.ceil(len(measured) / 10) :]).double().sum(dim=0)
     elif run.trace is not None:
-        load, names = loads(run.trace).double(), list(map(str, run.trace.layers))
+        load = loads(run.trace).double()
     else:
         return None
-    return names, load / load.mean(dim=1, keepdim=True).clamp_min(1e-12)
+    return load / load.mean(dim=1, keepdim=True).clamp_min(1e-12)
 
 
 def _draw_loads(figure, axis, run: Run) -> None:
-    names, relative = _relative_loads(run)
-    figures.draw_heat(
-        figure, axis, "load of experts, over the mean", relative.numpy(), "expert", "layer", names, smallest=0
-    )
+    relative = _relative_loads(run)
+    title, experts = "load of experts, over the mean", range(run.num_experts)
+    figures.draw_heat(figure, axis, title, relative.numpy(), "expert", "layer", experts, run.names, smallest=0)
 
 
 def _loads(run: Run) -> Iterator[Figure]:
@@ -256,8 +261,7 @@ def _loads(run: Run) -> Iterator[Figure]:
 
     yield Figure("load", "load of each expert of each layer, over the layer's mean", draw)
     if len(run.loads) > 1:
-        names, relative = _relative_loads(run)
-        worst = int(relative.amax(dim=1).argmax())
+        names, worst = run.names, int(_relative_loads(run).amax(dim=1).argmax())
         yield Figure(
             "load_over_time",
             f"load of the experts of layer {names[worst]} over iterations",
@@ -267,15 +271,11 @@ def _loads(run: Run) -> Iterator[Figure]:
 
 def _draw_load_over_time(run: Run, layer: int, name: str):
     figure, (axis,) = figures.panels(1, 1)
-    iterations = list(run.loads)
-    iterations = iterations[:: -(-len(iterations) // figures.MOST_COLUMNS)]
-    columns = [run.loads[i][layer].double() / run.loads[i][layer].double().mean().clamp_min(1e-12) for i in iterations]
-    table = [[float(column[expert]) for column in columns] for expert in range(len(columns[0]))]
-    title = f"load of layer {name}, the least even, over the mean"
-    figures.draw_heat(
-        figure, axis, title, table, f"measured steps {iterations[0]} to {iterations[-1]}", "expert", smallest=0
-    )
-    axis.set_xticks([])
+    iterations = figures.thinned_columns(list(run.loads))
+    load = torch.stack([run.loads[i][layer] for i in iterations], dim=1).double()
+    relative = load / load.mean(dim=0).clamp_min(1e-12)
+    title, experts = f"load of layer {name}, the least even, over the mean", range(run.num_experts)
+    figures.draw_heat(figure, axis, title, relative.numpy(), "iteration", "expert", iterations, experts, smallest=0)
     return figure
 
 
@@ -283,24 +283,21 @@ def _transitions(trace: Optional[Trace]) -> Iterator[Figure]:
     """Of the pairs of layers with the strongest pathways, beside those of shuffled tokens."""
     if trace is None or len(trace.layers) < 2:
         return
-    joints = _joints(trace)
+    layers = trace.experts_TMK.unbind(dim=1)
+    joints = [transitions(here, there, trace.num_experts) for here, there in zip(layers, layers[1:])]
     strongest = sorted(
         range(len(joints)), key=lambda pair: -float(normalized_mutual_information(joints[pair].double()))
     )
-    chance = _joints(shuffled(trace))
+    by_chance = shuffled(trace).experts_TMK.unbind(dim=1)
     for pair in sorted(strongest[:_MOST_PAIRS]):
         here, there = trace.layers[pair : pair + 2]
+        chance = transitions(by_chance[pair], by_chance[pair + 1], trace.num_experts)
         yield Figure(
             f"transitions_{here}_{there}",
             f"which experts of layer {there} follow those of layer {here}, and the same for shuffled tokens",
-            partial(_draw_transitions, joints[pair], chance[pair], here, there),
+            partial(_draw_transitions, joints[pair], chance, here, there),
             columns="two",
         )
-
-
-def _joints(trace: Trace):
-    layers = trace.experts_TMK.unbind(dim=1)
-    return [transitions(here, there, trace.num_experts) for here, there in zip(layers, layers[1:])]
 
 
 def _draw_transitions(joint, chance, here: int, there: int):
@@ -310,12 +307,10 @@ def _draw_transitions(joint, chance, here: int, there: int):
     # Columns in the order in which they follow the rows: a pathway is a bright diagonal.
     _, order = linear_sum_assignment(-joint.numpy())
     share = [x.double() / x.double().sum(dim=1, keepdim=True).clamp_min(1) for x in (joint, chance)]
-    largest = float(share[0].max())
-    for axis, table, title in zip(axes, share, (f"P(expert of layer {there} | of layer {here})", "tokens shuffled")):
-        x = f"expert of layer {there}, reordered"
-        figures.draw_heat(
-            figure, axis, title, table[:, order].numpy(), x, f"of layer {here}", largest=largest, smallest=0
-        )
+    scale = {"smallest": 0.0, "largest": float(share[0].max())}
+    x, y = f"expert of layer {there}, reordered", f"expert of layer {here}"
+    for axis, table, title in zip(axes, share, ("probability of the next layer's expert", "the same, tokens shuffled")):
+        figures.draw_heat(figure, axis, title, table[:, order].numpy(), x, y, order, range(len(order)), **scale)
     return figure
 
 
@@ -343,7 +338,8 @@ def _draw_coactivation(trace: Trace, layer: int):
     expected = load[:, None] * load / load.sum().clamp_min(1)
     lift = (joint / expected.clamp_min(1e-12)).fill_diagonal_(math.nan)
     title = f"co-activation in layer {trace.layers[layer]}"
-    figures.draw_heat(figure, axis, title, lift.numpy(), "expert", "expert", smallest=0)
+    experts = range(trace.num_experts)
+    figures.draw_heat(figure, axis, title, lift.numpy(), "expert", "expert", experts, experts, smallest=0)
     return figure
 
 
@@ -379,19 +375,20 @@ def _fewer(run: Run) -> str:
 
 
 def _overview(run: Run, baseline: Optional[Run]) -> Optional[Figure]:
-    """Six panels, of what there is."""
-    chosen: list[Callable] = [
-        partial(_panel, run=run, baseline=baseline, name=name)
-        for name in (VALIDATION_LOSS, "specialization_loss", "coupling_loss", "mean_abs_cos", "routing_entropy")
-        if name in run.series
+    """Up to six panels, of what there is."""
+    loss = next((name for name in (VALIDATION_LOSS, TRAIN_LOSS) if name in run.series), None)
+    auxiliary = [name for name in ("specialization_loss", "coupling_loss") if name in run.series]
+    chosen: list[Callable[[Any, Any], None]] = [
+        partial(_panel, run, baseline, name) for name in (loss, "mean_abs_cos", "routing_entropy") if name in run.series
     ]
-    if "normalized_mutual_information" in run.series:
-        chosen.append(lambda figure, axis: _draw_information(axis, run, baseline))
+    if auxiliary:
+        chosen.insert(1 if loss else 0, lambda figure, axis: _draw_auxiliary(axis, run, baseline, auxiliary))
     if _relative_loads(run) is not None:
         chosen.append(lambda figure, axis: _draw_loads(figure, axis, run))
+    if "normalized_mutual_information" in run.series:
+        chosen.append(lambda figure, axis: _draw_information(axis, run, baseline))
     if len(chosen) < 2:
         return None
-    chosen = chosen[-6:]
 
     def draw():
         figure, axes = figures.panels(-(-len(chosen) // 3), 3)
@@ -401,8 +398,18 @@ def _overview(run: Run, baseline: Optional[Run]) -> Optional[Figure]:
             axis.axis("off")
         return figure
 
-    return Figure("overview", "losses, overlap, entropy, pathways and load at a glance", draw, columns="wide")
+    return Figure("overview", "losses, overlap, entropy, load and pathways at a glance", draw, columns="wide")
 
 
-def _panel(figure, axis, run: Run, baseline: Optional[Run], name: str) -> None:
+def _panel(run: Run, baseline: Optional[Run], name: str, figure, axis) -> None:
     _draw_curve(axis, run, baseline, name)
+
+
+def _draw_auxiliary(axis, run: Run, baseline: Optional[Run], names: Sequence[str]) -> None:
+    """Losses of unlike size in one panel: each over its first value in this run."""
+    first = {name: abs(run.series[name][0][1]) or 1.0 for name in names}
+    curves, before = (
+        {_title(name): [(x, y / first[name]) for x, y in _series(one, name)] for name in names}
+        for one in (run, baseline)
+    )
+    figures.draw_curves(axis, "auxiliary losses, over their first value", curves, before)

@@ -12,23 +12,16 @@ MOST_COLUMNS = 200  # of a heat map
 BASELINE = "#8a8a8a"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's
 HEAT = "cividis"
+MOST_LINES = 12  # in a panel
+_TEXT = {False: "#24292f", True: "#d7dae0"}  # on a light and on a dark page
 
 Points = Sequence[tuple[float, float]]
 
 
 def pyplot():
-    """matplotlib.pyplot, without a display.
+    """matplotlib.pyplot, without a display."""
+    import matplotlib
 
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed; the message names the remedy.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reports need matplotlib: install it, or this package with its extra, pip install -e '.[report]'",
-            name="matplotlib",
-        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as module
 
@@ -38,7 +31,7 @@ def pyplot():
 @contextmanager
 def theme(dark: bool) -> Iterator[None]:
     """Figures drawn inside suit a page of this kind: transparent, with text that can be read on it."""
-    text = "#d7dae0" if dark else "#24292f"
+    text = _TEXT[dark]
     settings = {
         "figure.facecolor": "none",
         "axes.facecolor": "none",
@@ -96,44 +89,45 @@ def draw_curves(axis, title: str, curves: Mapping[str, Points], baseline: Mappin
 
 
 def colour_of_layer(number: int, num_layers: int):
-    """From blue, the first layer, to green; each can be seen on light and on dark pages."""
-    return pyplot().get_cmap("viridis")(0.3 + 0.5 * number / max(1, num_layers - 1))
+    """From blue, the first layer, to green; each can be told from the page, be it light or dark."""
+    module = pyplot()
+    first = 0.45 if module.rcParams["text.color"] == _TEXT[True] else 0.2
+    return module.get_cmap("viridis")(first + 0.45 * number / max(1, num_layers - 1))
 
 
-def draw_layers(figure, axis, title: str, layers: Mapping[str, Points], mean: Points, baseline: Points) -> None:
-    """A measure of each layer: lines, or a heat map where there are many layers."""
-    import numpy
-
-    if len(layers) > 12:
-        columns = sorted({x for points in layers.values() for x, _ in points})
-        columns = columns[:: -(-len(columns) // MOST_COLUMNS)]
-        table = numpy.full((len(layers), len(columns)), numpy.nan)
-        for row, points in enumerate(layers.values()):
-            values = dict(points)
-            table[row] = [values.get(x, numpy.nan) for x in columns]
-        image = axis.imshow(
-            table, aspect="auto", cmap=HEAT, interpolation="nearest", extent=(columns[0], columns[-1], len(layers), 0)
-        )
-        figure.colorbar(image, ax=axis)
-        finish(axis, title, y="layer")
-        axis.grid(False)
-        return
+def draw_layers(axis, title: str, layers: Mapping[str, Points], mean: Points, baseline: Points) -> None:
+    """A measure of each layer as thin lines, and of all layers together as a thick one."""
     for number, (name, points) in enumerate(layers.items()):
         curve(axis, points, f"layer {name}", colour_of_layer(number, len(layers)), width=1.0)
+    curve(axis, mean, "all layers", pyplot().rcParams["text.color"], width=2.0)
     if baseline:
-        curve(axis, baseline, "baseline, all", BASELINE, dashed=True, width=2.0)
+        curve(axis, baseline, "all, baseline", BASELINE, dashed=True, width=2.0)
     finish(axis, title)
 
 
-def draw_heat(figure, axis, title: str, table, x: str, y: str, names=None, largest=None, smallest=None) -> None:
-    """A table of numbers as colours; ``names``: of the rows."""
+def draw_layers_as_heat(figure, axis, title: str, layers: Mapping[str, Points]) -> None:
+    """A measure of each layer, a row, over iterations."""
+    iterations = thinned_columns(sorted({x for points in layers.values() for x, _ in points}))
+    values = [dict(points) for points in layers.values()]
+    table = [[of_layer.get(x, float("nan")) for x in iterations] for of_layer in values]
+    draw_heat(figure, axis, title, table, "iteration", "layer", iterations, list(layers))
+
+
+def thinned_columns(columns: Sequence) -> Sequence:
+    """Every n-th, so that a heat map gets no more than can be seen."""
+    return columns[:: -(-len(columns) // MOST_COLUMNS) or 1]
+
+
+def draw_heat(figure, axis, title: str, table, x: str, y: str, columns, rows, smallest=None, largest=None) -> None:
+    """A table of numbers as colours; ``columns`` and ``rows`` name some of the ticks."""
     image = axis.imshow(table, aspect="auto", cmap=HEAT, interpolation="nearest", vmin=smallest, vmax=largest)
     figure.colorbar(image, ax=axis)
+    for set_ticks, names, most in ((axis.set_xticks, columns, 8), (axis.set_yticks, rows, 12)):
+        step = -(-len(names) // most)
+        set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
     axis.set_title(title)
     axis.set_xlabel(x)
     axis.set_ylabel(y)
-    if names is not None and len(names) <= 24:
-        axis.set_yticks(range(len(names)), names)
 
 
 def panels(rows: int, columns: int, height: float = 3.4):

@@ -8,7 +8,7 @@ from megatron_moe_spec.report.contents import Figure, Section
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #24292f; --dim: #57606a; --page: #ffffff; --line: #d0d7de; --note: #fff8c5; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --text: #d7dae0; --dim: #9aa4af; --page: #0d1117; --line: #30363d; --note: #3b2f0b; }
 }
 * { box-sizing: border-box; }
@@ -24,12 +24,19 @@ figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 @media (min-width: 56rem) { figure.two { grid-column: span 2; } }
 img { width: 100%; height: auto; display: block; }
+img.dark { display: none; }
+@media screen and (prefers-color-scheme: dark) { img.dark { display: block; } img.light { display: none; } }
+@media screen and (max-width: 56rem) {
+  figure.two, figure.wide { overflow-x: auto; } figure.two img { width: 44rem; } figure.wide img { width: 60rem; }
+}
 .table { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: 0;
-  font-weight: normal; white-space: normal; min-width: 9rem; }
-@media print { body { max-width: none; } figure { break-inside: avoid; } }
+th:first-child { text-align: left; padding-left: 0; font-weight: normal; white-space: normal; min-width: 7rem; }
+caption { position: absolute; width: 1px; height: 1px; overflow: hidden; }
+@media (max-width: 30rem) { th, td { padding: .3rem .35rem; } td, thead th { font-size: .9rem; } }
+@media print { body { max-width: none; padding: 0; } .figures { grid-template-columns: 1fr 1fr; }
+  figure, tr { break-inside: avoid; } h2, p { break-after: avoid; } }
 """.strip()
 
 
@@ -72,16 +79,23 @@ def page(
 def _figure(figure: Figure, on_light: bytes, on_dark: bytes) -> str:
     light, dark = figures.data_uri(on_light), figures.data_uri(on_dark)
     wide = f" class='{figure.columns}'" if figure.columns else ""
+    alt = escape(figure.alt, quote=True)
+    # Not <picture>: browsers print the source that was on the screen, the dark one on white paper.
     return (
-        f"<figure{wide}><picture><source media='(prefers-color-scheme: dark)' srcset='{dark}'>"
-        f"<img src='{light}' alt='{escape(figure.alt, quote=True)}'></picture></figure>\n"
+        f"<figure{wide}><img class='light' src='{light}' alt='{alt}'>"
+        f"<img class='dark' src='{dark}' alt='{alt}'></figure>\n"
     )
 
 
 def _table(caption: str, rows: Sequence[Sequence[str]]) -> str:
     header, *body = rows
     head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in body)
+    lines = "".join(
+        f"<tr><th scope='row'>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>\n"
+        for name, *cells in body
+    )
     return (
-        f"<div class='table'><table aria-label='{escape(caption, quote=True)}'><tr>{head}</tr>\n{lines}</table></div>"
+        f"<div class='table' role='region' tabindex='0' aria-label='{escape(caption, quote=True)}'>"
+        f"<table><caption>{escape(caption)}</caption>"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>{lines}</tbody></table></div>"
     )

@@ -53,6 +53,9 @@ class Run:
         layers: by measure and layer, or pair of layers: "3", "3-4".
         lists: by measure and layer, the lists of the last measured step.
         loads: by iteration, tokens of each expert, [M, E].
+        names: of the MoE layers, their numbers in the whole model; empty where nothing tells.
+        num_experts: of each layer; None where nothing tells.
+        top_k: experts of a token; None where nothing tells.
         sources: the files that were read.
         notices: what a reader should know, one sentence each.
         trace: None where there is none.
@@ -63,28 +66,40 @@ class Run:
     layers: dict[str, dict[str, Series]] = field(default_factory=dict)
     lists: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     loads: dict[int, Tensor] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    num_experts: Optional[int] = None
+    top_k: Optional[int] = None
     sources: list[Path] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     trace: Optional[Trace] = None
 
     @property
-    def shape(self) -> Optional[tuple[int, int]]:
-        """Numbers of MoE layers and of experts; None where nothing tells."""
-        if self.trace is not None:
-            return len(self.trace.layers), self.trace.num_experts
-        last = next(reversed(self.loads.values()), None)
-        return None if last is None else (last.shape[0], last.shape[1])
+    def model(self) -> str:
+        """What is known of the model, in words."""
+        experts = f" of {self.num_experts} experts" if self.num_experts else ""
+        return f"{len(self.names)} MoE layers{experts}" + (f", {self.top_k} for each token" if self.top_k else "")
+
+    @property
+    def last_iteration(self) -> int:
+        return max((values[-1][0] for values in self.series.values() if values), default=0)
 
 
-def read_run(path: Path, traces: Optional[Path] = None) -> Run:
+def same_model(run: Run, other: Run) -> bool:
+    """Whether the two may be of the same model, by what is known of both."""
+    pairs = ((len(run.names), len(other.names)), (run.num_experts, other.num_experts))
+    return all(here == there for here, there in pairs if here and there)
+
+
+def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[int] = None) -> Run:
     """Reads a run.
 
     Args:
         path: its folder, with whatever is below it, or its file of metrics.
         traces: a routing trace to read with it; None: none is read.
+        num_experts: of the model, for a trace that does not say; None: what the trace says.
 
     Raises:
-        RunError: there is nothing, or there are several runs, or a file is broken.
+        RunError: there is nothing, there are several runs, a file is broken, or the trace is of another model.
         TraceError: the trace cannot be read.
     """
     path = Path(path)
@@ -97,7 +112,7 @@ def read_run(path: Path, traces: Optional[Path] = None) -> Run:
         if len(found) > 1:
             names = ", ".join(str(one.relative_to(folder)) for one in found)
             raise RunError(f"{folder} holds several runs ({names}): name the folder of one")
-    if not (metrics or logs or events):
+    if not (metrics or logs or events or traces):
         raise RunError(
             f"{path} has no {METRICS_FILE}, {LOG_FILE} or TensorBoard events: train with "
             "--moe-spec-metrics-interval and --tensorboard-dir, and name that folder"
@@ -110,14 +125,12 @@ def read_run(path: Path, traces: Optional[Path] = None) -> Run:
         for _, record in _json_lines(one, run.notices):
             for name in (TRAIN_LOSS, VALIDATION_LOSS, STEP_TIME, *AUXILIARY):
                 _add(run.series, name, record["iteration"], record.get(name))
-    run.series = {name: _one_value_an_iteration(values) for name, values in run.series.items()}
+    run.series = {name: _one_value_an_iteration(name, values) for name, values in run.series.items()}
     for one in metrics:
         run.sources.append(one)
         _read_metrics(one, run)
     if traces is not None:
-        run.sources.append(traces)
-        run.trace = read_trace(traces)
-        run.notices += run.trace.notices
+        _add_trace(run, traces, num_experts)
     return run
 
 
@@ -145,11 +158,15 @@ def median(values: Series) -> Optional[float]:
     return ordered[len(ordered) // 2] if ordered else None
 
 
-def _one_value_an_iteration(values: Series) -> Series:
-    """Several of one iteration are averaged, as Megatron validates twice at the last one."""
+def _one_value_an_iteration(name: str, values: Series) -> Series:
+    """Of several, the later counts, after a restart; of validation, the mean, as Megatron ends with two."""
     by_iteration: dict[int, list[float]] = {}
+    previous = None
     for iteration, value in values:
-        by_iteration.setdefault(iteration, []).append(value)
+        if iteration != previous or name != VALIDATION_LOSS:
+            by_iteration[iteration] = []
+        by_iteration[iteration].append(value)
+        previous = iteration
     return [(iteration, sum(same) / len(same)) for iteration, same in sorted(by_iteration.items())]
 
 
@@ -194,30 +211,63 @@ def _read_metrics(path: Path, run: Run) -> None:
     means: dict[str, dict[int, float]] = {}
     layers: dict[str, dict[str, dict[int, float]]] = {}
     for number, record in _json_lines(path, run.notices):
-        iteration = record["iteration"]
-        for name in AUXILIARY:
-            if isinstance(record.get(name), (int, float)):
-                means.setdefault(name, {})[iteration] = record[name]
-        loads = []
-        values: dict[str, list[float]] = {}
-        for row in (*(record.get("layers") or ()), *(record.get("pairs") or ())):
-            which = "-".join(map(str, row["layers"])) if "layers" in row else str(row.get("layer_number", row["layer"]))
-            for name, value in row.items():
-                if name in _NOT_MEASURES or value is None:
-                    continue
-                if name == "load":
-                    loads.append(torch.tensor(value, dtype=torch.int64))
-                elif isinstance(value, list):
-                    run.lists.setdefault(name, {})[which] = value
-                else:
-                    values.setdefault(name, []).append(value)
-                    layers.setdefault(name, {}).setdefault(which, {})[iteration] = value
-        for name, found in values.items():
-            if name not in AUXILIARY or name not in record:
-                means.setdefault(name, {})[iteration] = max(found) if name in _LARGEST else sum(found) / len(found)
-        if loads:
-            if len({len(load) for load in loads}) > 1 or (run.loads and len(loads) != run.shape[0]):
-                raise RunError(f"{path}:{number} is of another model than the lines before: keep one run's lines")
-            run.loads[iteration] = torch.stack(loads)
+        before = (run.names, run.num_experts)
+        try:
+            _read_record(record, run, means, layers)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            raise RunError(
+                f"{path}:{number} is not what --moe-spec-metrics-interval writes: delete this line"
+            ) from None
+        if before != (run.names, run.num_experts) and before[0]:
+            raise RunError(f"{path}:{number} is of another model than the lines before: keep one run's lines")
+    run.loads = dict(sorted(run.loads.items()))
     run.series.update({name: sorted(values.items()) for name, values in means.items()})
     run.layers = {name: {k: sorted(v.items()) for k, v in of.items()} for name, of in layers.items()}
+
+
+def _read_record(record: dict, run: Run, means: dict, layers: dict) -> None:
+    iteration = record["iteration"]
+    rows, pairs = record.get("layers") or [], record.get("pairs") or []
+    names = {row["layer"]: str(row.get("layer_number", row["layer"])) for row in rows}
+    run.names = list(names.values()) or run.names
+    values: dict[str, list[float]] = {}
+    loads = []
+    for row in (*rows, *pairs):
+        which = "-".join(names[i] for i in row["layers"]) if "layers" in row else names[row["layer"]]
+        for name, value in row.items():
+            if name in _NOT_MEASURES or value is None:
+                continue
+            if name == "load":
+                loads.append(value)
+            elif isinstance(value, list):
+                sum(value)  # raises unless all are numbers
+                run.lists.setdefault(name, {})[which] = value
+            elif math.isfinite(value):
+                values.setdefault(name, []).append(value)
+                layers.setdefault(name, {}).setdefault(which, {})[iteration] = value
+    for name, found in values.items():
+        means.setdefault(name, {})[iteration] = max(found) if name in _LARGEST else sum(found) / len(found)
+    for name in AUXILIARY:
+        if record.get(name) is not None:
+            means.setdefault(name, {})[iteration] = float(record[name])
+    if loads:
+        run.loads[iteration] = torch.tensor(loads, dtype=torch.int64)
+        run.num_experts = len(loads[0])
+    if "mass_of_best" in run.lists:
+        run.top_k = len(next(iter(run.lists["mass_of_best"].values())))
+
+
+def _add_trace(run: Run, path: Path, num_experts: Optional[int]) -> None:
+    # A run that still goes on has not written all of its last micro-batch.
+    trace = read_trace(path, num_experts, drop_incomplete=True)
+    of_trace = Run(path, names=list(map(str, trace.layers)), num_experts=trace.num_experts)
+    of_trace.top_k = trace.experts_TMK.shape[2]
+    if not same_model(run, of_trace):
+        raise RunError(
+            f"{path} has {of_trace.model}, the metrics of {run.path} {run.model}: "
+            "name the trace of this run by --traces"
+        )
+    run.sources.append(path)
+    run.trace = trace
+    run.notices += trace.notices
+    run.names, run.num_experts, run.top_k = run.names or of_trace.names, of_trace.num_experts, of_trace.top_k

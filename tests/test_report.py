@@ -7,13 +7,14 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from traces import random_trace, write_trace
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 from megatron_moe_spec.report import figures
 from megatron_moe_spec.report.command import main
-from megatron_moe_spec.report.contents import sections, summary
+from megatron_moe_spec.report.contents import _draw_coactivation, _transitions, sections, summary
 from megatron_moe_spec.report.runs import RunError, read_run
 
 ITERATIONS = range(10, 110, 10)
@@ -367,3 +368,30 @@ def test_many_layers_become_heat_maps_of_bounded_size(tmp_path):
     out = tmp_path / "report.html"
     assert main([str(folder), "--out", str(out)]) == 0
     assert len(out.read_text()) < 2e6
+
+
+def test_coactivation_by_chance_is_one():
+    for counts in (torch.ones(4, 4), torch.full((7, 7), 3)):
+        lift = _draw_coactivation(counts.long().fill_diagonal_(0), 0).axes[0].get_images()[0].get_array()
+        assert lift.mask.sum() == len(counts) and lift.compressed() == pytest.approx(1.0)
+    figures.pyplot().close("all")
+
+
+def test_pairs_with_the_strongest_pathways_are_drawn():
+    """Layer 3 repeats layer 2, so that pair must be among the four of eight, with its true counts."""
+    trace = random_trace(3000, 9, 6, 2, seed=3)
+    trace.experts_TMK[:, 3] = trace.experts_TMK[:, 2]
+    found = {figure.name: figure for figure in _transitions(trace)}
+    assert len(found) == 4 and "transitions_2_3" in found
+    joint = [[0] * 6 for _ in range(6)]
+    for here, there in trace.experts_TMK[:, 2:4].tolist():
+        for i in here:
+            for j in there:
+                joint[i][j] += 1
+    axis = found["transitions_2_3"].draw().axes[0]
+    order = pytest.importorskip("scipy.optimize").linear_sum_assignment(joint, maximize=True)[1].tolist()
+    drawn = axis.get_images()[0].get_array()
+    for expert, row in enumerate(joint):
+        assert drawn[expert].tolist() == pytest.approx([row[j] / sum(row) for j in order])
+    assert [label.get_text() for label in axis.get_xticklabels()] == [str(j) for j in order]
+    figures.pyplot().close("all")

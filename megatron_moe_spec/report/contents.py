@@ -62,6 +62,7 @@ LAYERED = {
 }
 _TITLES = {name: title for title, name, _ in (*ROWS, *MORE_ROWS)}
 _MOST_PAIRS = 4  # of layers, whose transitions are drawn
+_TOKENS_TO_CHOOSE = 2**15  # by which they are chosen
 
 
 @dataclass(frozen=True)
@@ -283,19 +284,21 @@ def _transitions(trace: Optional[Trace]) -> Iterator[Figure]:
     """Of the pairs of layers with the strongest pathways, beside those of shuffled tokens."""
     if trace is None or len(trace.layers) < 2:
         return
-    layers = trace.experts_TMK.unbind(dim=1)
-    joints = [transitions(here, there, trace.num_experts) for here, there in zip(layers, layers[1:])]
-    strongest = sorted(
-        range(len(joints)), key=lambda pair: -float(normalized_mutual_information(joints[pair].double()))
-    )
-    by_chance = shuffled(trace).experts_TMK.unbind(dim=1)
+    some = trace.experts_TMK[:: -(-len(trace.experts_TMK) // _TOKENS_TO_CHOOSE) or 1].unbind(dim=1)
+
+    def strength(pair: int) -> float:
+        joint = transitions(some[pair], some[pair + 1], trace.num_experts)
+        return float(normalized_mutual_information(joint.double()))
+
+    strongest = sorted(range(len(some) - 1), key=strength, reverse=True)
+    layers, by_chance = trace.experts_TMK.unbind(dim=1), shuffled(trace).experts_TMK.unbind(dim=1)
     for pair in sorted(strongest[:_MOST_PAIRS]):
         here, there = trace.layers[pair : pair + 2]
-        chance = transitions(by_chance[pair], by_chance[pair + 1], trace.num_experts)
+        joint, chance = (transitions(of[pair], of[pair + 1], trace.num_experts) for of in (layers, by_chance))
         yield Figure(
             f"transitions_{here}_{there}",
             f"which experts of layer {there} follow those of layer {here}, and the same for shuffled tokens",
-            partial(_draw_transitions, joints[pair], chance, here, there),
+            partial(_draw_transitions, joint, chance, here, there),
             columns="two",
         )
 
@@ -317,13 +320,14 @@ def _draw_transitions(joint, chance, here: int, there: int):
 def _coactivation(trace: Optional[Trace]) -> Iterator[Section]:
     if trace is None or trace.experts_TMK.shape[2] < 2:
         return
+    experts_MTK = trace.experts_TMK.unbind(dim=1)
     middle = len(trace.layers) // 2
     chosen = sorted({0, middle, len(trace.layers) - 1})
     drawn = [
         Figure(
             f"coactivation_{trace.layers[layer]}",
             f"how often two experts of layer {trace.layers[layer]} serve the same token",
-            partial(_draw_coactivation, trace, layer),
+            partial(_draw_coactivation, coactivation(experts_MTK[layer], trace.num_experts), trace.layers[layer]),
         )
         for layer in chosen
     ]
@@ -331,14 +335,14 @@ def _coactivation(trace: Optional[Trace]) -> Iterator[Section]:
     yield Section("Co-activation", sentence, drawn)
 
 
-def _draw_coactivation(trace: Trace, layer: int):
+def _draw_coactivation(counts, layer: int):
     figure, (axis,) = figures.panels(1, 1, height=4.4)
-    joint = coactivation(trace.experts_TMK[:, layer], trace.num_experts).double()
+    joint = counts.double()
     load = joint.sum(dim=1)
-    expected = load[:, None] * load / load.sum().clamp_min(1)
+    products = (load[:, None] * load).fill_diagonal_(0)  # no token has an expert twice
+    expected = products * (joint.sum() / products.sum().clamp_min(1))
     lift = (joint / expected.clamp_min(1e-12)).fill_diagonal_(math.nan)
-    title = f"co-activation in layer {trace.layers[layer]}"
-    experts = range(trace.num_experts)
+    title, experts = f"co-activation in layer {layer}", range(len(counts))
     figures.draw_heat(figure, axis, title, lift.numpy(), "expert", "expert", experts, experts, smallest=0)
     return figure
 
@@ -358,7 +362,7 @@ def _lists(run: Run, baseline: Optional[Run], name: str, title: str, x: str, fir
             others = list(baseline.lists[name].values())
             mean = [(first + i, sum(column) / len(column)) for i, column in enumerate(zip(*others))]
             figures.curve(axis, mean, "baseline, mean of layers", figures.BASELINE, dashed=True, width=2.0)
-        figures.finish(axis, f"{title} (first layer blue)", x=x)
+        figures.finish(axis, f"{title} (earlier layers darker)", x=x)
         return figure
 
     return [Figure(name, f"{title}, a line for each layer", draw)]

@@ -46,7 +46,7 @@ def test_waiting_terms_are_the_sums_of_each(megatron, monkeypatch, most):
 
 
 def test_layers_have_losses_of_their_own(megatron):
-    recorder = _recorder(per_layer=True, layer_numbers=[1, 4])
+    recorder = _recorder(logs_each_layer=True, layer_numbers=[1, 4])
     for layer, terms in ((0, [1.0, 3.0]), (1, [6.0]), (0, [8.0])):
         recorder.record_mean("specialization_loss", layer, torch.tensor(terms), _routing(2))
     recorder.record_loss("coupling_loss", 0, torch.tensor(0.25), True)

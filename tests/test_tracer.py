@@ -123,6 +123,18 @@ def test_nothing_is_traced_in_other_steps_nor_in_evaluation(mm, tmp_path):
         assert len(_records(tmp_path)) == (3 if step == 2 else 0)
 
 
+def test_layers_without_a_number_are_counted(mm, tmp_path):
+    from megatron_moe_spec import attach
+
+    model = mm.build_model()
+    for layer in model.decoder.layers:
+        layer.mlp.layer_number = None
+    handle = attach(model, SpecConfig(trace_path=str(tmp_path), trace_interval=1))
+    mm.run_model(model, mm.micro_batches(1)[0]).sum().backward()
+    handle.metrics()
+    assert read_trace(tmp_path).layers == (0, 1, 2)
+
+
 def test_a_resumed_run_appends(mm, tmp_path):
     batches = mm.micro_batches(1)
     for _ in range(2):

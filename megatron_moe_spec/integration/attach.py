@@ -96,7 +96,6 @@ class SpecHandle:
         self.layers = [name for _, found in chunks for name in found.taken]
         self.left_out = {name: reason for _, found in chunks for name, reason in found.left_out.items()}
         self._layers = [layer for _, found in chunks for layer in found.taken.values()]
-        self._logs_each_layer = logs_each_layer(transformer_config)
         self.losses_of_layers: dict[str, dict[int, float]] = {}
         self.recorder = Recorder(
             config,
@@ -106,7 +105,7 @@ class SpecHandle:
             token_group=token_group(self._layers[0]) if self._layers else None,
             groups=groups,
             tracer=Tracer(config.trace_path, config.trace_interval, transformer_config),
-            per_layer=self._logs_each_layer,
+            logs_each_layer=logs_each_layer(transformer_config),
         )
         self._carries = Carries([chunk for chunk, _ in chunks], stages, config)
         self._trackers = [
@@ -161,7 +160,7 @@ class SpecHandle:
         for taps in self._taps if self.recorder.measuring else ():
             taps.measure_router()
         losses, diagnostics = self.recorder.losses(), self.recorder.diagnostics()
-        self.losses_of_layers = self.recorder.losses_of_layers() if self._logs_each_layer else {}
+        self.losses_of_layers = self.recorder.losses_of_layers() if self.recorder.logs_each_layer else {}
         missing = self._expected - self.recorder.recorded
         self._warn_of_missing(missing & set(self.config.trained_losses))
         losses = {name: loss for name, loss in losses.items() if name not in missing}

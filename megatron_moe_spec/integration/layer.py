@@ -6,7 +6,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat.models import layer_number, whole_weight
+from megatron_moe_spec.integration.compat.models import whole_weight
 from megatron_moe_spec.integration.graphs import after_graph, is_router_graphed, stays_out_of_graphs
 from megatron_moe_spec.integration.hooks import MethodReplacement
 from megatron_moe_spec.integration.microbatch import MicroBatchTracker
@@ -98,7 +98,7 @@ class LayerTaps:
         if self._recorder.tracer.tracing:
             shape = call.logits.shape  # [positions, sequences, E], as a rule
             sequences = shape[1] if len(shape) == 3 else None
-            number = layer_number(layer.module)
+            number = self._recorder.layer_numbers[layer.global_index]
             self._recorder.tracer.add(number, call.micro_batch.number, routing.active_TE, call.padding_mask, sequences)
         for tap in self._taps:
             tap.observe(call)

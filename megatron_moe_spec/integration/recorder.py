@@ -27,14 +27,14 @@ class Recorder:
         recorded: log names of the losses that this rank has recorded in this step.
         measuring: whether this step's routing and overlap are measured for the diagnostics.
         tracer: writes the routing of the steps that are traced.
+        layer_numbers: of the MoE layers, among all layers of the model.
+        logs_each_layer: whether losses are kept for each layer in every step, not only in measured ones.
 
     Args:
         num_experts: of each MoE layer.
-        layer_numbers: of the MoE layers, among all layers of the model.
         top_k: experts of a token.
         token_group: the ranks that share a micro-batch; the losses they record for it sum to its loss.
         groups: process groups to reduce over, one after another.
-        per_layer: whether losses are kept for each layer in every step, not only in measured ones.
     """
 
     def __init__(
@@ -46,19 +46,19 @@ class Recorder:
         token_group=None,
         groups: Sequence = (),
         tracer: Optional[Tracer] = None,
-        per_layer: bool = False,
+        logs_each_layer: bool = False,
         iteration: int = 0,
     ):
         self.spec = spec
         self._names = [loss.name for loss in spec.computed_losses]
         self._num_experts = num_experts
-        self._layer_numbers = layer_numbers or range(len(num_experts))
+        self.layer_numbers = layer_numbers or range(len(num_experts))
         self._top_k = top_k
         self._token_group = token_group
         self._share = 1.0 / token_group.size() if token_group is not None else 1.0
         self._groups = groups
         self.tracer = tracer or Tracer("", 0, None)
-        self._always_per_layer = per_layer
+        self.logs_each_layer = logs_each_layer
         self.begin_after(iteration)
 
     def begin_after(self, iteration: int) -> None:
@@ -68,7 +68,7 @@ class Recorder:
         self.measuring = bool(interval) and (iteration + 1) % interval == 0
         self.tracer.begin_after(iteration)
         self._device = current_device()
-        self._per_layer = self.measuring or self._always_per_layer
+        self._per_layer = self.measuring or self.logs_each_layer
         # Of each loss and layer: sum of its recorded values, and their number; on the device, and what the host knows.
         num_layers = len(self._num_experts) if self._per_layer else 1
         self._losses = torch.zeros(len(self._names), num_layers, 2, dtype=torch.float64, device=self._device)
@@ -190,7 +190,7 @@ class Recorder:
             return {}
         means = (self._totals[..., 0] / self._totals[..., 1]).tolist()
         return {
-            loss.name: {number: value for number, value in zip(self._layer_numbers, values) if value == value}
+            loss.name: {number: value for number, value in zip(self.layer_numbers, values) if value == value}
             for loss, values in zip(self.spec.computed_losses, means)
             if self.wants(loss)
         }
@@ -209,12 +209,12 @@ class Recorder:
             pair.sums = self._summed(pair.sums)
         layers: list[dict] = [
             {"layer": i, "layer_number": number, **layer.summary(), **router.summary()}
-            for i, (number, layer, router) in enumerate(zip(self._layer_numbers, self._layers, self._routers))
+            for i, (number, layer, router) in enumerate(zip(self.layer_numbers, self._layers, self._routers))
         ]
         pairs: list[dict] = [{"layers": [i, i + 1], **pair.summary()} for i, pair in enumerate(self._pairs)]
         of_pairs = {loss.name for loss in self.spec.computed_losses if loss.reads == PAIRS}
         for name, values in self.losses_of_layers().items():
-            for number, row in zip(self._layer_numbers, pairs if name in of_pairs else layers):
+            for number, row in zip(self.layer_numbers, pairs if name in of_pairs else layers):
                 row[name] = values.get(number)
         return {"layers": layers, "pairs": [row for row, pair in zip(pairs, self._pairs) if pair.sums.any()]}
 

@@ -1,6 +1,7 @@
 """Division of a model's MoE layers among pipeline stages."""
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch.distributed as dist
 from torch import nn
@@ -18,7 +19,8 @@ class Stages:
         num_layers: number of MoE layers of every stage.
         own: which stages this rank's model chunks are.
         num_experts: of a layer.
-        layer_numbers: of the MoE layers of all stages, among all layers of the model, from 0.
+        layer_numbers: of the MoE layers of all stages, among all layers of the model, from 0; where the model has not
+            numbered them, among the MoE layers.
     """
 
     num_layers: list[int]
@@ -42,7 +44,7 @@ class Stages:
             ValueError: a rank gives some of its chunks only, or another config than the others.
         """
         num_experts = getattr(transformer_config, "num_moe_experts", None) or 0
-        numbers_of_chunks = [[layer_number(layer) for layer in layers] for layers in layers_of_chunks]
+        numbers_of_chunks = [list(map(layer_number, layers)) for layers in layers_of_chunks]
         num_stages = getattr(transformer_config, "pipeline_model_parallel_size", 1)
         if num_stages == 1:
             return cls._of_numbers(numbers_of_chunks, list(range(len(chunks))), num_experts)
@@ -63,8 +65,9 @@ class Stages:
         )
 
     @classmethod
-    def _of_numbers(cls, numbers_of_stages: list[list[int]], own: list[int], num_experts: int) -> "Stages":
-        numbers = [number for numbers in numbers_of_stages for number in numbers]
+    def _of_numbers(cls, numbers_of_stages: list[list[Optional[int]]], own: list[int], num_experts: int) -> "Stages":
+        found = [number for numbers in numbers_of_stages for number in numbers]
+        numbers = [i if number is None else number for i, number in enumerate(found)]
         return cls([len(numbers) for numbers in numbers_of_stages], own, num_experts, numbers)
 
     @property

@@ -102,9 +102,10 @@ def router_of(moe_layer: nn.Module) -> nn.Module:
     return unwrapped(moe_layer.router)
 
 
-def layer_number(moe_layer: nn.Module) -> int:
-    """Number of the layer among all layers of the whole model, from 0."""
-    return moe_layer.layer_number - 1
+def layer_number(moe_layer: nn.Module) -> Optional[int]:
+    """Number of the layer among all layers of the whole model, from 0; None where it was built without one."""
+    number = moe_layer.layer_number
+    return None if number is None else number - 1
 
 
 def whole_weight(router: nn.Module) -> Optional[Tensor]:

@@ -28,8 +28,8 @@ class JsonLines:
             return f"{error.strerror}: {error.filename}"
         return ""
 
-    def append(self, lines: Iterable[dict]) -> None:
-        """Writes lines, with null for what is not finite; all of them or none."""
+    def extend(self, lines: Iterable[dict]) -> None:
+        """Writes lines, all of them or none. They hold no NaN and no infinity: see ``finite``."""
         size = None
         try:
             size = self._path.stat().st_size if self._path.exists() else 0

@@ -33,7 +33,7 @@ class Tracer:
 
     def __init__(self, folder: str, interval: int, transformer_config):
         self._interval = interval if folder else 0
-        self._records: list[tuple[dict, Tensor]] = []
+        self._records: list[tuple[int, Tensor, dict[str, int]]] = []
         self.tracing = False
         if folder:
             self._top_k = transformer_config.moe_router_topk
@@ -68,32 +68,32 @@ class Tracer:
             padding_mask: True for padding, in any shape of T elements; None: no padding.
             num_sequences: None: not known.
         """
-        record = {"block": "decoder", "layer": layer, "rank": self._rank, "micro_batch": micro_batch}
+        origin = {"micro_batch": micro_batch}
         if num_sequences is not None:
-            record["num_sequences"] = num_sequences
+            origin["num_sequences"] = num_sequences
         rows_TK = _rows(active_TE, padding_mask, self._top_k).to("cpu", non_blocking=True)
-        self._records.append((record, rows_TK))
+        self._records.append((layer, rows_TK, origin))
 
     def write(self, step: int) -> None:
         """Writes what was added, as of a step."""
         if self._records:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # copies to the host
-            self._file.append(self._lines(step))
+            self._file.extend(self._lines(step))
             self._records = []
 
     def _lines(self, step: int) -> Iterator[dict]:
-        for record, rows_TK in self._records:
+        for layer, rows_TK, origin in self._records:
             yield {
                 "step": step,
                 "stage": "pre_dispatch",
-                "block": record["block"],
-                "layer": record["layer"],
-                "rank": record["rank"],
+                "block": "decoder",
+                "layer": layer,
+                "rank": self._rank,
                 "num_tokens": len(rows_TK),
                 "topk": self._top_k,
                 "top_indices": rows_TK.tolist(),
-                **{name: record[name] for name in ("micro_batch", "num_sequences") if name in record},
+                **origin,
             }
 
 

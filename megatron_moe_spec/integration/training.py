@@ -162,18 +162,19 @@ class TrainingLosses:
         return iteration
 
     def _write(self, iteration: int, losses: dict, diagnostics: dict) -> None:
-        brief = self._handle.config.wandb_metrics == "brief"
-        scalars = _scalars(diagnostics)
-        self._log(iteration, scalars, _brief(diagnostics) if brief else scalars)
+        if any(training_writers()):
+            scalars = _scalars(diagnostics)
+            brief = self._handle.config.wandb_metrics == "brief"
+            self._log(iteration, scalars, _brief(diagnostics) if brief else scalars)
         if dist.get_rank() == 0:
             line = {"iteration": iteration, **{name: float(loss) for name, loss in losses.items()}, **diagnostics}
             self._metrics_file.append(line)
 
     def _log_layers(self, iteration: int) -> None:
         """Each layer's losses, under the names that Megatron gives its own ones with --moe-per-layer-logging."""
-        of_layers = self._handle.losses_of_layers
-        scalars = {f"moe/{name}_layer_{i}": v for name, layers in of_layers.items() for i, v in layers.items()}
-        self._log(iteration, scalars, scalars)
+        if of_layers := self._handle.losses_of_layers:
+            scalars = {f"moe/{name}_layer_{i}": v for name, layers in of_layers.items() for i, v in layers.items()}
+            self._log(iteration, scalars, scalars)
 
     @staticmethod
     def _log(iteration: int, for_tensorboard: dict[str, float], for_wandb: dict[str, float]) -> None:
@@ -181,7 +182,7 @@ class TrainingLosses:
         if tensorboard:
             for tag, value in for_tensorboard.items():
                 tensorboard.add_scalar(tag, value, iteration)
-        if wandb and for_wandb:
+        if wandb:
             wandb.log(for_wandb, iteration)
 
 
@@ -198,9 +199,9 @@ class MetricsFile(JsonLines):
                 "or --moe-spec-metrics-interval to 0"
             )
 
-    def append(self, line: dict) -> None:  # type: ignore[override]
+    def append(self, line: dict) -> None:
         """Writes a line, with null for what is not finite."""
-        super().append([finite(line)])
+        self.extend([finite(line)])
 
 
 def _describe(spec: SpecConfig, metrics_file: Optional[MetricsFile]) -> str:

@@ -62,7 +62,7 @@ def result_of(output: Path, run: Run):
 
 def step_times(output: Path, run: Run) -> list:
     """[(iteration, seconds), ...] of a finished run."""
-    return results.read_run(output / "runs" / run.name).series[results.STEP_TIME]
+    return training.series_of(output / "runs" / run.name)[results.STEP_TIME]
 
 
 class Runner:
@@ -152,7 +152,7 @@ class _Job:
         self.seconds = time.monotonic() - self.began
         if self.process.returncode:
             sys.exit(training.account_of_failure(self.run.name, self.process.returncode, self.folder))
-        self.result = summary(results.read_run(self.folder).series, iterations, self.peak_bytes, self.seconds)
+        self.result = summary(training.series_of(self.folder), iterations, self.peak_bytes, self.seconds)
         if results.VALIDATION_LOSS not in self.result["values"]:
             sys.exit(f"{self.run.name} left no validation loss: see {training.shown(self.folder / 'log.txt')}")
         # Moved into place, so that a result is there whole or not at all.
@@ -174,7 +174,7 @@ def summary(series: dict, iterations: int, peak_bytes: int, seconds: float) -> d
     """The values of a run that the report needs, and its curves.
 
     Args:
-        series: see ``results.read_run``.
+        series: see ``training.series_of``.
         iterations: training steps of the run.
         peak_bytes: memory of the run's processes, where the device does not tell its own.
         seconds: that the run took.

@@ -3,11 +3,10 @@
 import argparse
 import json
 import math
-from contextlib import suppress
 from pathlib import Path
 
 from examples.quickstart.settings import ARMS, LOG_INTERVAL
-from examples.quickstart.training import shown
+from examples.quickstart.training import series_of, shown
 from megatron_moe_spec.report import figures
 from megatron_moe_spec.report import runs as results
 from megatron_moe_spec.report.command import write_report
@@ -30,7 +29,7 @@ def table(runs, iterations):
     """Rows of (name, baseline, specialized, change), as text.
 
     Args:
-        runs: {arm: series}, see ``results.read_run``.
+        runs: {arm: series}, see ``training.series_of``.
         iterations: training steps of a run.
     """
     window = last_steps(iterations)
@@ -94,8 +93,7 @@ def draw(runs, path):
             figures.finish(axis, title)
         return figure
 
-    light, _ = figures.pictures(drawn)
-    path.write_bytes(light)
+    path.write_bytes(figures.picture(drawn))
 
 
 def markdown(run, rows):
@@ -133,11 +131,9 @@ def write(output):
     if not (output / "run.json").exists():
         raise SystemExit(f"No finished quickstart in {shown(output)}: run `make quickstart`.")
     run = json.loads((output / "run.json").read_text())
-    runs = {}
-    for arm in ARMS:
-        with suppress(results.RunError):
-            runs[arm] = results.read_run(output / arm).series
-        if results.TRAIN_LOSS not in runs.get(arm, {}):
+    runs = {arm: series_of(output / arm) for arm in ARMS}
+    for arm, series in runs.items():
+        if results.TRAIN_LOSS not in series:
             raise SystemExit(f"No training loss was found in {shown(output / arm)}: run `make quickstart` again.")
     rows = table(runs, run["iterations"])
     draw(runs, output / "curves.png")

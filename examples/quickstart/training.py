@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from examples.quickstart import data, settings
+from megatron_moe_spec.report.runs import RunError, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL_LINES = 30
@@ -69,6 +70,14 @@ def megatron_steps(text):
     """(iteration, lm loss) from Megatron's console lines."""
     pattern = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*?lm loss: (\S+)")
     return [(int(iteration), float(loss)) for iteration, loss in pattern.findall(text)]
+
+
+def series_of(folder):
+    """{measure: [(iteration, value), ...]} of a run; empty where it left nothing that can be read."""
+    try:
+        return read_run(folder).series
+    except RunError:
+        return {}
 
 
 def make_data(prefix):

@@ -81,7 +81,11 @@ def write_report(
         if not same_model(run, other):
             raise RunError(f"{baseline} has {other.model}, {path} {run.model}: name a baseline of the same model")
     found = list(sections(run, other))
-    pictures = {figure.name: figures.pictures(figure.draw) for section in found for figure in section.figures}
+    pictures = {
+        figure.name: (figures.picture(figure.draw), figures.picture(figure.draw, dark=True))
+        for section in found
+        for figure in section.figures
+    }
     text = page(f"Experts and routing of {path}", _facts(run, other), run.notices, found, pictures)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):

@@ -138,17 +138,14 @@ def panels(rows: int, columns: int, height: float = 3.4):
     return figure, list(axes.flat)
 
 
-def pictures(draw: Callable[[], Any]) -> tuple[bytes, bytes]:
-    """PNGs of a figure that ``draw`` makes: on white, and without a background, for a dark page."""
-    found = []
-    for dark in (False, True):
-        with theme(dark), warnings.catch_warnings():
-            figure = draw()
-            file = io.BytesIO()
-            figure.savefig(file, format="png", dpi=110, facecolor="none" if dark else "white")
-            pyplot().close(figure)
-            found.append(file.getvalue())
-    return found[0], found[1]
+def picture(draw: Callable[[], Any], dark: bool = False) -> bytes:
+    """PNG of a figure that ``draw`` makes: on white, or without a background for a dark page."""
+    with theme(dark), warnings.catch_warnings():
+        figure = draw()
+        file = io.BytesIO()
+        figure.savefig(file, format="png", dpi=110, facecolor="none" if dark else "white")
+        pyplot().close(figure)
+    return file.getvalue()
 
 
 def data_uri(png: bytes) -> str:

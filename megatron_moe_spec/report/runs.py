@@ -13,6 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from megatron_moe_spec.integration.training import METRICS_FILE
 from megatron_moe_spec.losses import LOSSES
 from megatron_moe_spec.metrics.trace_files import read_trace
 from megatron_moe_spec.metrics.traces import Trace
@@ -22,7 +23,6 @@ VALIDATION_LOSS = "validation_loss"
 STEP_TIME = "step_time_s"
 MEMORY = "memory_bytes"
 AUXILIARY = ("load_balancing_loss", *(loss.name for loss in LOSSES))
-METRICS_FILE = "moe_spec_metrics.jsonl"
 LOG_FILE = "log.jsonl"
 
 # Megatron's TensorBoard tags, under the names that examples/pretrain_core.py uses.

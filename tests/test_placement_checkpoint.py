@@ -85,7 +85,7 @@ def test_the_command_reorders_by_a_trace(mm, tmp_path, capsys):
     assert main(command) == 2
     assert "--format megatron and --checkpoint, the one to reorder, need each other" in capsys.readouterr().err
     assert main([*command, "--checkpoint", str(saved), "--redundant", "2"]) == 2
-    assert "leave --redundant out with --format megatron" in capsys.readouterr().err
+    assert "--format megatron has one place for each expert: leave --redundant out" in capsys.readouterr().err
     assert main([*command, "--checkpoint", str(saved)]) == 0
     assert f"--load {out} --no-load-optim" in capsys.readouterr().out
     (batch,) = mm.micro_batches(1)

@@ -51,16 +51,15 @@ def _run(args: argparse.Namespace) -> int:
     for notice in trace.notices:
         print(f"Notice: {notice}")
     num_tokens, num_layers, top_k = trace.experts_TMK.shape
-    num_fitted = len(sample(fitted, OBJECTIVES[args.objective].most_tokens).batch_T)
-    num_judged = len(some_batches(judged, MEASURED_TOKENS).batch_T)
+    few, some = sample(fitted, OBJECTIVES[args.objective].most_tokens), some_batches(judged, MEASURED_TOKENS)
     print(
         f"{num_tokens:,} tokens, {top_k} of {trace.num_experts} experts in each of {num_layers} MoE layers; "
         f"{cluster.num_slots} slots a layer on {cluster.num_devices} devices.\n"
-        f"Fitted to {num_fitted:,} of the first {len(fitted.batch_T):,} tokens, judged by {num_judged:,} of the other "
-        f"{len(judged.batch_T):,}.\n",
+        f"Fitted to {len(few.batch_T):,} of the first {len(fitted.batch_T):,} tokens, judged by "
+        f"{len(some.batch_T):,} of the other {len(judged.batch_T):,}.\n",
         flush=True,
     )
-    judged_placements = judge(fitted, judged, cluster, args.objective, num_groups)
+    judged_placements = judge(fitted, few, some, cluster, args.objective, num_groups)
     measures = {name: measured for name, (_, measured) in judged_placements.items()}
     print(f"{measures_table(measures, cluster.num_nodes, args.hidden_size or trace.hidden_size)}\n")
     print(verdict(measures, args.objective), end="\n\n", flush=True)
@@ -113,6 +112,8 @@ def _check_format(args: argparse.Namespace, trace: Trace) -> None:
             f"--format {args.format} has all layers of the model, and the trace does not say how many there are: give "
             "--num-layers"
         )
+    if args.format and FORMATS[args.format].needs_checkpoint and args.redundant:
+        raise ValueError(f"--format {args.format} has one place for each expert: leave --redundant out")
 
 
 def _sizes(args: argparse.Namespace, trace: Trace) -> tuple[int, int, int]:

@@ -76,8 +76,6 @@ def write_vllm_ascend(placement: Placement, trace: Trace, path: Path) -> None:
 
 def write_megatron(placement: Placement, trace: Trace, path: Path, checkpoint: Path) -> None:
     """Megatron's checkpoint with the experts in the order of the slots, without the optimizer's state."""
-    if placement.cluster.num_slots != placement.cluster.num_experts:
-        raise ValueError("Megatron has one place for each expert: leave --redundant out with --format megatron")
     reorder_experts(checkpoint, dict(zip(placement.layers, placement.logical_MS.tolist())), path)
 
 

@@ -3,7 +3,7 @@
 from megatron_moe_spec.metrics.trace_counts import loads, shuffled
 from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.eplb import rebalance_experts
-from megatron_moe_spec.placement.halves import sample, some_batches, tokens
+from megatron_moe_spec.placement.halves import sample, tokens
 from megatron_moe_spec.placement.measures import Measures, measure
 from megatron_moe_spec.placement.objectives import OBJECTIVES
 from megatron_moe_spec.placement.placement import Cluster, Placement, contiguous, random
@@ -15,16 +15,17 @@ JUDGED_TOKENS = 5_000  # of predictors and caches
 
 
 def judge(
-    fitted: Trace, judged: Trace, cluster: Cluster, objective: str, num_groups: int
+    fitted: Trace, few: Trace, judged: Trace, cluster: Cluster, objective: str, num_groups: int
 ) -> dict[str, tuple[Placement, Measures]]:
     """Placements by their names, the objective's last, and how they serve the tokens judged.
 
     Args:
+        fitted: whose loads EPLB gets.
+        few: what the objective is fitted to.
         objective: a name in ``OBJECTIVES``.
         num_groups: of experts, for EPLB.
     """
     chosen = OBJECTIVES[objective]
-    few = sample(fitted, chosen.most_tokens)
     slots_MS = rebalance_experts(loads(fitted), cluster.num_slots, num_groups, cluster.num_nodes, cluster.num_devices)
     placements = {
         "contiguous": contiguous(cluster, fitted.layers),
@@ -33,8 +34,7 @@ def judge(
         f"{objective}, {chosen.without}": chosen.place(chosen.control(few), cluster),
         objective: chosen.place(few, cluster),
     }
-    some = some_batches(judged, MEASURED_TOKENS)
-    return {name: (placement, measure(placement, some)) for name, placement in placements.items()}
+    return {name: (placement, measure(placement, judged)) for name, placement in placements.items()}
 
 
 def judge_prefetch(fitted: Trace, judged: Trace, num_predicted: int, num_slots: int) -> dict[str, list[float]]:

@@ -151,7 +151,7 @@ class Objective:
         control: makes the trace that has the same loads, but not what the objective lives on.
         without: what the control does.
         judged_by: name of the measure.
-        most_tokens: that it is fitted to, evenly spaced; more would take minutes and tell no more.
+        most_tokens: that it is fitted to, evenly spaced, so that large traces do not take minutes.
         engines: which of them gain.
     """
 

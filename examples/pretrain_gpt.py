@@ -125,20 +125,29 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
     )
 
 
-def main():
-    """Parse the flags and train."""
+def train(step=forward_step, extra_args_provider=None):
+    """Parse the flags and train.
+
+    Args:
+        step: runs the model on one micro-batch.
+        extra_args_provider: adds flags of a script's own to Megatron's parser.
+    """
     use_shipped_helpers()
-    parts = (train_valid_test_datasets_provider, model_provider, ModelType.encoder_or_decoder, forward_step)
-    defaults = {"tokenizer_type": "GPT2BPETokenizer"}
+    parts = (train_valid_test_datasets_provider, model_provider, ModelType.encoder_or_decoder, step)
+    parsing = {"args_defaults": {"tokenizer_type": "GPT2BPETokenizer"}, "extra_args_provider": extra_args_provider}
     if not hasattr(arguments, "parse_and_validate_args"):  # 0.17
-        pretrain(*parts, args_defaults=defaults)
+        pretrain(*parts, **parsing)
+        return
+    args = arguments.parse_and_validate_args(**parsing)
+    if not hasattr(argument_utils, "gpt_config_from_args"):  # 0.18
+        pretrain(argument_utils.pretrain_cfg_container_from_args(args), *parts)
     else:
-        args = arguments.parse_and_validate_args(args_defaults=defaults)
-        if not hasattr(argument_utils, "gpt_config_from_args"):  # 0.18
-            pretrain(argument_utils.pretrain_cfg_container_from_args(args), *parts)
-        else:
-            settings = argument_utils.pretrain_cfg_container_from_args(args, argument_utils.gpt_config_from_args(args))
-            pretrain(settings, parts[0], *parts[2:])
+        settings = argument_utils.pretrain_cfg_container_from_args(args, argument_utils.gpt_config_from_args(args))
+        pretrain(settings, parts[0], *parts[2:])
+
+
+def main():
+    train()
     torch.distributed.destroy_process_group()
 
 

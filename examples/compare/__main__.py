@@ -1,6 +1,6 @@
 import sys
 
-from examples.compare.comparison import main
+from examples.compare.command import main
 
 if __name__ == "__main__":
     try:

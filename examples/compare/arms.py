@@ -1,9 +1,30 @@
-"""The arms of the comparison: the losses that each adds to the load-balancing loss, and their coefficients."""
+"""The arms of the experiments: what each adds to the load-balancing loss."""
 
 from dataclasses import dataclass
+from typing import Optional
 
 BASELINE = "baseline"
 CONTROL = "control"
+
+SPECIALIZATION = "--moe-specialization-loss-coeff"
+COUPLING = "--moe-coupling-loss-coeff"
+PATHWAY = "--moe-coupling-type=pathway"
+
+# Name -> title, flag -> the coefficient that the loss's paper gives, further flags.
+LOSSES = {
+    "specialization": ("specialization", {SPECIALIZATION: 2e-3}, ()),
+    "mass": ("coupling (mass)", {COUPLING: 1e-3}, ()),
+    "pathway": ("coupling (pathway)", {COUPLING: 1e-3}, (PATHWAY,)),
+    "both": ("specialization and coupling (mass)", {SPECIALIZATION: 2e-3, COUPLING: 1e-3}, ()),
+    "z-loss": ("router z-loss", {"--moe-z-loss-coeff": 1e-3}, ()),
+    "orthogonality-variance": (
+        "orthogonality and score variance",
+        {"--moe-orthogonality-loss-coeff": 1e-4, "--moe-score-variance-loss-coeff": 1e-3},
+        (),
+    ),
+    "erc": ("expert-router coupling (ERC)", {"--moe-erc-loss-coeff": 1.0}, ()),
+    "router-orthogonality": ("router orthogonality", {"--moe-router-orthogonality-loss-coeff": 1e-2}, ()),
+}
 
 
 @dataclass(frozen=True)
@@ -11,64 +32,35 @@ class Arm:
     """One way to train.
 
     Attributes:
-        name: of its folders.
-        title: in the report.
-        coefficients: flag -> the coefficient that the loss's paper gives.
-        scales: multiples of these that the sweep tries; empty where there is nothing to choose.
-        options: further flags.
-        parts: arms whose losses it joins, each at the scale chosen for it.
+        name: of its folders and in tables of results.
+        title: what it adds, for readers.
+        flags: of the command line.
+        start: arm of the same seed whose weights it starts from; None: from new ones.
     """
 
     name: str
     title: str
-    coefficients: tuple = ()
-    scales: tuple = ()
-    options: tuple = ()
-    parts: tuple = ()
+    flags: tuple = ()
+    start: Optional[str] = None
 
 
-# The papers' coefficients are meant for billions of tokens; a run of a few million may need larger ones to show any
-# effect. ERC's is not small in its paper.
-ARMS = (
-    Arm(BASELINE, "load balancing alone"),
-    # What two runs differ by when nothing but rounding does.
-    Arm(CONTROL, "+ specialization without weight (control)", (("--moe-specialization-loss-coeff", 1e-6),)),
-    Arm("z-loss", "+ router z-loss", (("--moe-z-loss-coeff", 1e-3),), (1, 10)),
-    Arm("specialization", "+ specialization", (("--moe-specialization-loss-coeff", 2e-3),), (1, 10, 100)),
-    Arm("coupling-mass", "+ coupling (mass)", (("--moe-coupling-loss-coeff", 1e-3),), (1, 10, 100)),
-    Arm(
-        "coupling-pathway",
-        "+ coupling (pathway)",
-        (("--moe-coupling-loss-coeff", 1e-3),),
-        (1, 10, 100),
-        ("--moe-coupling-type=pathway",),
-    ),
-    Arm("both", "+ specialization and coupling (mass)", parts=("specialization", "coupling-mass")),
-    Arm(
-        "orthogonality-variance",
-        "+ orthogonality and score variance",
-        (("--moe-orthogonality-loss-coeff", 1e-4), ("--moe-score-variance-loss-coeff", 1e-3)),
-        (1, 10, 100),
-    ),
-    Arm("erc", "+ expert-router coupling (ERC)", (("--moe-erc-loss-coeff", 1.0),), (0.1, 1)),
-)
-BY_NAME = {arm.name: arm for arm in ARMS}
+baseline = Arm(BASELINE, "load balancing alone")
+# What two runs differ by when nothing but rounding does.
+control = Arm(CONTROL, "specialization with a weight of 1e-7 (control)", (f"{SPECIALIZATION}=1e-07",))
 
 
-def selected(names) -> list:
-    """The arms of these names and the baseline, in the order of ``ARMS``."""
-    return [arm for arm in ARMS if arm.name == BASELINE or arm.name in names]
+def arm(loss: str, scale: int) -> Arm:
+    """A loss at a multiple of its paper's coefficients."""
+    title, coefficients, options = LOSSES[loss]
+    weights = tuple(f"{flag}={scale * value:g}" for flag, value in coefficients.items())
+    return Arm(f"{loss}-{scale}x", f"{title}, {scale} x", (*weights, *options))
 
 
-def coefficients(arm: Arm, scales: dict) -> dict:
-    """Flag -> coefficient of an arm, given the scale of each arm by name; 1 where none is given."""
-    found = {flag: value * scales.get(arm.name, 1) for flag, value in arm.coefficients}
-    for part in arm.parts:
-        found.update(coefficients(BY_NAME[part], scales))
-    return found
-
-
-def flags(arm: Arm, scales: dict) -> list:
-    """The command-line flags of an arm."""
-    losses = [f"{flag}={value:g}" for flag, value in coefficients(arm, scales).items()]
-    return [*losses, *arm.options]
+def summed(scale: int, top_k: int) -> Arm:
+    """Both losses, where the paper's coefficient is of a sum over the k (k - 1) ordered pairs of a token's experts."""
+    specialization = f"{SPECIALIZATION}={scale * 2e-3 * top_k * (top_k - 1):g}"
+    return Arm(
+        f"both-summed-{scale}x",
+        f"specialization, summed over pairs, and coupling (mass), {scale} x",
+        (specialization, f"{COUPLING}={scale * 1e-3:g}"),
+    )

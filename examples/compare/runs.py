@@ -1,7 +1,7 @@
-"""The runs of a comparison: which there are, running several at a time, and what each leaves behind."""
+"""The runs of an experiment: which there are, running several at a time, and what each leaves behind."""
 
 import json
-import os
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -9,185 +9,195 @@ from pathlib import Path
 
 import psutil
 
-from examples.compare import arms, schedule
+from examples.compare.arms import Arm
+from examples.compare.experiments import TINY, TINY_EXPERTS, Experiment
+from examples.compare.table import Table
 from examples.quickstart import training
 from examples.quickstart.progress import Progress
 from megatron_moe_spec.report import runs as results
 
-RESULT_FILE = "result.json"
-PEAK_MEMORY = "peak_memory_mb"
 POLL_SECONDS = 0.5
-NOT_KEPT = (results.TRAIN_LOSS, results.STEP_TIME, results.MEMORY)
+SCRIPT = "examples/compare/train.py"
+WEIGHTS = "weights.pt"
+FOUND = "found.json"
+MEASUREMENTS = 30  # of a run; they cost time
 
 
 @dataclass(frozen=True)
 class Run:
-    """One arm at one multiple of its papers' coefficients, with one seed."""
+    """One arm with one seed."""
 
-    arm: str
-    scale: float
+    arm: Arm
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-x{self.scale:g}-seed{self.seed}"
+        return f"{self.arm.name}-seed{self.seed}"
 
 
-def sweep(seed: int, compared: list) -> list:
-    """Every scale of every arm that has a choice, and the baseline to compare with."""
-    choices = [Run(arm.name, scale, seed) for arm in compared for scale in arm.scales]
-    return [Run(arms.BASELINE, 1, seed), *choices]
+def wanted(experiment: Experiment, names, seeds) -> list:
+    """The runs of arms of these names, what they start from included, in the order in which they should run."""
+    started = {one.start for one in experiment.all_arms if one.name in names}
+    chosen = [[one for one in group if one.name in names or one.name in started] for group in experiment.arms]
+    return [Run(one, seed) for group in chosen for seed in seeds for one in group]
 
 
-def final(seeds: list, scales: dict, compared: list) -> list:
-    """Every arm at its chosen scale, seed by seed, so that what is finished early can be compared."""
-    return [Run(arm.name, scales.get(arm.name, 1), seed) for seed in seeds for arm in compared]
-
-
-def chosen_scales(output: Path, seed: int, compared: list) -> dict:
-    """The scale with the lowest validation loss in the sweep, by arm."""
-    found = {}
-    for arm in compared:
-        losses = {scale: result_of(output, Run(arm.name, scale, seed)) for scale in arm.scales}
-        if losses:
-            found[arm.name] = min(losses, key=lambda scale: losses[scale]["values"][results.VALIDATION_LOSS])
-    return found
-
-
-def result_of(output: Path, run: Run):
-    """Results of a finished run, or None."""
-    path = output / "runs" / run.name / RESULT_FILE
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def step_times(output: Path, run: Run) -> list:
-    """[(iteration, seconds), ...] of a finished run."""
-    return training.series_of(output / "runs" / run.name)[results.STEP_TIME]
-
-
+@dataclass
 class Runner:
-    """Runs what is not finished yet, several runs at a time, each in a process of its own.
+    """Runs what the table lacks, several at a time, each in a process of its own.
 
-    Args:
+    Attributes:
         machine: where, with one process a run.
-        scale: the model.
-        iterations: training steps of a run.
-        prefix: of the data set.
+        corpus: folder of the text.
+        work: folder for what runs write while they go on.
         workers: runs at a time.
-        stream: where progress is printed.
+        tiny: to try everything in seconds.
     """
 
-    def __init__(self, machine, scale, iterations: int, prefix: Path, workers: int, stream=sys.stdout):
-        self.machine = machine
-        self.scale = scale
-        self.iterations = iterations
-        self.prefix = prefix
-        self.workers = workers
-        self.stream = stream
+    experiment: Experiment
+    machine: training.Machine
+    corpus: Path
+    work: Path
+    workers: int
+    tiny: bool = False
+    stream = sys.stdout
 
-    def command(self, run: Run, scales: dict, folder: Path) -> list:
-        base = schedule.flags(self.scale, self.iterations, run.seed)
-        losses = arms.flags(arms.BY_NAME[run.arm], {**scales, run.arm: run.scale})
-        return training.megatron_command(self.machine, [*base, *losses], self.prefix, folder)
+    def command(self, run: Run) -> list:
+        folder, experiment = self.work / run.name, self.experiment
+        iterations = 4 if self.tiny else experiment.iterations
+        flags = [*experiment.flags(run.seed), *run.arm.flags]
+        with_experts = "--num-experts" in flags
+        if self.tiny:
+            flags += [*TINY, *(TINY_EXPERTS if with_experts else [])]
+        if with_experts:
+            flags += ["--moe-spec-metrics-interval", str(max(1, iterations // MEASUREMENTS))]
+            flags += ["--evaluate-experts", *map(str, experiment.fewer)] if experiment.fewer else []
+        if run.arm.start:
+            flags += ["--upcycle", str(self.weights(run.arm.start, run.seed))]
+        if run.arm.name in {one.start for one in experiment.all_arms}:
+            flags += ["--keep-weights", str(folder / WEIGHTS)]
+        flags += ["--held-out", str(self.corpus / "held_out.npz"), "--results", str(folder / FOUND)]
+        return training.megatron_command(
+            self.machine, flags, self.corpus / "train", folder, [sys.executable], SCRIPT, split="99,1,0"
+        )
 
-    def run_all(self, wanted: list, output: Path, scales: dict, later: int = 0) -> None:
-        """Runs all that has left no result; stops everything and exits with the log's end if one fails.
+    def weights(self, arm_name: str, seed: int) -> Path:
+        return self.work / f"{arm_name}-seed{seed}" / WEIGHTS
+
+    def missing(self, runs: list, table: Table) -> list:
+        """What is to be run: what the table lacks, and what such a run starts from, where its weights are gone."""
+        lacking = [run for run in runs if (run.arm.name, run.seed) not in table]
+        starts = {(run.arm.start, run.seed) for run in lacking if run.arm.start}
+        gone = {start for start in starts if not self.weights(*start).exists()}
+        return [run for run in runs if run in lacking or (run.arm.name, run.seed) in gone]
+
+    def run_all(self, runs: list, table: Table, seconds: float = float("inf")) -> bool:
+        """Runs what is missing; returns whether nothing is. Stops everything and exits if a run fails.
 
         Args:
-            later: how many more runs will follow, for the time left.
+            seconds: no run is started that would not end before, if it takes as long as the longest one here.
         """
-        waiting = [run for run in wanted if result_of(output, run) is None]
-        if len(waiting) < len(wanted):
-            print(f"{len(wanted) - len(waiting)} of {len(wanted)} runs are finished already", file=self.stream)
+        began = time.monotonic()
+        waiting = self.missing(runs, table)
+        if len(waiting) < len(runs):
+            print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", file=self.stream)
         if not waiting:
-            return
+            return True
         # smoothing=0: runs side by side end in bursts.
-        progress = Progress(len(waiting) + later, "run", self.stream, desc="finished", smoothing=0)
-        active = []
+        progress = Progress(len(waiting), "run", self.stream, desc="finished", smoothing=0)
+        active, longest = [], 0.0
         try:
             while waiting or active:
-                while waiting and len(active) < self.workers:
+                in_time = time.monotonic() - began + longest <= seconds
+                while in_time and len(active) < self.workers and (run := self._next(waiting)):
+                    waiting.remove(run)
                     free = min(set(range(self.workers)) - {job.worker for job in active})
-                    active.append(self._start(waiting.pop(0), output, scales, free))
+                    active.append(self._start(run, free))
+                if not active:
+                    return False
                 time.sleep(POLL_SECONDS)
                 for job in [job for job in active if not job.running()]:
                     active.remove(job)
-                    job.store(self.iterations)
+                    longest = max(longest, job.seconds)
+                    table.add(job.row())
                     progress.write(job.summary(), file=self.stream)
                     progress.update()
         finally:
             progress.close()
             for job in active:
                 job.stop()
+        return True
 
-    def _start(self, run: Run, output: Path, scales: dict, worker: int) -> "_Job":
-        folder = output / "runs" / run.name
-        variables = {} if self.machine.cpu else {"CUDA_VISIBLE_DEVICES": str(worker)}
-        return _Job(run, folder, worker, training.start(self.command(run, scales, folder), folder, variables))
+    def _next(self, waiting: list):
+        """The first run whose start is there."""
+        ready = (run for run in waiting if not run.arm.start or self.weights(run.arm.start, run.seed).exists())
+        return next(ready, None)
+
+    def _start(self, run: Run, worker: int) -> "_Job":
+        # What torchrun would set for one process, without the seconds that it takes.
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        if not self.machine.cpu:
+            variables["CUDA_VISIBLE_DEVICES"] = str(worker)
+        folder = self.work / run.name
+        iterations = 4 if self.tiny else self.experiment.iterations
+        return _Job(run, folder, worker, iterations, training.start(self.command(run), folder, variables))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class _Job:
     """A run that is under way."""
 
-    def __init__(self, run: Run, folder: Path, worker: int, process):
+    def __init__(self, run: Run, folder: Path, worker: int, iterations: int, process):
         self.run = run
         self.folder = folder
         self.worker = worker
+        self.iterations = iterations
         self.process = process
         self.began = time.monotonic()
         self.peak_bytes = 0
 
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
     def running(self) -> bool:
-        """Whether it goes on; takes a look at its memory, too."""
+        """Whether it goes on; takes a look at its memory and at the clock, too."""
         try:
-            # Below the launcher, the one process that trains is by far the largest.
-            for worker in psutil.Process(self.process.pid).children(recursive=True):
-                self.peak_bytes = max(self.peak_bytes, worker.memory_info().rss)
+            self.peak_bytes = max(self.peak_bytes, psutil.Process(self.process.pid).memory_info().rss)
         except psutil.Error:
             pass
+        self.ended = time.monotonic()
         return self.process.poll() is None
 
-    def store(self, iterations: int) -> None:
-        """Writes the result, or exits if the run failed."""
-        self.seconds = time.monotonic() - self.began
+    def row(self) -> dict:
+        """Everything that the run found, or exits if it failed."""
         if self.process.returncode:
             sys.exit(training.account_of_failure(self.run.name, self.process.returncode, self.folder))
-        self.result = summary(training.series_of(self.folder), iterations, self.peak_bytes, self.seconds)
-        if results.VALIDATION_LOSS not in self.result["values"]:
-            sys.exit(f"{self.run.name} left no validation loss: see {training.shown(self.folder / 'log.txt')}")
-        # Moved into place, so that a result is there whole or not at all.
-        part = self.folder / f".{RESULT_FILE}"
-        part.write_text(json.dumps(self.result) + "\n")
-        os.replace(part, self.folder / RESULT_FILE)
+        self.found = json.loads((self.folder / FOUND).read_text())
+        series = training.series_of(self.folder)
+        window = max(1, self.iterations // 10)
+        trained = {name: results.final(points, self.iterations, window) for name, points in series.items()}
+        trained.pop(results.VALIDATION_LOSS, None)  # Megatron's own, of one batch
+        trained[results.STEP_TIME] = results.median(series.get(results.STEP_TIME, []))
+        return {
+            "arm": self.run.arm.name,
+            "seed": self.run.seed,
+            **self.found,
+            **{name: value for name, value in trained.items() if value is not None},
+            "peak_memory_mb": self.peak_bytes / 2**20,
+            "seconds": self.seconds,
+        }
 
     def summary(self) -> str:
-        loss = self.result["values"][results.VALIDATION_LOSS]
-        return f"{self.run.name}: validation loss {loss:.4f}, {self.seconds:.0f} s"
+        return f"{self.run.name}: validation loss {self.found['validation_loss']:.4f}, {self.seconds:.0f} s"
 
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
             self.process.wait()
-
-
-def summary(series: dict, iterations: int, peak_bytes: int, seconds: float) -> dict:
-    """The values of a run that the report needs, and its curves.
-
-    Args:
-        series: see ``training.series_of``.
-        iterations: training steps of the run.
-        peak_bytes: memory of the run's processes, where the device does not tell its own.
-        seconds: that the run took.
-    """
-    window = max(1, iterations // 10)
-    values = {name: results.final(points, iterations, window) for name, points in series.items()}
-    if series.get(results.VALIDATION_LOSS):
-        values[results.VALIDATION_LOSS] = series[results.VALIDATION_LOSS][-1][1]
-    values[results.STEP_TIME] = results.median(series.get(results.STEP_TIME, []))
-    on_device = series.get(results.MEMORY)
-    values[PEAK_MEMORY] = (max(value for _, value in on_device) if on_device else peak_bytes) / 2**20
-    return {
-        "values": {name: value for name, value in values.items() if value is not None},
-        "series": {name: points for name, points in series.items() if name not in NOT_KEPT},
-        "seconds": seconds,
-    }

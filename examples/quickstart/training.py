@@ -44,22 +44,25 @@ def torchrun(processes):
     return [*launcher, f"--nproc-per-node={processes}"]
 
 
-def megatron_command(machine, flags, prefix, folder):
+def megatron_command(machine, flags, prefix, folder, launcher=None, script="examples/pretrain_gpt.py", split="90,5,5"):
     """The command line of a run by Megatron's own training loop.
 
     Args:
         flags: model, schedule and losses.
         prefix: of the data set.
         folder: where the run leaves its logs.
+        launcher: start of the command; None: torchrun.
+        script: that trains.
+        split: shares of the data set to train, validate and test on.
     """
     return [
-        *torchrun(machine.processes),
+        *(launcher or torchrun(machine.processes)),
         *["-m", "megatron_moe_spec.launch"],
         *(["--cpu"] if machine.cpu else []),
-        str(ROOT / "examples/pretrain_gpt.py"),
+        str(ROOT / script),
         *settings.PLAIN_TORCH,
         *["--distributed-backend", "gloo" if machine.cpu else "nccl"],
-        *["--data-path", str(prefix), "--data-cache-path", str(prefix.parent / "cache"), "--split", "90,5,5"],
+        *["--data-path", str(prefix), "--data-cache-path", str(prefix.parent / "cache"), "--split", split],
         *["--tokenizer-type", "NullTokenizer", "--vocab-size", str(data.VOCAB_SIZE)],
         *["--tensorboard-dir", str(folder / "tensorboard")],
         *flags,

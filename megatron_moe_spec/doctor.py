@@ -274,10 +274,13 @@ def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
     from megatron_moe_spec.integration.taps import by_tap
 
     transformer_config, stages = facts.transformer_config, facts.stages
-    losses = ", ".join(str(loss) for loss in spec.losses if loss.coeff > 0) or "none"
-    if not spec.trained_losses and spec.metrics_interval:
+    trained = [loss for loss in spec.losses if loss.coeff > 0]
+    losses = ", ".join(map(str, trained)) or "none"
+    if not trained and spec.metrics_interval:
         losses += ", measuring alone"
     yield "losses", losses + (" (assumed: no coefficient was given)" if assumed else "")
+    for loss in trained:
+        yield from ((loss.title, text) for text in loss.units(transformer_config))
     if spec.trace_path:
         yield "traces", f"every {spec.trace_interval} iterations to {spec.trace_path}"
     number = f"{sum(stages.num_layers)} of {transformer_config.num_layers}"

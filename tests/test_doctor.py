@@ -41,6 +41,22 @@ def test_usable_model(diagnose):
 
 
 @needs_training_loop
+def test_both_readings_of_the_specialization_coefficient(diagnose):
+    """As a mean over the ordered pairs of 8 experts, and as their sum."""
+    top_8 = [*RECIPE, *LOSSES[2:]]
+    assert diagnose(*top_8, "--moe-specialization-loss-coeff", 2e-3)[2]["specialization"] == (
+        "0.002 x the mean over a token's 56 ordered pairs of experts = 3.57e-05 x their sum; the paper's 2e-3 is of "
+        "the sum, by second-hand accounts: --moe-specialization-loss-coeff 0.112 here"
+    )
+    readings = diagnose(*top_8, "--moe-specialization-loss-coeff", 0.112)[2]["specialization"]
+    assert readings.startswith("0.112 x the mean over a token's 56 ordered pairs of experts = 0.002 x their sum;")
+    assert diagnose(*MODEL)[2]["specialization"].endswith(" 0.004 here")
+    assert "specialization" not in diagnose(*top_8)[2]
+    one = diagnose(*MODEL, *LOSSES, "--moe-router-topk", 1, "--moe-router-pre-softmax")[2]
+    assert "specialization" not in one
+
+
+@needs_training_loop
 def test_without_the_flags_both_losses_are_assumed(diagnose):
     status, _, rows = diagnose(*MODEL)
     assert status == 0

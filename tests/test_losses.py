@@ -103,6 +103,38 @@ def test_specialization_gradient_is_orthogonal_to_each_vector(random):
     torch.testing.assert_close(cosine, torch.zeros_like(cosine), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("k", [2, 8])
+def test_the_coefficient_of_a_sum_over_ordered_pairs_is_k_k_1_times_that_of_the_mean(random, k):
+    z = random(7, k, 5)
+    cosines = torch.nn.functional.cosine_similarity(z[:, :, None], z[:, None], dim=-1)
+    summed = sum(float(cosines[t, e, v]) ** 2 for t in range(7) for e in range(k) for v in range(k) if e != v) / 7
+    assert 2e-3 * k * (k - 1) * float(specialization_loss(z)) == pytest.approx(2e-3 * summed, rel=1e-12)
+
+
+@pytest.mark.parametrize("k, dtype", [(2, torch.float64), (2, torch.float32), (8, torch.float64)])
+def test_copies_of_an_expert_get_a_gradient_that_grows_with_their_noise(random, k, dtype):
+    """Upcycled experts: the squared cosine is stationary at 1."""
+    base, noise = random(64, 1, 1024), random(64, k, 1024)
+
+    def gradient_norm(z):
+        z = z.to(dtype)
+        value, gradient = value_and_gradient(specialization_loss, z)
+        # Of a vector of length 1, for each token: at most 1 for k = 2.
+        return float(value), float((64 * gradient.norm(dim=-1) * z.norm(dim=-1)).mean())
+
+    _, independent = gradient_norm(noise)
+    value, copies = gradient_norm(base.expand(-1, k, -1))
+    assert value == pytest.approx(1.0, rel=1e-6)
+    assert copies < 10 * torch.finfo(dtype).eps
+    noisy = [gradient_norm(base + relative * noise)[1] for relative in (1e-3, 1e-2, 1e-1)]
+    ratios = [one / independent for one in (copies, *noisy)]
+    print(f"gradient over that of independent vectors, k = {k}:", *(f"{ratio:.2g}" for ratio in ratios))
+    assert ratios == sorted(ratios)
+    assert noisy[1] == pytest.approx(10 * noisy[0], rel=0.01)  # in proportion to the noise, while that is small
+    if k == 2:  # sin(2 angle), as docs/guide.md has it
+        assert [float(f"{one:.1g}") for one in noisy[:2]] + [round(noisy[2], 2)] == [0.003, 0.03, 0.28]
+
+
 def test_specialization_sends_no_gradient_to_router_probabilities(random):
     z, probs = random(9, 4, 12), torch.softmax(random(9, 4), dim=-1)
     _, gradient = value_and_gradient(lambda p: specialization_loss(p.unsqueeze(-1) * z), probs)

@@ -11,6 +11,7 @@ from mutations import MUTATIONS
 from megatron_moe_spec import SpecConfig, losses
 from megatron_moe_spec.losses import LOSSES, installed
 from megatron_moe_spec.losses.base import options_of
+from megatron_moe_spec.losses.specialization import PAPER
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +43,13 @@ def test_the_paper_s_values_are_those_of_the_flags():
         for value in re.findall(r"\b\d[\d.e-]*\d|\b\d\b", one.metadata["paper"].partition(", Eq")[0]):
             (row,) = re.findall(rf"^\| `{one.metadata['flag']}` .*$", README, re.M)
             assert value in row
+
+
+def test_table_of_the_units_of_specialization():
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    rows = re.findall(r"^\| (\d) \| ([\de.-]+) \| ([\de.-]+) \|$", guide, re.M)
+    paper = float(PAPER)
+    assert rows == [(f"{k}", f"{paper * k * (k - 1):g}", f"{paper / (k * (k - 1)):.3g}") for k in (2, 4, 6, 8)]
 
 
 def test_every_loss_has_a_function_and_a_row():

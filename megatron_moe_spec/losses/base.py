@@ -149,6 +149,10 @@ class Loss:
         """
         return iter(())
 
+    def units(self, transformer_config: Any) -> Iterator[str]:
+        """Yields what the coefficient is in the units of the loss's paper, where those differ; see ``problems``."""
+        return iter(())
+
     @property
     def off(self) -> str:
         """The setting by which the loss is not computed."""

@@ -30,8 +30,8 @@ class Coupling(Loss):
     kind: str = option(
         "mass",
         "--moe-coupling-type",
-        "mass: per token, the joint probability of the two layers' top-k sets. pathway: over the "
-        "micro-batch, the probability of each expert's top-k successors.",
+        "mass, the paper's: per token, the joint probability of the two layers' top-k sets. pathway, not the paper's "
+        "but this package's own: over the micro-batch, the probability of each expert's top-k successors.",
         choices=COUPLING_TYPES,
     )
     across_stages: str = option(
@@ -67,7 +67,7 @@ def coupling_loss(
         scores_next: [T, E'] those of the next MoE layer, for the same tokens.
         routing_map: [T, E] bool, the experts each token was dispatched to (mass). Default: its ``top_k`` highest.
         routing_map_next: [T, E'] bool, likewise.
-        kind: mass or pathway.
+        kind: mass, the paper's, or pathway, this package's own.
         top_k: experts per token; needed by pathway, and by mass where a routing map is missing.
 
     Returns:

@@ -1,11 +1,14 @@
-"""Intra-layer specialization loss (arXiv 2602.14159, Eq. 5): experts that share a token should differ on it."""
+"""Intra-layer specialization loss (arXiv 2602.14159, Eq. 4): experts that share a token should differ on it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Optional
 
 from torch import Tensor
 
 from megatron_moe_spec.losses.base import ACTIVATIONS, TRANSPORTS, RowsLoss, option
+
+PAPER = "2e-3"  # the paper's coefficient; of a sum over pairs, by second-hand accounts
 
 
 @dataclass(frozen=True)
@@ -21,9 +24,11 @@ class Specialization(RowsLoss):
     coeff: float = option(
         0.0,
         "--moe-specialization-loss-coeff",
-        "Weight of the intra-layer specialization loss: the mean squared cosine similarity between the "
-        "activations of the experts that process the same token, summed over MoE layers.",
-        paper="2e-3",
+        "Weight of the intra-layer specialization loss: the squared cosine similarity between the activations of the "
+        "experts that process the same token, as a mean over their pairs, summed over MoE layers. By second-hand "
+        "accounts, the paper sums over the k (k - 1) ordered pairs instead, k being --moe-router-topk: such a sum's "
+        "coefficient, times k (k - 1), is this one.",
+        paper=f"{PAPER}, Eq. 4, of that sum",
     )
     token_stride: int = option(  # type: ignore[misc]
         1,
@@ -45,11 +50,23 @@ class Specialization(RowsLoss):
         k = cosines_TKK.shape[1]
         return cosines_TKK.square().sum(dim=(1, 2)) / (k * (k - 1))
 
+    def units(self, transformer_config: Any) -> Iterator[str]:
+        k = transformer_config.moe_router_topk
+        if pairs := k * (k - 1):
+            yield (
+                f"{self.coeff:g} x the mean over a token's {pairs} ordered pairs of experts = "
+                f"{self.coeff / pairs:.3g} x their sum; the paper's {PAPER} is of the sum, by second-hand accounts: "
+                f"{self.flag} {float(PAPER) * pairs:g} here"
+            )
+
 
 def specialization_loss(z: Tensor, valid: Optional[Tensor] = None) -> Tensor:
     """Mean squared cosine similarity between the experts that process the same token.
 
         L = 2 / (T k (k-1)) * sum_t sum_{e<v} cos(z_e(t), z_v(t))^2        in [0, 1]
+
+    By second-hand accounts, the paper sums over the k (k-1) ordered pairs where this is their mean: c times such a sum
+    is c k (k-1) times this. Identical vectors get no gradient, since the squared cosine is stationary at 1.
 
     A zero vector has cosine 0 with everything; a token with fewer than two valid experts adds 0 and counts in T.
 

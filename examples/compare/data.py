@@ -26,7 +26,7 @@ HELD_OUT_SHARE = 0.1  # of a domain's documents
 SHORTEST = 200  # bytes of a document; man pages that only refer to another one are shorter
 MAN_PAGES = {"English": "manpages", "German": "manpages-de", "French": "manpages-fr", "Russian": "manpages-ru"}
 MAN_PAGES["Japanese"] = "manpages-ja"
-HEADERS, WORDNET = "linux-libc-dev", "wordnet-base"
+HEADERS, WORDNET = "libgtk-3-dev", "wordnet-base"
 GLOSSES_A_DOCUMENT = 50
 
 DIALECTS = 8

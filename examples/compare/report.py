@@ -1,2 +1,180 @@
-def write(*a):
-    pass
+"""Write what an experiment found: ``report.md`` and ``differences.png``, from its ``runs.csv``.
+
+``python -m examples.compare.report [FOLDER ...]`` writes those of docs/evidence, or of other folders, anew.
+"""
+
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+from examples.compare.experiments import EXPERIMENTS, VALIDATION_LOSS, Experiment
+from examples.compare.paired import Difference, family
+from examples.compare.table import Table
+from examples.quickstart.training import ROOT, shown
+from megatron_moe_spec.report import figures
+from megatron_moe_spec.report.contents import ROWS
+
+EVIDENCE = ROOT / "docs/evidence"
+ALPHA = 0.05
+
+# (title, measure, digits)
+MEASURES = (
+    ("validation loss (nats a byte)", VALIDATION_LOSS, 4),
+    *((f"{k} expert(s) a token: cost (nats a byte)", f"cost_of_{k}_experts", 4) for k in (3, 2, 1)),
+    ("next layer's experts predicted", "next_layer_hits", 3),
+    ("the same, tokens shuffled", "next_layer_hits_of_shuffled", 3),
+    ("hits of an LRU cache", "lru_hits", 3),
+    ("hits of an LFU cache", "lfu_hits", 3),
+    ("devices a token, of 4", "devices_a_token", 3),
+    ("experts and domains, mutual information", "domain_information", 4),
+    ("tokens at their cluster's expert", "matched_tokens", 3),
+    *[row for row in ROWS if row[1] != "load_imbalance"],
+    ("load imbalance on held-out text, max / mean", "load_imbalance", 3),
+)
+TITLES = {name: (title, digits) for title, name, digits in MEASURES}
+
+
+def write(experiment: Experiment, table: Table, output: Path) -> None:
+    """Writes the report and its picture beside the table, and prints the tables of tests."""
+    if not table.rows:
+        print("No run has finished yet")
+        return
+    families = {title: family(table, hypotheses) for title, hypotheses in experiment.families.items()}
+    families = {title: found for title, found in families.items() if found}
+    if families:
+        draw(experiment, families, output / "differences.png")
+    settings = json.loads((output / "settings.json").read_text())
+    (output / "report.md").write_text(text(experiment, table, families, settings))
+    for title, found in families.items():
+        print(f"\n{title}\n\n{markdown(tests(experiment, table, found))}")
+    print(f"Report: {shown(output / 'report.md')}")
+
+
+def text(experiment: Experiment, table: Table, families: dict, settings: dict) -> str:
+    """The whole report as Markdown."""
+    expected = len(experiment.all_arms) * len(experiment.seeds)
+    state = "all" if len(table.rows) >= expected else f"**a part: {len(table.rows)}**"
+    versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
+    sections = "\n".join(
+        f"## {title}\n\n{markdown(tests(experiment, table, found))}" for title, found in families.items()
+    )
+    return f"""# {experiment.title}
+
+Differences are of the same seed, arm minus the one that it is compared with: mean, Student's 95 % interval, and in how
+many seeds the arm's value is lower; p of the paired t test, the same after Holm's correction over the family, and p of
+Wilcoxon's test. Bold: found, at {ALPHA} after the correction. The hypotheses were written before the runs:
+[protocol](../protocol.md). This report is of {state} of {expected} runs.
+
+![every seed's difference, and the intervals](differences.png)
+
+{sections}
+## What was measured
+
+{markdown(means(experiment, table))}
+Means over seeds. Every value of every run: [runs.csv](runs.csv). Times in it are of a machine that did other work, too.
+
+## How it was made
+
+- Model: {experiment.shape}.
+- Training: {experiment.iterations} steps of {experiment.batch_size} sequences; {settings["machine"]["loop"]},
+  {settings["machine"]["device"]}, one process a run.
+- Versions: {versions}.
+- One line of it: `make compare COMPARE_ARGS="--experiment {settings["experiment"]} --arms {families_arm(experiment)}"`
+"""
+
+
+def families_arm(experiment: Experiment) -> str:
+    """An arm to name in an example."""
+    return next(iter(experiment.families.values()))[0].arm
+
+
+def tests(experiment: Experiment, table: Table, found: list) -> list:
+    """Rows of a family."""
+    titles = {one.name: one.title for one in experiment.all_arms}
+    rows = [
+        ("arm", "measure", "against", "arm's", "difference, 95 %", "lower in", "p", "Holm", "Wilcoxon"),
+        ("---",) * 9,
+    ]
+    for one in found:
+        name, measure, against = one.hypothesis.arm, one.hypothesis.measure, one.hypothesis.against
+        title, digits = TITLES[measure]
+        values = [f"{statistics.fmean(table.of(arm, measure).values()):.{digits}f}" for arm in (against, name)]
+        bold = "**" if one.corrected < ALPHA else ""
+        cells = [titles[name], title, *values, f"{bold}{interval(one, digits)}{bold}"]
+        cells += [f"{one.lower} of {len(one.values)}", *map(probability, (one.p, one.corrected, one.signed_rank))]
+        rows.append(tuple(cells))
+    return rows
+
+
+def interval(one: Difference, digits: int) -> str:
+    width = "" if math.isinf(one.high) else f" ± {(one.high - one.low) / 2:.{digits}f}"
+    return f"{one.mean:+.{digits}f}{width}"
+
+
+def probability(p: float) -> str:
+    return "" if math.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def means(experiment: Experiment, table: Table) -> list:
+    """Rows of arms, columns of measures that any run has."""
+    arms = [one for one in experiment.all_arms if any(name == one.name for name, _ in table.rows)]
+    measures = [row for row in MEASURES if any(table.of(one.name, row[1]) for one in arms)]
+    rows = [("", *(title for title, _, _ in measures)), ("---", *("---:" for _ in measures))]
+    for one in arms:
+        values = [(table.of(one.name, name), digits) for _, name, digits in measures]
+        rows.append((one.name, *(f"{statistics.fmean(v.values()):.{digits}f}" if v else "" for v, digits in values)))
+    return rows
+
+
+def markdown(rows: list) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def draw(experiment: Experiment, families: dict, path: Path) -> None:
+    """A panel for each measure of each family: a dot for each seed's difference, and the interval of their mean."""
+    panels = [
+        (title.partition(":")[0], measure, [one for one in found if one.hypothesis.measure == measure])
+        for title, found in families.items()
+        for measure in dict.fromkeys(one.hypothesis.measure for one in found)
+    ]
+    pyplot = figures.pyplot()
+    figure, axes = pyplot.subplots(
+        len(panels),
+        1,
+        figsize=(8, sum(0.4 * len(found) + 1.1 for *_, found in panels)),
+        height_ratios=[len(found) + 1 for *_, found in panels],
+        squeeze=False,
+        constrained_layout=True,
+    )
+    titles = {one.name: one.title for one in experiment.all_arms}
+    for axis, (title, measure, found) in zip(axes.flat, panels):
+        dots(axis, [(titles[one.hypothesis.arm], one) for one in found])
+        axis.set_title(title, loc="left", fontsize="medium")
+        axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def dots(axis, named: list) -> None:
+    """A row for each (title, difference), the first one on top."""
+    for height, (_, one) in enumerate(reversed(named)):
+        if not math.isinf(one.high):
+            color = "#c8102e" if one.corrected < ALPHA else "#999999"
+            axis.errorbar(one.mean, height, xerr=one.high - one.mean, fmt="s", color=color, capsize=4)
+        axis.plot(one.values, [height] * len(one.values), "o", color="#333333", alpha=0.45, markersize=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(named)), [title for title, _ in reversed(named)])
+    axis.set_ylim(-0.6, len(named) - 0.4)
+    axis.grid(axis="x", alpha=0.3)
+
+
+def main(folders: list) -> None:
+    for folder in map(Path, folders or sorted(path.parent for path in EVIDENCE.glob("*/runs.csv"))):
+        settings = json.loads((folder / "settings.json").read_text())
+        write(EXPERIMENTS[settings["experiment"]], Table(folder / "runs.csv"), folder.resolve())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

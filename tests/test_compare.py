@@ -266,7 +266,7 @@ def test_report_tells_differences_from_chance(tmp_path, capsys):
     report.write(EXPERIMENTS["text"], shifted(tmp_path), tmp_path)
     text, printed = (tmp_path / "report.md").read_text(), capsys.readouterr().out
     # 4.3027 * 0.001 / sqrt(3)
-    row = "| validation loss (nats a byte) | 2.2000 | 2.1000 | **-0.1000 ± 0.0025** | 3 of 3 | < 0.0001 | 0.0001 | 0.2500 |"
+    row = "| 2.2000 | 2.1000 | **-0.1000 ± 0.0025** | 3 of 3 | < 0.0001 | 0.0001 | 0.2500 |"
     assert row in text and row in printed
     assert "| 2.2000 | 2.2250 | **+0.0250 ± 0.0124** | 0 of 3 | 0.0131 | 0.0392 | 0.2500 |" in text
     assert "| 2.2000 | 2.2100 | +0.0100 ± " in text and "**a part: 12** of 228 runs" in text

@@ -154,7 +154,7 @@ domains = Experiment(
         ),
     },
     fewer=(3, 2, 1),
-    iterations=400,
+    iterations=300,
 )
 
 NOISES = (0, 0.01, 0.1)

@@ -17,9 +17,9 @@ PEER_ARGS ?=
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
 	@echo "                   QUICKSTART_ARGS=\"--iterations 100\" and the like go to python -m examples.quickstart"
-	@echo "make compare       train it with each of several specialization losses, and compare them (about 60 minutes)"
-	@echo "                   COMPARE_ARGS=\"--budget-minutes 120\" and the like go to python -m examples.compare;"
-	@echo "                   interrupted, it goes on where it was"
+	@echo "make compare       run an experiment of docs/evidence, or a line of it: hours, or with COMPARE_ARGS=\"--tiny\" minutes."
+	@echo "                   COMPARE_ARGS=\"--experiment text --arms both-10x --budget-minutes 60\" and the like go to"
+	@echo "                   python -m examples.compare; interrupted, it goes on where it was"
 	@echo "make recipes       judge public training recipes: what takes the losses as it is (docs/recipes.md; 20 seconds)"
 	@echo "make test          the quick tests, on the newest supported Megatron-Core (5 minutes)"
 	@echo "make test-all      all tests, on the newest and on the oldest supported Megatron-Core"

@@ -1,6 +1,7 @@
 """Write what an experiment found: ``report.md`` and ``differences.png``, from its ``runs.csv``.
 
-``python -m examples.compare.report [FOLDER ...]`` writes those of docs/evidence, or of other folders, anew.
+``python -m examples.compare.report [FOLDER ...]`` writes those of other folders anew, or those of docs/evidence with a
+picture of them all.
 """
 
 import json
@@ -18,6 +19,7 @@ from megatron_moe_spec.report.contents import ROWS
 
 EVIDENCE = ROOT / "docs/evidence"
 ALPHA = 0.05
+SUMMARIZED = ("Primary", "Decisive", "Inference")  # families
 
 # (title, measure, digits)
 MEASURES = (
@@ -157,6 +159,33 @@ def draw(experiment: Experiment, families: dict, path: Path) -> None:
     pyplot.close(figure)
 
 
+def summary(tables: dict, path: Path) -> None:
+    """Draws what the README shows: of each experiment, the measures of its primary family and those of inference.
+
+    Args:
+        tables: name of an experiment -> its table.
+    """
+    panels = [
+        (EXPERIMENTS[name], measure, [one for one in found if one.hypothesis.measure == measure])
+        for name, table in tables.items()
+        for title, hypotheses in EXPERIMENTS[name].families.items()
+        if title.startswith(SUMMARIZED)
+        for found in [family(table, hypotheses)]
+        for measure in dict.fromkeys(one.hypothesis.measure for one in found)
+    ]
+    pyplot = figures.pyplot()
+    rows = math.ceil(len(panels) / 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(14, 2.4 * rows), squeeze=False, constrained_layout=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (experiment, measure, found) in zip(axes.flat, panels):
+        dots(axis, [(one.hypothesis.arm, one) for one in found])
+        axis.set_title(experiment.title, loc="left", fontsize="medium")
+        axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
 def dots(axis, named: list) -> None:
     """A row for each (title, difference), the first one on top."""
     for height, (_, one) in enumerate(reversed(named)):
@@ -171,9 +200,13 @@ def dots(axis, named: list) -> None:
 
 
 def main(folders: list) -> None:
-    for folder in map(Path, folders or sorted(path.parent for path in EVIDENCE.glob("*/runs.csv"))):
-        settings = json.loads((folder / "settings.json").read_text())
-        write(EXPERIMENTS[settings["experiment"]], Table(folder / "runs.csv"), folder.resolve())
+    tables = {}
+    for folder in map(Path, folders or [EVIDENCE / name for name in EXPERIMENTS if (EVIDENCE / name).exists()]):
+        name = json.loads((folder / "settings.json").read_text())["experiment"]
+        tables[name] = Table(folder / "runs.csv")
+        write(EXPERIMENTS[name], tables[name], folder.resolve())
+    if not folders:
+        summary(tables, EVIDENCE / "summary.png")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@
 #   DATA_PATH              prefix of the tokenized data; without it, Megatron's mock data
 #   TOKENIZER              Hugging Face name or folder of its tokenizer; without it, numbers for tokens
 #   OUTPUT                 folder of checkpoints and logs (default: build/<name of the config>)
-#   SPECIALIZATION_COEFF   default 2e-3, the paper's
+#   SPECIALIZATION_COEFF   default 2e-3, the paper's number; its units: docs/guide.md
 #   COUPLING_COEFF         default 1e-3, the paper's
 #   SCRIPT                 the pretraining script (default: pretrain_gpt.py beside this file)
 #   PYTHON                 the interpreter (default: python)

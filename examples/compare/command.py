@@ -59,9 +59,8 @@ def settings_of(experiment, options, machine, corpus) -> dict:
     """What all runs of a table have in common."""
     return {
         "experiment": options.experiment,
-        "model": " ".join(experiment.model),
+        "flags": " ".join(experiment.flags("SEED")),
         "corpus": data.digest(corpus),
-        "iterations": experiment.iterations,
         "tiny": options.tiny,
         "machine": asdict(machine),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

@@ -40,9 +40,10 @@ GPU_MODEL = """
 """.split()
 
 # Last ones count: any experiment with these is over in seconds.
-TINY = """
+TINY_ITERATIONS = 4
+TINY = f"""
 --num-layers 2 --hidden-size 16 --num-attention-heads 2 --num-query-groups 1 --ffn-hidden-size 16 --micro-batch-size 2
---global-batch-size 2 --train-iters 4 --lr-warmup-iters 1 --log-interval 2
+--global-batch-size 2 --train-iters {TINY_ITERATIONS} --lr-warmup-iters 1 --log-interval 2
 """.split()
 TINY_EXPERTS = "--num-experts 8 --moe-ffn-hidden-size 16".split()
 
@@ -89,7 +90,7 @@ class Experiment:
     def all_arms(self) -> list:
         return [one for group in self.arms for one in group]
 
-    def flags(self, seed: int) -> list:
+    def flags(self, seed) -> list:
         """All of a run but its arm."""
         schedule = f"""
         --micro-batch-size {self.batch_size} --global-batch-size {self.batch_size}

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from examples.compare.arms import Arm
-from examples.compare.experiments import TINY, TINY_EXPERTS, Experiment
+from examples.compare.experiments import TINY, TINY_EXPERTS, TINY_ITERATIONS, Experiment
 from examples.compare.table import Table
 from examples.quickstart import training
 from examples.quickstart.progress import Progress
@@ -62,15 +62,18 @@ class Runner:
     tiny: bool = False
     stream = sys.stdout
 
+    @property
+    def iterations(self) -> int:
+        return TINY_ITERATIONS if self.tiny else self.experiment.iterations
+
     def command(self, run: Run) -> list:
         folder, experiment = self.work / run.name, self.experiment
-        iterations = 4 if self.tiny else experiment.iterations
         flags = [*experiment.flags(run.seed), *run.arm.flags]
         with_experts = "--num-experts" in flags
         if self.tiny:
             flags += [*TINY, *(TINY_EXPERTS if with_experts else [])]
         if with_experts:
-            flags += ["--moe-spec-metrics-interval", str(max(1, iterations // MEASUREMENTS))]
+            flags += ["--moe-spec-metrics-interval", str(max(1, self.iterations // MEASUREMENTS))]
             flags += ["--evaluate-experts", *map(str, experiment.fewer)] if experiment.fewer else []
         if run.arm.start:
             flags += ["--upcycle", str(self.weights(run.arm.start, run.seed))]
@@ -140,8 +143,7 @@ class Runner:
         if not self.machine.cpu:
             variables["CUDA_VISIBLE_DEVICES"] = str(worker)
         folder = self.work / run.name
-        iterations = 4 if self.tiny else self.experiment.iterations
-        return _Job(run, folder, worker, iterations, training.start(self.command(run), folder, variables))
+        return _Job(run, folder, worker, self.iterations, training.start(self.command(run), folder, variables))
 
 
 def free_port() -> int:

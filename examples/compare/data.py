@@ -113,7 +113,7 @@ def split(documents):
 
 
 def sequences(documents, number):
-    """[number, SEQ_LENGTH + 1] uint16 from documents, at equal distances: inputs, and labels one further."""
+    """[number, SEQ_LENGTH + 1] int64 from documents, at equal distances: inputs, and labels one further."""
     tokens = [numpy.append(numpy.frombuffer(text, dtype=numpy.uint8).astype(numpy.uint16), EOD) for text in documents]
     windows = numpy.lib.stride_tricks.sliding_window_view(numpy.concatenate(tokens), SEQ_LENGTH + 1)
     distance = len(windows) // number

@@ -74,9 +74,10 @@ def glosses(packages):
 def package_file(packages, package):
     """A Debian package's file, fetched where it is missing."""
     pattern = f"{package}_*.deb"
-    if not any(packages.glob(pattern)):
-        if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-            sys.exit(f"{package}: needs apt-get and dpkg-deb (Debian, Ubuntu), or {pattern} in {packages}")
+    is_there = any(packages.glob(pattern))
+    if not shutil.which("dpkg-deb") or not (is_there or shutil.which("apt-get")):
+        sys.exit(f"{package}: needs apt-get and dpkg-deb (Debian, Ubuntu), or dpkg-deb and {pattern} in {packages}")
+    if not is_there:
         packages.mkdir(parents=True, exist_ok=True)
         subprocess.run(["apt-get", "download", package], cwd=packages, check=True, stdout=subprocess.DEVNULL)
     return str(next(packages.glob(pattern)))
@@ -115,10 +116,11 @@ def split(documents):
 def sequences(documents, number):
     """[number, SEQ_LENGTH + 1] int64 from documents, at equal distances: inputs, and labels one further."""
     tokens = [numpy.append(numpy.frombuffer(text, dtype=numpy.uint8).astype(numpy.uint16), EOD) for text in documents]
-    windows = numpy.lib.stride_tricks.sliding_window_view(numpy.concatenate(tokens), SEQ_LENGTH + 1)
-    distance = len(windows) // number
+    num_tokens = sum(map(len, tokens))
+    distance = (num_tokens - SEQ_LENGTH) // number
     if distance < SEQ_LENGTH:
-        sys.exit(f"{len(windows) + SEQ_LENGTH} held-out tokens are too few for {number} sequences of {SEQ_LENGTH}")
+        sys.exit(f"{num_tokens} held-out tokens are too few for {number} sequences of {SEQ_LENGTH}")
+    windows = numpy.lib.stride_tricks.sliding_window_view(numpy.concatenate(tokens), SEQ_LENGTH + 1)
     return windows[: distance * number : distance]
 
 

@@ -78,7 +78,7 @@ def experts_a_token(model, number: int):
     """
     found = routers(model)
     config, trained = found[0].config, found[0].topk
-    assert number < trained and not config.moe_router_pre_softmax
+    assert number < trained and config.moe_router_score_function == "softmax" and not config.moe_router_pre_softmax
 
     def use(top_k):
         config.moe_router_topk = top_k  # what dispatchers read

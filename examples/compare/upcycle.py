@@ -17,6 +17,7 @@ def start(model, file, noise: float, seed: int) -> None:
     """
     dense = torch.load(file, weights_only=True)
     generator = torch.Generator().manual_seed(seed)
+    copies = 0
     for name, weight in model.named_parameters():
         source = re.sub(r"\.mlp\.experts\.local_experts\.\d+\.", ".mlp.", name)
         if source not in dense:
@@ -24,5 +25,7 @@ def start(model, file, noise: float, seed: int) -> None:
         assert weight.dtype == torch.float32, "optimizers keep a copy of other weights"
         value = dense[source]
         if source != name:
+            copies += 1
             value = value + noise * value.std() * torch.randn(value.shape, generator=generator)
         weight.copy_(value)
+    assert copies, "no expert of a SequentialMLP"

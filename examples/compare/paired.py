@@ -16,8 +16,9 @@ class Difference:
 
     Attributes:
         hypothesis: what is tested.
-        values: of each seed, in the order of seeds.
-        mean: of them.
+        ours, theirs: values of the arm and of the other one, in the order of seeds.
+        values: their differences.
+        mean: of these.
         low, high: Student's 95 % interval of it, not corrected; infinite with one seed.
         p: of the paired t test, two-sided; nan with one seed, or where all values are the same.
         corrected: the same after Holm's correction over the family.
@@ -25,12 +26,17 @@ class Difference:
     """
 
     hypothesis: Hypothesis
-    values: tuple
+    ours: tuple
+    theirs: tuple
     low: float
     high: float
     p: float
     corrected: float
     signed_rank: float
+
+    @property
+    def values(self) -> tuple:
+        return tuple(a - b for a, b in zip(self.ours, self.theirs))
 
     @property
     def mean(self) -> float:
@@ -48,19 +54,19 @@ def family(table: Table, hypotheses) -> list:
     for hypothesis in hypotheses:
         arm, against = (table.of(name, hypothesis.measure) for name in (hypothesis.arm, hypothesis.against))
         if seeds := sorted(arm.keys() & against.keys()):
-            found.append(difference(hypothesis, tuple(arm[seed] - against[seed] for seed in seeds)))
+            found.append(difference(hypothesis, *(tuple(of[seed] for seed in seeds) for of in (arm, against))))
     corrected = holm([one.p for one in found], len(hypotheses))
     return [one if math.isnan(one.p) else replace(one, corrected=p) for one, p in zip(found, corrected)]
 
 
-def difference(hypothesis: Hypothesis, values: tuple) -> Difference:
+def difference(hypothesis: Hypothesis, ours: tuple, theirs: tuple) -> Difference:
     """A difference by itself, corrected for nothing."""
-    if len(values) == 1:
-        return Difference(hypothesis, values, -math.inf, math.inf, math.nan, math.nan, math.nan)
-    test = stats.ttest_1samp(values, 0.0)
+    if len(ours) == 1:
+        return Difference(hypothesis, ours, theirs, -math.inf, math.inf, math.nan, math.nan, math.nan)
+    test = stats.ttest_rel(ours, theirs)
     low, high = map(float, test.confidence_interval())
-    signed_rank = float(stats.wilcoxon(values).pvalue) if any(values) else math.nan
-    return Difference(hypothesis, values, low, high, float(test.pvalue), float(test.pvalue), signed_rank)
+    signed_rank = float(stats.wilcoxon(ours, theirs).pvalue) if ours != theirs else math.nan
+    return Difference(hypothesis, ours, theirs, low, high, float(test.pvalue), float(test.pvalue), signed_rank)
 
 
 def holm(p_values: list, number: int) -> list:

@@ -50,7 +50,7 @@ def write(experiment: Experiment, table: Table, output: Path) -> None:
     settings = json.loads((output / "settings.json").read_text())
     (output / "report.md").write_text(text(experiment, table, families, settings))
     for title, found in families.items():
-        print(f"\n{title}\n\n{markdown(tests(experiment, table, found))}")
+        print(f"\n{title}\n\n{markdown(tests(experiment, found))}")
     print(f"Report: {shown(output / 'report.md')}")
 
 
@@ -59,9 +59,7 @@ def text(experiment: Experiment, table: Table, families: dict, settings: dict) -
     expected = len(experiment.all_arms) * len(experiment.seeds)
     state = "all" if len(table.rows) >= expected else f"**a part: {len(table.rows)}**"
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
-    sections = "\n".join(
-        f"## {title}\n\n{markdown(tests(experiment, table, found))}" for title, found in families.items()
-    )
+    sections = "\n".join(f"## {title}\n\n{markdown(tests(experiment, found))}" for title, found in families.items())
     return f"""# {experiment.title}
 
 Differences are of the same seed, arm minus the one that it is compared with: mean, Student's 95 % interval, and in how
@@ -92,7 +90,7 @@ def families_arm(experiment: Experiment) -> str:
     return next(iter(experiment.families.values()))[0].arm
 
 
-def tests(experiment: Experiment, table: Table, found: list) -> list:
+def tests(experiment: Experiment, found: list) -> list:
     """Rows of a family."""
     titles = {one.name: one.title for one in experiment.all_arms}
     rows = [
@@ -100,11 +98,10 @@ def tests(experiment: Experiment, table: Table, found: list) -> list:
         ("---",) * 9,
     ]
     for one in found:
-        name, measure, against = one.hypothesis.arm, one.hypothesis.measure, one.hypothesis.against
-        title, digits = TITLES[measure]
-        values = [f"{statistics.fmean(table.of(arm, measure).values()):.{digits}f}" for arm in (against, name)]
+        title, digits = TITLES[one.hypothesis.measure]
+        values = [f"{statistics.fmean(values):.{digits}f}" for values in (one.theirs, one.ours)]
         bold = "**" if one.corrected < ALPHA else ""
-        cells = [titles[name], title, *values, f"{bold}{interval(one, digits)}{bold}"]
+        cells = [titles[one.hypothesis.arm], title, *values, f"{bold}{interval(one, digits)}{bold}"]
         cells += [f"{one.lower} of {len(one.values)}", *map(probability, (one.p, one.corrected, one.signed_rank))]
         rows.append(tuple(cells))
     return rows

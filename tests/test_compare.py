@@ -273,6 +273,13 @@ def test_report_tells_differences_from_chance(tmp_path, capsys):
     assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG") and "differences.png" in text
 
 
+def test_gains_in_inference_count_where_validation_loss_stays_within_the_bound(tmp_path):
+    experiment, table = EXPERIMENTS["domains"], shifted(tmp_path)
+    hypotheses = [Hypothesis("both-10x", LOSS), Hypothesis("mass-10x", LOSS)]
+    said = report.within_bound(experiment, table, family(table, hypotheses))
+    assert "below +0.01." in said and "both-10x -0.0975 (counts), mass-10x +0.0374 (does not count)." in said
+
+
 def test_report_of_one_seed_has_no_interval(tmp_path):
     pytest.importorskip("matplotlib")
     table = shifted(tmp_path)

@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from examples.compare.experiments import EXPERIMENTS, VALIDATION_LOSS, Experiment
+from examples.compare.experiments import EXPERIMENTS, INFERENCE, VALIDATION_LOSS, Experiment, Hypothesis
 from examples.compare.paired import Difference, family
 from examples.compare.table import Table
 from examples.quickstart.training import ROOT, shown
@@ -60,6 +60,8 @@ def text(experiment: Experiment, table: Table, families: dict, settings: dict) -
     state = "all" if len(table.rows) >= expected else f"**a part: {len(table.rows)}**"
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     sections = "\n".join(f"## {title}\n\n{markdown(tests(experiment, found))}" for title, found in families.items())
+    if INFERENCE in families:
+        sections += f"\n{within_bound(experiment, table, families[INFERENCE])}\n"
     return f"""# {experiment.title}
 
 Differences are of the same seed, arm minus the one that it is compared with: mean, Student's 95 % interval, and in how
@@ -83,6 +85,20 @@ Means over seeds. Every value of every run: [runs.csv](runs.csv). Times in it ar
 - Versions: {versions}.
 - One line of it: `make compare COMPARE_ARGS="--experiment {settings["experiment"]} --arms {families_arm(experiment)}"`
 """
+
+
+def within_bound(experiment: Experiment, table: Table, found: list) -> str:
+    """Which arms of a family gain without a loss in validation."""
+    arms = dict.fromkeys(one.hypothesis.arm for one in found)
+    losses = [one for name in arms for one in family(table, [Hypothesis(name)])]
+    said = [
+        f"{one.hypothesis.arm} {one.high:+.4f} ({'counts' if one.high < experiment.bound else 'does not count'})"
+        for one in losses
+    ]
+    return (
+        f"A gain counts where the 95 % interval of the arm's difference in validation loss ends below "
+        f"{experiment.bound:+g}. It ends at: {', '.join(said)}."
+    )
 
 
 def families_arm(experiment: Experiment) -> str:

@@ -294,6 +294,7 @@ def test_published_reports_agree_with_their_runs(tmp_path):
     """Every report in docs/evidence is what its runs.csv gives."""
     folders = [path.parent for path in report.EVIDENCE.glob("*/runs.csv")]
     assert folders
+    overview = (report.EVIDENCE / "README.md").read_text()
     for folder in folders:
         settings = json.loads((folder / "settings.json").read_text())
         experiment, table = EXPERIMENTS[settings["experiment"]], Table(folder / "runs.csv")
@@ -303,6 +304,8 @@ def test_published_reports_agree_with_their_runs(tmp_path):
         assert (folder / "report.md").read_text() == report.text(experiment, table, families, settings)
         names = {one.name for one in experiment.all_arms}
         assert all(arm in names and seed in experiment.seeds for arm, seed in table.rows)
+        expected = len(names) * len(experiment.seeds)
+        assert re.search(rf"^\| `{folder.name}` \| .* \| {len(table.rows)} of {expected} \|$", overview, re.M)
 
 
 # The whole

@@ -24,7 +24,7 @@ SUMMARIZED = ("Primary", "Decisive", "Inference")  # families
 # (title, measure, digits)
 MEASURES = (
     ("validation loss (nats a byte)", VALIDATION_LOSS, 4),
-    *((f"{k} expert(s) a token: cost (nats a byte)", f"cost_of_{k}_experts", 4) for k in (3, 2, 1)),
+    *((f"cost of {k} expert(s) a token (nats a byte)", f"cost_of_{k}_experts", 4) for k in (3, 2, 1)),
     ("next layer's experts predicted", "next_layer_hits", 3),
     ("the same, tokens shuffled", "next_layer_hits_of_shuffled", 3),
     ("hits of an LRU cache", "lru_hits", 3),

@@ -325,7 +325,9 @@ def test_an_experiment_cut_short(tmp_path):
     assert (baseline["arm"], erc["arm"]) == ("baseline", "erc-10x")
     assert erc[LOSS] != baseline[LOSS] and float(baseline["peak_memory_mb"]) > 100
     # The loss of the first step is taken before anything has changed: same weights, same data.
-    logs = [(ROOT / f"build/compare/runs/out/{name}-seed101/log.txt").read_text() for name in ("baseline", "erc-10x")]
+    logs = [
+        (ROOT / f"build/compare/runs/text-tiny/{name}-seed101/log.txt").read_text() for name in ("baseline", "erc-10x")
+    ]
     first, other_first = (megatron_steps(log)[0] for log in logs)
     assert first == other_first
     assert "expert-router coupling" in (tmp_path / "out/report.md").read_text()

@@ -50,8 +50,8 @@ def parse_options(arguments=None):
         parser.error("--workers must be at least 1")
     if not options.budget_minutes > 0:
         parser.error("--budget-minutes must be positive")
-    name = f"{options.experiment}-tiny" if options.tiny else options.experiment
-    options.output = (options.output or training.ROOT / "build/compare" / name).resolve()
+    options.name = f"{options.experiment}-tiny" if options.tiny else options.experiment
+    options.output = (options.output or training.ROOT / "build/compare" / options.name).resolve()
     return options
 
 
@@ -106,7 +106,7 @@ def main(arguments=None):
     # A baseline for each: of every hypothesis about an arm that is asked for.
     asked |= {one.against for tests in experiment.families.values() for one in tests if one.arm in asked} or {BASELINE}
     runs = wanted(experiment, asked, experiment.seeds[: options.seeds])
-    work = training.ROOT / "build/compare/runs" / options.output.name
+    work = training.ROOT / "build/compare/runs" / options.name
     table = Table(options.output / "runs.csv")
     runner = Runner(experiment, machine, corpus, work, workers, options.tiny)
     finished = runner.run_all(runs, table, options.budget_minutes * 60)

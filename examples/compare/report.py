@@ -173,7 +173,7 @@ def draw(experiment: Experiment, families: dict, path: Path) -> None:
 
 
 def summary(tables: dict, path: Path) -> None:
-    """Draws what the README shows: of each experiment, the measures of its primary family and those of inference.
+    """Draws what the README shows: of each experiment, its primary family and those of inference, once all has run.
 
     Args:
         tables: name of an experiment -> its table.
@@ -184,6 +184,7 @@ def summary(tables: dict, path: Path) -> None:
         for title, hypotheses in EXPERIMENTS[name].families.items()
         if title.startswith(SUMMARIZED)
         for found in [family(table, hypotheses)]
+        if len(found) == len(hypotheses) and all(len(one.values) == len(EXPERIMENTS[name].seeds) for one in found)
         for measure in dict.fromkeys(one.hypothesis.measure for one in found)
     ]
     pyplot = figures.pyplot()

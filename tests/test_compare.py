@@ -299,8 +299,7 @@ def test_published_reports_agree_with_their_runs(tmp_path):
         settings = json.loads((folder / "settings.json").read_text())
         experiment, table = EXPERIMENTS[settings["experiment"]], Table(folder / "runs.csv")
         assert not settings["tiny"] and settings["flags"] == " ".join(experiment.flags("SEED"))
-        families = {title: family(table, hypotheses) for title, hypotheses in experiment.families.items()}
-        families = {title: found for title, found in families.items() if found}
+        families = report.judged(experiment, table)
         assert (folder / "report.md").read_text() == report.text(experiment, table, families, settings)
         names = {one.name for one in experiment.all_arms}
         assert all(arm in names and seed in experiment.seeds for arm, seed in table.rows)
@@ -324,6 +323,8 @@ def test_an_experiment_cut_short(tmp_path):
     (baseline, erc) = csv.DictReader((tmp_path / "out/runs.csv").open())
     assert (baseline["arm"], erc["arm"]) == ("baseline", "erc-10x")
     assert erc[LOSS] != baseline[LOSS] and float(baseline["peak_memory_mb"]) > 100
+    # Of the last steps of training, and of held-out text.
+    assert baseline["load_imbalance"] != baseline["held_out_load_imbalance"] and baseline["held_out_dead_experts"]
     # The loss of the first step is taken before anything has changed: same weights, same data.
     logs = [
         (ROOT / f"build/compare/runs/text-tiny/{name}-seed101/log.txt").read_text() for name in ("baseline", "erc-10x")

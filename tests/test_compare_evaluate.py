@@ -230,8 +230,8 @@ def test_loads_and_dead_experts_by_counting(evaluation):
         imbalances.append(max(counts.values()) / (800 / 16))
         dead += 16 - len(counts)
     assert dead == 1 + 12
-    assert found["load_imbalance"] == pytest.approx(sum(imbalances) / 3)
-    assert found["dead_experts"] == pytest.approx(dead / 48)
+    assert found["held_out_load_imbalance"] == pytest.approx(sum(imbalances) / 3)
+    assert found["held_out_dead_experts"] == pytest.approx(dead / 48)
 
 
 def test_routing_does_not_depend_on_the_order_of_a_tokens_experts(evaluation):
@@ -239,8 +239,8 @@ def test_routing_does_not_depend_on_the_order_of_a_tokens_experts(evaluation):
     found = evaluation.routing(experts_TMK, 16, length=20)
     assert found == evaluation.routing(experts_TMK.flip(2), 16, length=20)
     assert set(found) == {
-        "load_imbalance", "dead_experts", "lru_hits", "lfu_hits", "devices_a_token", "devices_a_token_contiguous",
-        "next_layer_hits", "next_layer_hits_of_shuffled",
+        "held_out_load_imbalance", "held_out_dead_experts", "lru_hits", "lfu_hits", "devices_a_token",
+        "devices_a_token_contiguous", "next_layer_hits", "next_layer_hits_of_shuffled",
     }  # fmt: skip
 
 

@@ -52,15 +52,17 @@ control = Arm(CONTROL, "specialization with a weight of 1e-7 (control)", (f"{SPE
 def arm(loss: str, scale: int) -> Arm:
     """A loss at a multiple of its paper's coefficients."""
     title, coefficients, options = LOSSES[loss]
-    weights = tuple(f"{flag}={scale * value:g}" for flag, value in coefficients.items())
-    return Arm(f"{loss}-{scale}x", f"{title}, {scale} x", (*weights, *options))
+    return Arm(f"{loss}-{scale}x", f"{title}, {scale} x", (*weights(coefficients, scale), *options))
 
 
 def summed(scale: int, top_k: int) -> Arm:
     """Both losses, where the paper's coefficient is of a sum over the k (k - 1) ordered pairs of a token's experts."""
-    specialization = f"{SPECIALIZATION}={scale * 2e-3 * top_k * (top_k - 1):g}"
-    return Arm(
-        f"both-summed-{scale}x",
-        f"specialization, summed over pairs, and coupling (mass), {scale} x",
-        (specialization, f"{COUPLING}={scale * 1e-3:g}"),
-    )
+    _, coefficients, _ = LOSSES["both"]
+    coefficients = coefficients | {SPECIALIZATION: coefficients[SPECIALIZATION] * top_k * (top_k - 1)}
+    title = f"specialization, summed over pairs, and coupling (mass), {scale} x"
+    return Arm(f"both-summed-{scale}x", title, weights(coefficients, scale))
+
+
+def weights(coefficients: dict, scale: int) -> tuple:
+    """Flags of multiples of coefficients."""
+    return tuple(f"{flag}={scale * value:g}" for flag, value in coefficients.items())

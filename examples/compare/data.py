@@ -14,7 +14,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy
 
@@ -52,20 +52,26 @@ def domains(folder):
 
 
 def files_of(packages, package, suffix):
-    """(path, contents) of the regular files of a Debian package whose names end so; man pages are unpacked."""
+    """(path, contents) of the regular files of a Debian package whose names end so; man pages are unpacked.
+
+    Args:
+        suffix: or several, in a tuple.
+    """
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package_file(packages, package)], stdout=subprocess.PIPE) as p:
         with tarfile.open(fileobj=p.stdout, mode="r|") as archive:
             for member in archive:
                 is_page = suffix != ".gz" or "/man/" in member.name
-                if member.isfile() and is_page and PurePosixPath(member.name).suffix == suffix:
+                if member.isfile() and is_page and member.name.endswith(suffix):
                     contents = archive.extractfile(member).read()
                     yield member.name, gzip.decompress(contents) if suffix == ".gz" else contents
 
 
 def glosses(packages):
     """(name, text) of the definitions in WordNet, in documents of so many."""
-    for part in ("noun", "verb", "adj", "adv"):
-        ((_, contents),) = [found for found in files_of(packages, WORDNET, f".{part}") if "/data." in found[0]]
+    parts = ("noun", "verb", "adj", "adv")
+    files = dict(files_of(packages, WORDNET, tuple(f"/data.{part}" for part in parts)))
+    for part in parts:
+        (contents,) = [contents for name, contents in files.items() if name.endswith(f".{part}")]
         lines = [line.partition(b"| ")[2].strip() for line in contents.splitlines() if b"| " in line]
         for number in range(0, len(lines), GLOSSES_A_DOCUMENT):
             yield f"{part} {number}", b"\n".join(lines[number : number + GLOSSES_A_DOCUMENT])

@@ -130,8 +130,8 @@ def routing(experts_TMK: Tensor, num_experts: int, length: int) -> dict:
     cluster = Cluster(num_experts, DEVICES)
     devices = measure(OBJECTIVES["fanout"].place(fitted, cluster), judged).devices.mean()
     found = {
-        "load_imbalance": imbalance(loads_ME).mean(),
-        "dead_experts": (loads_ME == 0).double().mean(),
+        "held_out_load_imbalance": imbalance(loads_ME).mean(),
+        "held_out_dead_experts": (loads_ME == 0).double().mean(),
         "lru_hits": lru,
         "lfu_hits": lfu,
         "devices_a_token": devices,

@@ -15,17 +15,7 @@ LARGER = """
 --moe-router-topk 4
 """.split()
 
-DENSE = """
---num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
---seq-length 128 --max-position-embeddings 128 --position-embedding-type rope
---normalization RMSNorm --swiglu --disable-bias-linear --ffn-hidden-size 128 --init-method-std 0.1
---untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 64
-""".split()
-EXPERTS = """
---num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 128
---moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
---moe-token-dispatcher-type alltoall --moe-router-dtype fp32
-""".split()
+EXPERTS = [*"--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 128".split(), *settings.ROUTING]
 CLUSTERED = (
     """--num-layers 2 --hidden-size 32 --num-attention-heads 2 --ffn-hidden-size 64 --moe-ffn-hidden-size 32""".split()
 )
@@ -173,7 +163,7 @@ def upcycled(one: Arm, noise: float) -> Arm:
 upcycling = Experiment(
     title="Upcycling: experts that start as copies of a dense model",
     shape="4 layers, hidden size 64, 8 experts of width 128 of which 2 serve a token",
-    model=DENSE,
+    model=settings.DENSE,
     corpus="stdlib",
     arms=(
         (Arm("dense", "the dense model to start from"),),
@@ -197,7 +187,7 @@ upcycling = Experiment(
 clusters = Experiment(
     title="Latent clusters: sequences of eight Markov chains",
     shape="2 layers, hidden size 32, 8 experts of width 32 of which 2 serve a token",
-    model=[*DENSE, *EXPERTS, *CLUSTERED],
+    model=[*settings.DENSE, *EXPERTS, *CLUSTERED],
     corpus="dialects",
     arms=((baseline, control, *at(10, *OURS), *at(10, *PEERS)),),
     families={

@@ -32,8 +32,8 @@ MEASURES = (
     ("devices a token, of 4", "devices_a_token", 3),
     ("experts and domains, mutual information", "domain_information", 4),
     ("tokens at their cluster's expert", "matched_tokens", 3),
-    *[row for row in ROWS if row[1] != "load_imbalance"],
-    ("load imbalance on held-out text, max / mean", "load_imbalance", 3),
+    *ROWS,
+    ("load imbalance on held-out text, max / mean", "held_out_load_imbalance", 3),
 )
 TITLES = {name: (title, digits) for title, name, digits in MEASURES}
 
@@ -43,8 +43,7 @@ def write(experiment: Experiment, table: Table, output: Path) -> None:
     if not table.rows:
         print("No run has finished yet")
         return
-    families = {title: family(table, hypotheses) for title, hypotheses in experiment.families.items()}
-    families = {title: found for title, found in families.items() if found}
+    families = judged(experiment, table)
     if families:
         draw(experiment, families, output / "differences.png")
     settings = json.loads((output / "settings.json").read_text())
@@ -52,6 +51,12 @@ def write(experiment: Experiment, table: Table, output: Path) -> None:
     for title, found in families.items():
         print(f"\n{title}\n\n{markdown(tests(experiment, found))}")
     print(f"Report: {shown(output / 'report.md')}")
+
+
+def judged(experiment: Experiment, table: Table) -> dict:
+    """{title: differences} of the families that have any."""
+    found = {title: family(table, hypotheses) for title, hypotheses in experiment.families.items()}
+    return {title: differences for title, differences in found.items() if differences}
 
 
 def text(experiment: Experiment, table: Table, families: dict, settings: dict) -> str:
@@ -83,7 +88,7 @@ Means over seeds. Every value of every run: [runs.csv](runs.csv). Times in it ar
 - Training: {experiment.iterations} steps of {experiment.batch_size} sequences; {settings["machine"]["loop"]},
   {settings["machine"]["device"]}, one process a run.
 - Versions: {versions}.
-- One line of it: `make compare COMPARE_ARGS="--experiment {settings["experiment"]} --arms {families_arm(experiment)}"`
+- One line of it: `make compare COMPARE_ARGS="--experiment {settings["experiment"]} --arms {example_arm(experiment)}"`
 """
 
 
@@ -101,7 +106,7 @@ def within_bound(experiment: Experiment, table: Table, found: list) -> str:
     )
 
 
-def families_arm(experiment: Experiment) -> str:
+def example_arm(experiment: Experiment) -> str:
     """An arm to name in an example."""
     return next(iter(experiment.families.values()))[0].arm
 
@@ -149,11 +154,7 @@ def markdown(rows: list) -> str:
 
 def draw(experiment: Experiment, families: dict, path: Path) -> None:
     """A panel for each measure of each family: a dot for each seed's difference, and the interval of their mean."""
-    panels = [
-        (title.partition(":")[0], measure, [one for one in found if one.hypothesis.measure == measure])
-        for title, found in families.items()
-        for measure in dict.fromkeys(one.hypothesis.measure for one in found)
-    ]
+    panels = [(title.partition(":")[0], *rest) for title, found in families.items() for rest in by_measure(found)]
     pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(
         len(panels),
@@ -165,9 +166,7 @@ def draw(experiment: Experiment, families: dict, path: Path) -> None:
     )
     titles = {one.name: one.title for one in experiment.all_arms}
     for axis, (title, measure, found) in zip(axes.flat, panels):
-        dots(axis, [(titles[one.hypothesis.arm], one) for one in found])
-        axis.set_title(title, loc="left", fontsize="medium")
-        axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed")
+        panel(axis, title, measure, [(titles[one.hypothesis.arm], one) for one in found])
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -179,36 +178,46 @@ def summary(tables: dict, path: Path) -> None:
         tables: name of an experiment -> its table.
     """
     panels = [
-        (EXPERIMENTS[name], measure, [one for one in found if one.hypothesis.measure == measure])
+        (EXPERIMENTS[name].title, *rest)
         for name, table in tables.items()
-        for title, hypotheses in EXPERIMENTS[name].families.items()
-        if title.startswith(SUMMARIZED)
-        for found in [family(table, hypotheses)]
-        if len(found) == len(hypotheses) and all(len(one.values) == len(EXPERIMENTS[name].seeds) for one in found)
-        for measure in dict.fromkeys(one.hypothesis.measure for one in found)
+        for title, found in judged(EXPERIMENTS[name], table).items()
+        if title.startswith(SUMMARIZED) and is_complete(EXPERIMENTS[name], title, found)
+        for rest in by_measure(found)
     ]
     pyplot = figures.pyplot()
     rows = math.ceil(len(panels) / 2)
     figure, axes = pyplot.subplots(rows, 2, figsize=(14, 2.4 * rows), squeeze=False, constrained_layout=True)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    for axis, (experiment, measure, found) in zip(axes.flat, panels):
-        dots(axis, [(one.hypothesis.arm, one) for one in found])
-        axis.set_title(experiment.title, loc="left", fontsize="medium")
-        axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed")
+    for axis, (title, measure, found) in zip(axes.flat, panels):
+        panel(axis, title, measure, [(one.hypothesis.arm, one) for one in found])
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
-def dots(axis, named: list) -> None:
-    """A row for each (title, difference), the first one on top."""
+def is_complete(experiment: Experiment, title: str, found: list) -> bool:
+    """Whether all hypotheses of a family have all their seeds."""
+    expected = len(experiment.families[title])
+    return len(found) == expected and all(len(one.values) == len(experiment.seeds) for one in found)
+
+
+def by_measure(found: list) -> list:
+    """(measure, its differences) of a family."""
+    measures = dict.fromkeys(one.hypothesis.measure for one in found)
+    return [(measure, [one for one in found if one.hypothesis.measure == measure]) for measure in measures]
+
+
+def panel(axis, title: str, measure: str, named: list) -> None:
+    """A row for each (name, difference), the first one on top."""
+    axis.set_title(title, loc="left", fontsize="medium")
+    axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed")
     for height, (_, one) in enumerate(reversed(named)):
         if not math.isinf(one.high):
             color = "#c8102e" if one.corrected < ALPHA else "#999999"
             axis.errorbar(one.mean, height, xerr=one.high - one.mean, fmt="s", color=color, capsize=4)
         axis.plot(one.values, [height] * len(one.values), "o", color="#333333", alpha=0.45, markersize=4)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(named)), [title for title, _ in reversed(named)])
+    axis.set_yticks(range(len(named)), [name for name, _ in reversed(named)])
     axis.set_ylim(-0.6, len(named) - 0.4)
     axis.grid(axis="x", alpha=0.3)
 

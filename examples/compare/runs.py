@@ -187,6 +187,7 @@ class _Job:
         trained = {name: results.final(points, self.iterations, window) for name, points in series.items()}
         trained.pop(results.VALIDATION_LOSS, None)  # Megatron's own, of one batch
         trained[results.STEP_TIME] = results.median(series.get(results.STEP_TIME, []))
+        assert not trained.keys() & self.found.keys(), "one would hide the other"
         return {
             "arm": self.run.arm.name,
             "seed": self.run.seed,

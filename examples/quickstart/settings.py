@@ -3,15 +3,20 @@
 # DeepSeek style: fine-grained routed experts beside one shared expert, an MoE in every layer. Megatron's default for
 # initial weights, 0.02, suits hidden sizes in the thousands: with 64, training begins on a plateau and leaves it at a
 # moment of chance, and runs that hardly differ end far apart.
-MODEL = """
+DENSE = """
 --num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2
 --seq-length 128 --max-position-embeddings 128 --position-embedding-type rope
 --normalization RMSNorm --swiglu --disable-bias-linear --ffn-hidden-size 128 --init-method-std 0.1
 --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 64
---num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64
+""".split()
+EXPERTS = (
+    "--num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64".split()
+)
+ROUTING = """
 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
 --moe-token-dispatcher-type alltoall --moe-router-dtype fp32
 """.split()
+MODEL = [*DENSE, *EXPERTS, *ROUTING]
 
 # Neither Transformer Engine nor Apex is needed.
 PLAIN_TORCH = """

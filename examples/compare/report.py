@@ -80,7 +80,8 @@ Wilcoxon's test. Bold: found, at {ALPHA} after the correction. The hypotheses we
 ## What was measured
 
 {markdown(means(experiment, table))}
-Means over seeds. Every value of every run: [runs.csv](runs.csv). Times in it are of a machine that did other work, too.
+Means over seeds. Every value of every run: [runs.csv](runs.csv). Times and memory in it depend on how
+a run was started, and on what else the machine did.
 
 ## How it was made
 
@@ -153,22 +154,14 @@ def markdown(rows: list) -> str:
 
 
 def draw(experiment: Experiment, families: dict, path: Path) -> None:
-    """A panel for each measure of each family: a dot for each seed's difference, and the interval of their mean."""
-    panels = [(title.partition(":")[0], *rest) for title, found in families.items() for rest in by_measure(found)]
-    pyplot = figures.pyplot()
-    figure, axes = pyplot.subplots(
-        len(panels),
-        1,
-        figsize=(8, sum(0.4 * len(found) + 1.1 for *_, found in panels)),
-        height_ratios=[len(found) + 1 for *_, found in panels],
-        squeeze=False,
-        constrained_layout=True,
-    )
+    """Draws a panel for each measure of each family."""
     titles = {one.name: one.title for one in experiment.all_arms}
-    for axis, (title, measure, found) in zip(axes.flat, panels):
-        panel(axis, title, measure, [(titles[one.hypothesis.arm], one) for one in found])
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    panels = [
+        (title.partition(":")[0], measure, [(titles[one.hypothesis.arm], one) for one in found])
+        for title, differences in families.items()
+        for measure, found in by_measure(differences)
+    ]
+    save(panels, 1, path)
 
 
 def summary(tables: dict, path: Path) -> None:
@@ -178,21 +171,13 @@ def summary(tables: dict, path: Path) -> None:
         tables: name of an experiment -> its table.
     """
     panels = [
-        (EXPERIMENTS[name].title, *rest)
+        (EXPERIMENTS[name].title, measure, [(one.hypothesis.arm, one) for one in found])
         for name, table in tables.items()
-        for title, found in judged(EXPERIMENTS[name], table).items()
-        if title.startswith(SUMMARIZED) and is_complete(EXPERIMENTS[name], title, found)
-        for rest in by_measure(found)
+        for title, differences in judged(EXPERIMENTS[name], table).items()
+        if title.startswith(SUMMARIZED) and is_complete(EXPERIMENTS[name], title, differences)
+        for measure, found in by_measure(differences)
     ]
-    pyplot = figures.pyplot()
-    rows = math.ceil(len(panels) / 2)
-    figure, axes = pyplot.subplots(rows, 2, figsize=(14, 2.4 * rows), squeeze=False, constrained_layout=True)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (title, measure, found) in zip(axes.flat, panels):
-        panel(axis, title, measure, [(one.hypothesis.arm, one) for one in found])
-    figure.savefig(path, dpi=90)
-    pyplot.close(figure)
+    save(panels, 2, path)
 
 
 def is_complete(experiment: Experiment, title: str, found: list) -> bool:
@@ -207,8 +192,28 @@ def by_measure(found: list) -> list:
     return [(measure, [one for one in found if one.hypothesis.measure == measure]) for measure in measures]
 
 
+def save(panels: list, columns: int, path: Path) -> None:
+    """Saves a picture of panels: (title, measure, [(name, difference), ...])."""
+    heights = [max(len(named) for *_, named in panels[i : i + columns]) + 1 for i in range(0, len(panels), columns)]
+    pyplot = figures.pyplot()
+    figure, axes = pyplot.subplots(
+        len(heights),
+        columns,
+        figsize=(2 + 6 * columns, sum(0.4 * height + 0.7 for height in heights)),
+        height_ratios=heights,
+        squeeze=False,
+        constrained_layout=True,
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, one in zip(axes.flat, panels):
+        panel(axis, *one)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
 def panel(axis, title: str, measure: str, named: list) -> None:
-    """A row for each (name, difference), the first one on top."""
+    """A row for each (name, difference), the first on top: a dot for each seed's, and the interval of their mean."""
     axis.set_title(title, loc="left", fontsize="medium")
     axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed")
     for height, (_, one) in enumerate(reversed(named)):

@@ -263,14 +263,18 @@ def shifted(folder):
 
 def test_report_tells_differences_from_chance(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    report.write(EXPERIMENTS["text"], shifted(tmp_path), tmp_path)
+    experiment = replace(EXPERIMENTS["text"], seeds=(101, 102, 103))
+    report.write(experiment, shifted(tmp_path), tmp_path)
     text, printed = (tmp_path / "report.md").read_text(), capsys.readouterr().out
     # 4.3027 * 0.001 / sqrt(3)
     row = "| 2.2000 | 2.1000 | **-0.1000 ± 0.0025** | 3 of 3 | < 0.0001 | 0.0001 | 0.2500 |"
     assert row in text and row in printed
     assert "| 2.2000 | 2.2250 | **+0.0250 ± 0.0124** | 0 of 3 | 0.0131 | 0.0392 | 0.2500 |" in text
-    assert "| 2.2000 | 2.2100 | +0.0100 ± " in text and "**a part: 12** of 228 runs" in text
+    assert "| 2.2000 | 2.2100 | +0.0100 ± " in text and "**a part: 12** of 57 runs" in text
     assert (tmp_path / "differences.png").read_bytes().startswith(b"\x89PNG") and "differences.png" in text
+    # Nothing is found by a part of the seeds.
+    report.write(EXPERIMENTS["text"], Table(tmp_path / "runs.csv"), tmp_path)
+    assert row.replace("**", "") in (tmp_path / "report.md").read_text() and "**-" not in capsys.readouterr().out
 
 
 def test_gains_in_inference_count_where_validation_loss_stays_within_the_bound(tmp_path):

@@ -71,8 +71,8 @@ def text(experiment: Experiment, table: Table, families: dict, settings: dict) -
 
 Differences are of the same seed, arm minus the one that it is compared with: mean, Student's 95 % interval, and in how
 many seeds the arm's value is lower; p of the paired t test, the same after Holm's correction over the family, and p of
-Wilcoxon's test. Bold: found, at {ALPHA} after the correction. The hypotheses were written before the runs:
-[protocol](../protocol.md). This report is of {state} of {expected} runs.
+Wilcoxon's test. Bold: found, at {ALPHA} after the correction, once all {len(experiment.seeds)} seeds have run. The
+hypotheses were written before the runs: [protocol](../protocol.md). This report is of {state} of {expected} runs.
 
 ![every seed's difference, and the intervals](differences.png)
 
@@ -122,11 +122,16 @@ def tests(experiment: Experiment, found: list) -> list:
     for one in found:
         title, digits = TITLES[one.hypothesis.measure]
         values = [f"{statistics.fmean(values):.{digits}f}" for values in (one.theirs, one.ours)]
-        bold = "**" if one.corrected < ALPHA else ""
+        bold = "**" if is_found(experiment, one) else ""
         cells = [titles[one.hypothesis.arm], title, *values, f"{bold}{interval(one, digits)}{bold}"]
         cells += [f"{one.lower} of {len(one.values)}", *map(probability, (one.p, one.corrected, one.signed_rank))]
         rows.append(tuple(cells))
     return rows
+
+
+def is_found(experiment: Experiment, one: Difference) -> bool:
+    """Whether a difference is told from chance; before all seeds have run, none is."""
+    return len(one.values) == len(experiment.seeds) and one.corrected < ALPHA
 
 
 def interval(one: Difference, digits: int) -> str:
@@ -157,7 +162,7 @@ def draw(experiment: Experiment, families: dict, path: Path) -> None:
     """Draws a panel for each measure of each family."""
     titles = {one.name: one.title for one in experiment.all_arms}
     panels = [
-        (title.partition(":")[0], measure, [(titles[one.hypothesis.arm], one) for one in found])
+        (experiment, title.partition(":")[0], measure, [(titles[one.hypothesis.arm], one) for one in found])
         for title, differences in families.items()
         for measure, found in by_measure(differences)
     ]
@@ -171,7 +176,7 @@ def summary(tables: dict, path: Path) -> None:
         tables: name of an experiment -> its table.
     """
     panels = [
-        (EXPERIMENTS[name].title, measure, [(one.hypothesis.arm, one) for one in found])
+        (EXPERIMENTS[name], EXPERIMENTS[name].title, measure, [(one.hypothesis.arm, one) for one in found])
         for name, table in tables.items()
         for title, differences in judged(EXPERIMENTS[name], table).items()
         if title.startswith(SUMMARIZED) and is_complete(EXPERIMENTS[name], title, differences)
@@ -193,7 +198,7 @@ def by_measure(found: list) -> list:
 
 
 def save(panels: list, columns: int, path: Path) -> None:
-    """Saves a picture of panels: (title, measure, [(name, difference), ...])."""
+    """Saves a picture of panels: (experiment, title, measure, [(name, difference), ...])."""
     heights = [max(len(named) for *_, named in panels[i : i + columns]) + 1 for i in range(0, len(panels), columns)]
     pyplot = figures.pyplot()
     figure, axes = pyplot.subplots(
@@ -212,13 +217,13 @@ def save(panels: list, columns: int, path: Path) -> None:
     pyplot.close(figure)
 
 
-def panel(axis, title: str, measure: str, named: list) -> None:
+def panel(axis, experiment: Experiment, title: str, measure: str, named: list) -> None:
     """A row for each (name, difference), the first on top: a dot for each seed's, and the interval of their mean."""
     axis.set_title(title, loc="left", fontsize="medium")
     axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed")
     for height, (_, one) in enumerate(reversed(named)):
         if not math.isinf(one.high):
-            color = "#c8102e" if one.corrected < ALPHA else "#999999"
+            color = "#c8102e" if is_found(experiment, one) else "#999999"
             axis.errorbar(one.mean, height, xerr=one.high - one.mean, fmt="s", color=color, capsize=4)
         axis.plot(one.values, [height] * len(one.values), "o", color="#333333", alpha=0.45, markersize=4)
     axis.axvline(0, color="black", linewidth=0.8)

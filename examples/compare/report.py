@@ -65,7 +65,7 @@ def text(experiment: Experiment, table: Table, families: dict, settings: dict) -
     state = "all" if len(table.rows) >= expected else f"**a part: {len(table.rows)}**"
     versions = ", ".join(f"{name} {number}" for name, number in settings["versions"].items())
     sections = "\n".join(f"## {title}\n\n{markdown(tests(experiment, found))}" for title, found in families.items())
-    if INFERENCE in families:
+    if is_complete(experiment, INFERENCE, families.get(INFERENCE, [])):
         sections += f"\n{within_bound(experiment, table, families[INFERENCE])}\n"
     return f"""# {experiment.title}
 
@@ -131,7 +131,11 @@ def tests(experiment: Experiment, found: list) -> list:
 
 def is_found(experiment: Experiment, one: Difference) -> bool:
     """Whether a difference is told from chance; before all seeds have run, none is."""
-    return len(one.values) == len(experiment.seeds) and one.corrected < ALPHA
+    return has_all_seeds(experiment, one) and one.corrected < ALPHA
+
+
+def has_all_seeds(experiment: Experiment, one: Difference) -> bool:
+    return len(one.values) == len(experiment.seeds)
 
 
 def interval(one: Difference, digits: int) -> str:
@@ -187,8 +191,8 @@ def summary(tables: dict, path: Path) -> None:
 
 def is_complete(experiment: Experiment, title: str, found: list) -> bool:
     """Whether all hypotheses of a family have all their seeds."""
-    expected = len(experiment.families[title])
-    return len(found) == expected and all(len(one.values) == len(experiment.seeds) for one in found)
+    expected = len(experiment.families.get(title, ()))
+    return 0 < expected == len(found) and all(has_all_seeds(experiment, one) for one in found)
 
 
 def by_measure(found: list) -> list:

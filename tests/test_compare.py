@@ -282,6 +282,15 @@ def test_gains_in_inference_count_where_validation_loss_stays_within_the_bound(t
     hypotheses = [Hypothesis("both-10x", LOSS), Hypothesis("mass-10x", LOSS)]
     said = report.within_bound(experiment, table, family(table, hypotheses))
     assert "below +0.01." in said and "both-10x -0.0975 (counts), mass-10x +0.0374 (does not count)." in said
+    # Nothing is said of a part of the seeds, nor of a part of the arms.
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    part = replace(experiment, families={report.INFERENCE: hypotheses})
+    whole = replace(part, seeds=(101, 102, 103))
+    families = report.judged(whole, table)
+    assert said in report.text(whole, table, families, settings)
+    assert "A gain counts" not in report.text(part, table, families, settings)
+    whole.families[report.INFERENCE].append(Hypothesis("erc-10x", LOSS))
+    assert "A gain counts" not in report.text(whole, table, families, settings)
 
 
 def test_report_of_one_seed_has_no_interval(tmp_path):

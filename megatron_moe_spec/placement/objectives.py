@@ -190,6 +190,6 @@ OBJECTIVES = {
         2**15,
         "SGLang, vLLM and TensorRT-LLM gain nothing: they return the tokens of each layer to the rank that they came "
         "from. It serves engines that fetch experts from elsewhere (offloading, prefetching) and those that keep "
-        "tokens where they are.",
+        "tokens where they are; for these, mind the load: the device that bears most sets the time.",
     ),
 }

@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from processes import ROOT, needs_training_loop
@@ -152,12 +154,20 @@ def test_a_failed_run_stops_the_experiment_and_shows_its_log(tmp_path):
     assert ("erc-1x", 101) not in Table(tmp_path / "runs.csv")
 
 
-def test_no_run_is_started_that_would_end_after_the_budget(tmp_path):
+def test_no_run_is_started_that_would_end_after_the_budget(tmp_path, monkeypatch):
+    now, sleep = [0.0], time.sleep
+
+    def wait(seconds):  # five seconds of a clock that only waiting moves
+        sleep(seconds)
+        now[0] += 5
+
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=wait)
+    monkeypatch.setattr("examples.compare.runs.time", clock)
     runs, table = wanted(EXPERIMENTS["text"], ("baseline", "both-10x"), (101, 102)), Table(tmp_path / "runs.csv")
     runner = fake(tmp_path, baseline=2.0, both_10x=1.5)
-    assert not runner.run_all(runs, table, seconds=0.1)
+    assert not runner.run_all(runs, table, seconds=5)
     assert len(table.rows) == 2 and len(runner.missing(runs, table)) == 2
-    assert runner.run_all(runs, table, seconds=60) and len(table.rows) == 4
+    assert runner.run_all(runs, table, seconds=5) and len(table.rows) == 4
 
 
 def test_what_a_run_starts_from_runs_before_it(tmp_path):
@@ -301,6 +311,31 @@ def test_report_of_one_seed_has_no_interval(tmp_path):
     report.write(EXPERIMENTS["text"], table, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "| -0.1000 | 1 of 1 |  |  |  |" in text and "inf" not in text and "nan" not in text
+
+
+def test_summary_shows_every_hypothesis_of_a_family_that_has_run(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(report, "save", lambda panels, columns, path: saved.extend(panels))
+    cost = "cost_of_1_experts"
+    rows = [
+        {"arm": arm, "seed": seed, LOSS: 2 + shift * seed, cost: shift * seed}
+        for seed in (1, 2, 3)
+        for arm, shift in (("baseline", 0.0), ("both-10x", 0.5), ("erc-10x", 0.1))
+    ]
+    families = {
+        "Costs": (Hypothesis("both-10x", cost),),
+        "Ours": (Hypothesis("both-10x", LOSS),),
+        "Others": (Hypothesis("erc-10x", LOSS),),
+        "Without runs": (Hypothesis("erc-10x", cost), Hypothesis("mass-10x", cost)),
+    }
+    experiment = replace(EXPERIMENTS["text"], seeds=(1, 2, 3), families=families)
+    monkeypatch.setitem(report.EXPERIMENTS, "text", experiment)
+    table = Table(tmp_path / "runs.csv")
+    for row in rows:
+        table.add(row)
+    report.summary({"text": table}, tmp_path / "summary.png")
+    shown = [(measure, [name for name, _ in named]) for _, _, measure, named in saved]
+    assert shown == [(LOSS, ["both-10x", "erc-10x"]), (cost, ["both-10x"])]
 
 
 def test_published_reports_agree_with_their_runs(tmp_path):

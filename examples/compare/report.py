@@ -19,7 +19,6 @@ from megatron_moe_spec.report.contents import ROWS
 
 EVIDENCE = ROOT / "docs/evidence"
 ALPHA = 0.05
-SUMMARIZED = ("Primary", "Decisive", "Inference")  # families
 
 # (title, measure, digits)
 MEASURES = (
@@ -174,18 +173,19 @@ def draw(experiment: Experiment, families: dict, path: Path) -> None:
 
 
 def summary(tables: dict, path: Path) -> None:
-    """Draws what the README shows: of each experiment, its primary family and those of inference, once all has run.
+    """Draws what the README shows: every hypothesis whose family has run; validation losses first, a measure a panel.
 
     Args:
         tables: name of an experiment -> its table.
     """
-    panels = [
-        (EXPERIMENTS[name], EXPERIMENTS[name].title, measure, [(one.hypothesis.arm, one) for one in found])
-        for name, table in tables.items()
-        for title, differences in judged(EXPERIMENTS[name], table).items()
-        if title.startswith(SUMMARIZED) and is_complete(EXPERIMENTS[name], title, differences)
-        for measure, found in by_measure(differences)
-    ]
+    panels = []
+    for name, table in tables.items():
+        experiment = EXPERIMENTS[name]
+        families = judged(experiment, table).items()
+        complete = [one for title, found in families if is_complete(experiment, title, found) for one in found]
+        for measure, found in by_measure(complete):
+            panels.append((experiment, experiment.title, measure, [(one.hypothesis.arm, one) for one in found]))
+    panels.sort(key=lambda panel: (panel[2] != "validation_loss", -len(panel[3])))
     save(panels, 2, path)
 
 

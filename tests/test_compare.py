@@ -317,11 +317,10 @@ def test_summary_shows_every_hypothesis_of_a_family_that_has_run(tmp_path, monke
     saved = []
     monkeypatch.setattr(report, "save", lambda panels, columns, path: saved.extend(panels))
     cost = "cost_of_1_experts"
-    rows = [
-        {"arm": arm, "seed": seed, LOSS: 2 + shift * seed, cost: shift * seed}
-        for seed in (1, 2, 3)
-        for arm, shift in (("baseline", 0.0), ("both-10x", 0.5), ("erc-10x", 0.1))
-    ]
+    table = Table(tmp_path / "runs.csv")
+    for arm, shift in (("baseline", 0.0), ("both-10x", 0.5), ("erc-10x", 0.1)):
+        for seed in (1, 2, 3):
+            table.add({"arm": arm, "seed": seed, LOSS: 2 + shift * seed, cost: shift * seed})
     families = {
         "Costs": (Hypothesis("both-10x", cost),),
         "Ours": (Hypothesis("both-10x", LOSS),),
@@ -330,9 +329,6 @@ def test_summary_shows_every_hypothesis_of_a_family_that_has_run(tmp_path, monke
     }
     experiment = replace(EXPERIMENTS["text"], seeds=(1, 2, 3), families=families)
     monkeypatch.setitem(report.EXPERIMENTS, "text", experiment)
-    table = Table(tmp_path / "runs.csv")
-    for row in rows:
-        table.add(row)
     report.summary({"text": table}, tmp_path / "summary.png")
     shown = [(measure, [name for name, _ in named]) for _, _, measure, named in saved]
     assert shown == [(LOSS, ["both-10x", "erc-10x"]), (cost, ["both-10x"])]

@@ -224,7 +224,8 @@ def save(panels: list, columns: int, path: Path) -> None:
 def panel(axis, experiment: Experiment, title: str, measure: str, named: list) -> None:
     """A row for each (name, difference), the first on top: a dot for each seed's, and the interval of their mean."""
     axis.set_title(title, loc="left", fontsize="medium")
-    axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed")
+    axis.set_xlabel(f"{TITLES[measure][0]}: difference in the same seed", loc="right")
+    axis.locator_params(axis="x", nbins=5)
     for height, (_, one) in enumerate(reversed(named)):
         if not math.isinf(one.high):
             color = "#c8102e" if is_found(experiment, one) else "#999999"

@@ -6,13 +6,16 @@ OLDEST = .venv-oldest 3.11 3.10 megatron report test -- --constraint .ci/constra
 VERSIONS ?= 0.16.1 0.17.1 0.18.2 0.19.2
 
 PYTEST_ARGS ?=
+# Processes that run tests, and the folder where they leave JUnit's reports.
+WORKERS ?= 2
+JUNIT ?=
 QUICKSTART_ARGS ?=
 COMPARE_ARGS ?=
 GPU_ARGS ?=
 PEER_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare recipes test test-all lint test-primary test-oldest test-versions peer-tests gpu clean
+.PHONY: help quickstart compare recipes test test-all lint environments test-primary test-oldest test-versions peer-tests gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -58,29 +61,27 @@ recipes:
 	@.ci/venv $(PRIMARY)
 	exec .venv/bin/python -W ignore -m examples.recipes --write
 
+# A file's tests run in one worker, so that what they share is made once.
+PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n $(WORKERS) --dist loadfile
+junit = $(if $(JUNIT),--junitxml=$(JUNIT)/$(1).xml)
+
 test:
 	@$(newest_environment); \
-	OMP_NUM_THREADS=1 exec $$python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(call PYTEST,exec $$python) -m "not slow" $(PYTEST_ARGS)
 
-# Both at the same time, for most tests use one core; what the second one says follows when the first has ended.
 test-all:
-	@.ci/venv $(PRIMARY)
-	@.ci/venv $(OLDEST) || [ $$? -eq 3 ]
-	@mkdir -p build; \
-	$(MAKE) --no-print-directory test-oldest > build/test-oldest.log 2>&1 & background=$$!; \
-	trap 'kill $$background 2>/dev/null; exit 130' INT TERM; \
-	primary=0; oldest=0; \
+	@primary=0; oldest=0; \
 	$(MAKE) --no-print-directory test-primary || primary=$$?; \
-	wait $$background || oldest=$$?; \
-	cat build/test-oldest.log; \
+	$(MAKE) --no-print-directory test-oldest || oldest=$$?; \
 	[ $$primary -eq 0 ] || echo "FAILED: make test-primary"; \
 	[ $$oldest -eq 0 ] || echo "FAILED: make test-oldest"; \
 	[ $$primary -eq 0 ] && [ $$oldest -eq 0 ]
 
 test-primary:
 	@.ci/venv $(PRIMARY)
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest $(PYTEST_ARGS)
+	$(call PYTEST,.venv/bin/python) $(call junit,primary) $(PYTEST_ARGS)
 
+oldest_tests = $(call PYTEST,.venv-oldest/bin/python) -m "not once" $(call junit,oldest) $(PYTEST_ARGS)
 test-oldest:
 	@status=0; .ci/venv $(OLDEST) || status=$$?; \
 	if [ $$status -eq 3 ]; then \
@@ -88,8 +89,12 @@ test-oldest:
 	    [ -z "$$CI" ]; exit; \
 	fi; \
 	[ $$status -eq 0 ] || exit $$status; \
-	echo "OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)"; \
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest $(PYTEST_ARGS)
+	echo '$(oldest_tests)'; $(oldest_tests)
+
+environments:
+	@.ci/venv $(OLDEST) & oldest=$$!; \
+	.ci/venv $(PRIMARY) || { kill $$oldest; exit 1; }; \
+	wait $$oldest || [ $$? -eq 3 ]
 
 lint:
 	@.ci/venv $(PRIMARY)

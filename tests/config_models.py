@@ -1,12 +1,13 @@
 """Parses flags with Megatron's own parser and validator and counts the model's parameters.
 
-Reads {name: [processes, [flag, ...]]} as JSON from standard input, writes {name: what was found} to standard output.
+Reads {name: [processes, [flag, ...]]} from a JSON file, writes {name: what was found} to standard output.
 In a process of its own: Megatron's arguments are global, and so is WORLD_SIZE.
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 
 from megatron_moe_spec.cpu import enable
 
@@ -79,7 +80,7 @@ def main() -> None:
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
     found = {}
-    for name, (processes, flags) in json.load(sys.stdin).items():
+    for name, (processes, flags) in json.loads(Path(sys.argv[1]).read_text()).items():
         laid_out = parse(flags, processes)
         try:
             core_transformer_config_from_args(laid_out)

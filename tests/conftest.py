@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-from processes import HAS_MEGATRON
+from processes import HAS_MEGATRON, starts
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +45,15 @@ def random():
 
     generator = torch.Generator().manual_seed(0)
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """What a test, with its fixtures, spent on starting processes: .ci/times.py reads it in JUnit's file."""
+    for name, seconds in starts.items():
+        if seconds:
+            item.user_properties.append((name, f"{len(seconds)} {sum(seconds):.3f}"))
+            seconds.clear()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -12,7 +12,7 @@ import sys
 import zipfile
 
 import pytest
-from processes import HAS_MEGATRON, ROOT
+from processes import HAS_MEGATRON, ROOT, python
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("torch")
@@ -26,15 +26,8 @@ def _module(name: str):
     return module
 
 
-def _python(*command) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT / "benchmarks",
-        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=660,
-    )
+def _python(*command):
+    return python(*command, cwd=ROOT / "benchmarks", timeout=660, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.slow

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 from processes import ROOT, needs_training_loop
 
+pytestmark = pytest.mark.once
+
 for package in ("psutil", "scipy", "tqdm"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 

@@ -1,28 +1,14 @@
 """The CPU backend, each time in a fresh interpreter: it changes torch for good."""
 
-import os
-import subprocess
-import sys
-
 import pytest
-from processes import ROOT, TESTS, needs_megatron, torchrun
+from forks import ranks
+from processes import needs_megatron, python
 
 pytestmark = pytest.mark.slow
 
 
-def _python(*command) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=TESTS,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def _check(*command) -> str:
-    run = _python(*command)
+    run = python(*command)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -51,7 +37,7 @@ assert state() == before and not before[-1]
 
 @needs_megatron
 def test_refused_after_megatron():
-    run = _python("-c", "import megatron.core; from megatron_moe_spec.cpu import enable; enable()")
+    run = python("-c", "import megatron.core; from megatron_moe_spec.cpu import enable; enable()")
     assert run.returncode == 1
     assert "RuntimeError" in run.stderr and "megatron_moe_spec.launch --cpu" in run.stderr
 
@@ -61,26 +47,26 @@ def test_devices():
 
 
 def test_collectives_as_on_nccl():
-    torchrun(2, "cpu_collectives.py", "gloo")
+    ranks(2, "cpu_collectives.py", "gloo")
 
 
 @pytest.mark.parametrize("backend", ["nccl", "cpu:gloo,cuda:nccl"])
 def test_gloo_in_the_place_of_nccl(backend):
-    output = torchrun(2, "cpu_collectives.py", backend)
+    output = ranks(2, "cpu_collectives.py", backend)
     assert output.count(f"process groups use gloo where the script asks for {backend}") == 1
 
 
 @needs_megatron
 def test_context_and_sequence_parallel():
-    torchrun(2, "cpu_parallel.py")
+    ranks(2, "cpu_parallel.py")
 
 
 @needs_megatron
 def test_resume_equals_the_uninterrupted_run(tmp_path):
     pytest.importorskip("psutil", reason="psutil is not installed, which saving torch_dist checkpoints needs")
-    torchrun(2, "cpu_checkpoint.py", tmp_path)
+    ranks(2, "cpu_checkpoint.py", tmp_path)
 
 
 @needs_megatron
 def test_models_train(tmp_path):
-    _check("cpu_models.py", tmp_path / "store")
+    ranks(1, "cpu_models.py", tmp_path / "store")

@@ -2,11 +2,10 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 
 import pytest
-from processes import ROOT, needs_training_loop
+from processes import needs_training_loop, python
 from test_pretrain import MODEL
 
 from megatron_moe_spec import doctor
@@ -262,15 +261,15 @@ def test_missing_megatron_is_named(megatron, monkeypatch, capsys):
 def test_missing_torch_is_named():
     """Without the site packages."""
     code = "import sys; from megatron_moe_spec import doctor; sys.exit(doctor.main([]))"
-    bare = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    bare = python("-S", "-c", code)
     assert bare.returncode == 1, bare.stderr
     assert "torch                not installed (needed)" in bare.stdout and "No module named 'torch'" in bare.stdout
 
 
 @pytest.mark.slow
 def test_exit_status_of_the_command():
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_moe_spec.doctor"]
-    helped = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=ROOT)
+    command = ["-W", "ignore", "-m", "megatron_moe_spec.doctor"]
+    helped = python(*command, "--help")
     assert helped.returncode == 0 and "exit status" in helped.stdout
-    plain = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    plain = python(*command)
     assert plain.returncode in (0, 1) and "torch" in plain.stdout

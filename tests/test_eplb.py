@@ -5,6 +5,8 @@ import torch
 
 from megatron_moe_spec.placement.eplb import rebalance_experts, replicate
 
+pytestmark = pytest.mark.once
+
 
 def test_the_example_of_its_readme():
     weight = torch.tensor(

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import ROOT, TESTS, needs_training_loop
+from forks import program
+from processes import ROOT, needs_training_loop
 
 pytest.importorskip("yaml", reason="PyYAML is not installed")
 from examples.model_args import model_args
@@ -65,18 +66,14 @@ def test_every_config_is_tested():
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tmp_path_factory):
     """Megatron's reading of each config, and of the commands of all scripts."""
     jobs = {name: [2 if name == "tiny" else 32, _flags(_command("single_node", name))] for name in NAMES}
     for script in SETTINGS:
         jobs[script] = [2, _flags(_command(script, "tiny", "--seed", "9"))]
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", str(TESTS / "config_models.py")],
-        input=json.dumps(jobs),
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    file = tmp_path_factory.mktemp("configs") / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    run = program("config_models.py", file)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout.splitlines()[-1])
 

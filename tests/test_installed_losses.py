@@ -4,8 +4,9 @@ import argparse
 
 import pytest
 from example_loss import RoutingInformation
+from forks import ranks
 from other_losses import LengthSpread, RouterLength
-from processes import ROOT, TESTS, needs_training_loop, torchrun
+from processes import ROOT, TESTS, needs_training_loop
 from test_pretrain import MODEL, scalars
 
 from megatron_moe_spec import SpecConfig, doctor
@@ -64,7 +65,7 @@ def test_the_doctor_knows_it(install, megatron, capsys):
 def test_the_launcher_trains_with_it_and_logs_it(install, megatron, tmp_path):
     folder = install({"routing-information": "installed_example:RoutingInformation"})
     launcher = ["-m", "megatron_moe_spec.launch", "--cpu", ROOT / "examples" / "pretrain_gpt.py"]
-    output = torchrun(
+    output = ranks(
         1, *launcher, *MODEL, "--train-iters", 2, "--tensorboard-dir", tmp_path, FLAG, "0.5", folders=[folder]
     )
     assert "MoE specialization: routing information x 0.5" in output

@@ -4,12 +4,9 @@ In an interpreter of its own, where Triton compiles; in this one it interprets.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from processes import ROOT
+from processes import ROOT, python
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.slow
@@ -27,14 +24,8 @@ MOST_REGISTERS = {
 
 
 def _python(code: str, *arguments) -> None:
-    run = subprocess.run(
-        [sys.executable, *((code,) if code.endswith(".py") else ("-c", code)), *map(str, arguments)],
-        cwd=ROOT / "benchmarks",
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    command = (code,) if code.endswith(".py") else ("-c", code)
+    run = python(*command, *arguments, cwd=ROOT / "benchmarks", timeout=600)
     assert run.returncode == 0, run.stdout + run.stderr
 
 

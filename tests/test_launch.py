@@ -1,12 +1,10 @@
 """The launcher never runs silently without the losses, and says what to type."""
 
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
-from processes import ROOT, TESTS, needs_training_loop
+from forks import program
+from processes import needs_training_loop, python
 
 from megatron_moe_spec import SpecConfig, attach
 
@@ -14,19 +12,8 @@ LAUNCHER = "-m megatron_moe_spec.launch"
 COUPLING = ["--moe-coupling-loss-coeff", "1e-3"]
 # As torchrun sets them for one process.
 STARTED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-OTHERS = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-
-
-def _launch(*command, **variables) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name not in (*STARTED, *OTHERS)}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", *LAUNCHER.split(), *map(str, command)],
-        cwd=TESTS,
-        env={**environment, "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+# By one of these the launcher knows that a job was started.
+NOT_STARTED = dict.fromkeys((*STARTED, "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
 
 
 def test_training_without_the_losses_asked_for_is_stopped(mm, monkeypatch):
@@ -77,7 +64,7 @@ def test_training_without_the_losses_asked_for_is_stopped(mm, monkeypatch):
 def test_script_that_attached_nothing_fails(end, tmp_path):
     script = tmp_path / "own_loop.py"
     script.write_text(f"print('trained')\n{end}\n")
-    run = _launch("--cpu", script, *COUPLING, **STARTED)
+    run = program(*LAUNCHER.split(), "--cpu", script, *COUPLING, **STARTED)
     assert run.stdout.endswith("trained\n")
     assert run.returncode == 1 and "attached to no model" in run.stderr and "patches/" in run.stderr
 
@@ -87,8 +74,8 @@ def test_script_that_attached_nothing_fails(end, tmp_path):
 def test_script_without_losses_may_do_as_it_likes(tmp_path):
     script = tmp_path / "other.py"
     script.write_text("import sys; sys.exit(sys.argv[1:] == ['--fail'] and 7)")
-    assert _launch("--cpu", script, **STARTED).returncode == 0
-    assert _launch("--cpu", script, "--fail", **STARTED).returncode == 7
+    assert program(*LAUNCHER.split(), "--cpu", script, **STARTED).returncode == 0
+    assert program(*LAUNCHER.split(), "--cpu", script, "--fail", **STARTED).returncode == 7
 
 
 @pytest.mark.slow
@@ -101,7 +88,7 @@ def test_script_that_attaches_the_losses_itself(tmp_path):
         f"mm.initialize_one_rank({str(tmp_path / 'store')!r})\n"
         "attach(mm.build_model(), SpecConfig(coupling_loss_coeff=1e-3))\n"
     )
-    run = _launch("--cpu", script, *COUPLING, **STARTED)
+    run = program(*LAUNCHER.split(), "--cpu", script, *COUPLING, **STARTED)
     assert run.returncode == 0, run.stderr
 
 
@@ -120,7 +107,7 @@ def test_launcher_says_what_to_type(command, variables, message, tmp_path):
     script = tmp_path / "script.py"
     script.write_text("raise AssertionError('the script runs')")
     command = [str(script) if word == "SCRIPT" else word for word in command]
-    run = _launch(*command, **{"CUDA_VISIBLE_DEVICES": "", **variables})
+    run = python("-W", "ignore", *LAUNCHER.split(), *command, CUDA_VISIBLE_DEVICES="", **{**NOT_STARTED, **variables})
     assert run.returncode == 2
     (line,) = run.stderr.splitlines()
     assert message.replace("SCRIPT", str(script)) in line

@@ -4,8 +4,12 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 import megatron_moe_spec
 from megatron_moe_spec.losses import LOSSES
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(megatron_moe_spec.__file__).parent
 ORDER = [

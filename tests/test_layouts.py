@@ -6,9 +6,10 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from forks import ranks
 from loss_names import BOTH, PEERS, PEERS_WITHOUT_OUTPUTS, coefficients
 from other_losses import losses_of_ones_own
-from processes import HAS_MEGATRON, needs_megatron, torchrun
+from processes import HAS_MEGATRON, needs_megatron
 
 from megatron_moe_spec import SpecConfig
 
@@ -233,7 +234,7 @@ def _fits(layout: str, model: str) -> bool:
 
 
 class Jobs:
-    """Runs of models in layouts, one torchrun job for several models."""
+    """Runs of models in layouts, one job for several models."""
 
     def __init__(self, folder):
         self._folder = folder
@@ -243,7 +244,7 @@ class Jobs:
         processes, sizes = LAYOUTS[layout]
         job, output = self._folder / "job.json", self._folder / "results.pt"
         job.write_text(json.dumps([sizes, cases]))
-        torchrun(processes, "layouts.py", job, output, timeout=1800)
+        ranks(processes, "layouts.py", job, output, timeout=1800)
         return torch.load(output)
 
     def _traced(self, layout: str, model: str, coefficient: float) -> dict:

@@ -4,6 +4,8 @@ import pytest
 from mutations import MUTATIONS
 from processes import ROOT
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.parametrize("fault, file, original, faulty, test", MUTATIONS, ids=[mutation[0] for mutation in MUTATIONS])
 def test_fault_fits_the_code(fault, file, original, faulty, test):

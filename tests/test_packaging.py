@@ -1,6 +1,8 @@
 """The installed package: one version, types, and commands that can be called."""
 
+import importlib
 import inspect
+import pkgutil
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
@@ -29,6 +31,15 @@ def test_commands_are_installed():
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
 def test_commands_can_be_called_without_arguments(command):
     inspect.signature(command.load()).bind()
+
+
+def test_every_module_is_imported_by_this_python(megatron):
+    """Those too whose tests are not repeated in the second environment."""
+    walked = pkgutil.walk_packages(megatron_moe_spec.__path__, "megatron_moe_spec.")
+    names = [module.name for module in walked if not module.name.endswith(".__main__")]
+    assert len(names) > 90 and {"megatron_moe_spec.report.command", "megatron_moe_spec.placement.command"} <= set(names)
+    for name in names:
+        importlib.import_module(name)
 
 
 def test_importing_imports_neither_torch_nor_megatron():

@@ -10,6 +10,8 @@ from megatron_moe_spec.placement.measures import measure
 from megatron_moe_spec.placement.placement import Cluster, Placement, contiguous, random
 from megatron_moe_spec.placement.prefetch import cache_hits, popularity_scores, predicted_hits, transition_scores
 
+pytestmark = pytest.mark.once
+
 
 def _trace(seed, num_batches=3, **settings):
     sizes = {"num_tokens": 60, "num_layers": 3, "num_experts": 8, "top_k": 3, **settings}

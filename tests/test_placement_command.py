@@ -17,6 +17,8 @@ from megatron_moe_spec.placement.measures import measure
 from megatron_moe_spec.placement.objectives import OBJECTIVES
 from megatron_moe_spec.placement.placement import Cluster
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def trace():

@@ -10,6 +10,8 @@ from megatron_moe_spec.metrics.trace_counts import loads
 from megatron_moe_spec.placement.formats import FORMATS
 from megatron_moe_spec.placement.placement import Cluster, random
 
+pytestmark = pytest.mark.once
+
 # Layers 2 to 4 of 5 have experts: 12 on 4 devices, with 4 redundant ones.
 _TRACE = random_trace(50, 3, 12, 2, seed=0, num_dense=2)
 _PLACEMENT = random(Cluster(12, 4, num_redundant=4), _TRACE.layers)

@@ -16,6 +16,8 @@ from megatron_moe_spec.placement.measures import measure
 from megatron_moe_spec.placement.objectives import OBJECTIVES, pairs_by_chance
 from megatron_moe_spec.placement.placement import Cluster, Placement, contiguous, random
 
+pytestmark = pytest.mark.once
+
 _CLUSTER = Cluster(32, 4)
 
 

@@ -17,7 +17,7 @@ from megatron_moe_spec.placement.formats import FORMATS
 from megatron_moe_spec.placement.objectives import place_by_load
 from megatron_moe_spec.placement.placement import Cluster
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 _TRACE = random_trace(400, 3, 12, 2, seed=0, num_dense=2)
 _CLUSTER = Cluster(12, 4, num_redundant=4)

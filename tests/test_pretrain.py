@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from processes import ROOT, needs_training_loop, torchrun
+from forks import ranks
+from processes import ROOT, needs_training_loop, python
 
 pytestmark = [needs_training_loop, pytest.mark.slow]
 
@@ -32,7 +31,7 @@ TRACE = ["--moe-spec-trace-interval", "2", "--moe-spec-trace-path"]
 
 def launch(*flags, processes=1) -> str:
     launcher = ["-m", "megatron_moe_spec.launch", "--cpu", ROOT / "examples" / "pretrain_gpt.py"]
-    return torchrun(processes, *launcher, *MODEL, *flags)
+    return ranks(processes, *launcher, *MODEL, *flags)
 
 
 def scalars(folder) -> dict[str, dict[int, float]]:
@@ -229,8 +228,6 @@ def test_metrics_that_cannot_be_written_stop_the_run_before_it_trains(tmp_path):
     ],
 )
 def test_launcher_explains_bad_use(command, message):
-    run = subprocess.run(
-        [sys.executable, "-m", "megatron_moe_spec.launch", *command], capture_output=True, text=True, cwd=ROOT
-    )
+    run = python("-m", "megatron_moe_spec.launch", *command)
     assert run.returncode == 2
     assert message in run.stderr

@@ -4,7 +4,8 @@ import json
 import random
 
 import pytest
-from processes import ROOT, torchrun
+from forks import ranks
+from processes import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,7 @@ def runs(megatron, tmp_path_factory):
     write_dataset(folder / "words")
 
     def run(name, processes, *flags):
-        output = torchrun(
+        output = ranks(
             processes, ROOT / "examples" / "pretrain_core.py", "--cpu",
             "--data-path", folder / "words", "--output", folder / name, "--iterations", ITERATIONS, "--seed", 3,
             "--num-layers", 3, "--hidden-size", 32, "--seq-length", 32, "--num-experts", 8,

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from processes import needs_megatron, torchrun
+from forks import ranks
+from processes import needs_megatron
 from test_layouts import EP, ETP, FULL_RECOMPUTE, PP, TP, VPP
 
 pytestmark = [needs_megatron, pytest.mark.slow]
@@ -18,7 +19,7 @@ def programs(megatron, tmp_path):
 
             return [getattr(programs, name)(sizes, **case) for case in cases or [{}]]
         output = tmp_path / "output.pt"
-        torchrun(processes, "programs.py", name, output, json.dumps([sizes, cases or [{}]]))
+        ranks(processes, "programs.py", name, output, json.dumps([sizes, cases or [{}]]))
         return torch.load(output)
 
     return run

@@ -4,11 +4,9 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 
 import pytest
-from processes import ROOT
+from processes import ROOT, python
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
@@ -220,8 +218,7 @@ def test_progress_is_one_line_of_a_terminal():
 def test_folder_that_cannot_be_written_is_one_clear_line(program, tmp_path):
     """Below a file: permissions do not bind root, as whom the tests may run."""
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", f"examples.{program}", "--output", tmp_path / "file" / "report"]
-    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    failed = python("-m", f"examples.{program}", "--output", tmp_path / "file" / "report", cwd=ROOT)
     assert failed.returncode == 1 and not failed.stdout
     (line,) = failed.stderr.splitlines()
     assert line.startswith(f"Cannot write to {tmp_path / 'file' / 'report'} (Not a directory). Name another folder")

@@ -13,6 +13,8 @@ from megatron_moe_spec.losses import LOSSES, installed
 from megatron_moe_spec.losses.base import options_of
 from megatron_moe_spec.losses.specialization import PAPER
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [

@@ -17,6 +17,8 @@ from megatron_moe_spec.report.command import main
 from megatron_moe_spec.report.contents import _draw_coactivation, _transitions, sections, summary
 from megatron_moe_spec.report.runs import RunError, read_run
 
+pytestmark = pytest.mark.once
+
 ITERATIONS = range(10, 110, 10)
 NUM_LAYERS, NUM_EXPERTS = 3, 4
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from processes import torchrun
+from forks import ranks
 
 from megatron_moe_spec.losses import specialization_loss
 from megatron_moe_spec.parallel.rows import FP8, Pending, RowExchange, dequantized, quantized
@@ -13,7 +13,7 @@ from megatron_moe_spec.parallel.rows import FP8, Pending, RowExchange, dequantiz
 @pytest.mark.slow
 def test_rows_come_to_their_tokens_and_go_back():
     """For every dispatcher and random maps, and in fp8; with the number of host synchronisations."""
-    torchrun(4, "row_exchanges.py")
+    ranks(4, "row_exchanges.py")
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (1, 1), (4, 1), (1, 4)])

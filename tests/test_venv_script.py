@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 # Answers the script's questions; a "pip install" is written down and ends as the file "pip" beside the calls says.
 FAKE_PYTHON = """#!/bin/sh

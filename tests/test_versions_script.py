@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from processes import ROOT
 
+pytestmark = pytest.mark.once
+
 specification = importlib.util.spec_from_file_location("versions", ROOT / ".ci" / "versions.py")
 versions = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(versions)

@@ -103,9 +103,15 @@ def _run(command, environments: list[dict], timeout: float, folders=()) -> tuple
         finally:
             for process in processes:
                 _end(process)
-        starts["forks"].append(max(file.with_suffix(".begun").stat().st_mtime for file in files) - begun)
-        outputs = [[file.with_suffix(end).read_text(errors="replace") for end in (".out", ".err")] for file in files]
-        return [CompletedProcess(command, one.exitcode, *texts) for one, texts in zip(processes, outputs)], hung
+        marks = [mark.stat().st_mtime for mark in Path(scratch).glob("*.begun")]
+        starts["forks"].append(max(marks, default=time.time()) - begun)
+        return [CompletedProcess(command, one.exitcode, *_outputs(file)) for one, file in zip(processes, files)], hung
+
+
+def _outputs(file: Path) -> list[str]:
+    """What a process wrote to stdout and to stderr; nothing if it ended before it could."""
+    outputs = [file.with_suffix(suffix) for suffix in (".out", ".err")]
+    return [output.read_text(errors="replace") if output.exists() else "" for output in outputs]
 
 
 def _start_server() -> None:
@@ -163,6 +169,8 @@ def _draw_seeds() -> None:
 def _become(command: list[str], variables: dict[str, str], folders: list[str], file: Path) -> None:
     """In the new process: runs the command as a fresh interpreter would."""
     os.setsid()  # a process group, with all that it starts
+    # There are more ranks, and threads of gloo, than cores: none is to interrupt another for a message.
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     # To end with the server, which ends with the session: once nobody holds the other end of this pipe.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.close(multiprocessing.forkserver._forkserver._forkserver_alive_fd)

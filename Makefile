@@ -15,7 +15,8 @@ GPU_ARGS ?=
 PEER_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare recipes test test-all lint environments test-primary test-oldest test-versions peer-tests gpu clean
+.PHONY: help quickstart compare recipes environments lint test test-all test-primary test-oldest test-versions
+.PHONY: peer-tests gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -24,7 +25,8 @@ help:
 	@echo "                   COMPARE_ARGS=\"--experiment text --arms both-10x --budget-minutes 60\" and the like go to"
 	@echo "                   python -m examples.compare; interrupted, it goes on where it was"
 	@echo "make recipes       judge public training recipes: what takes the losses as it is (docs/recipes.md; 20 seconds)"
-	@echo "make test          the quick tests, on the newest supported Megatron-Core (5 minutes)"
+	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes);"
+	@echo "                   WORKERS=8 sets the number of processes that run tests, here as in the next three"
 	@echo "make test-all      all tests, on the newest and on the oldest supported Megatron-Core"
 	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"

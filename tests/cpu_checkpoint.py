@@ -1,4 +1,4 @@
-"""Under torchrun: a run resumed from a checkpoint equals the uninterrupted one, with the distributed optimizer.
+"""The ranks of a job: a run resumed from a checkpoint equals the uninterrupted one, with the distributed optimizer.
 
 The folder of the checkpoint is the only argument.
 """

@@ -1,4 +1,4 @@
-"""Under torchrun with two processes: gathers and reductions of tensors whose shapes gloo does not take.
+"""Two ranks: gathers and reductions of tensors whose shapes gloo does not take.
 
 The name of the backend is the only argument.
 """

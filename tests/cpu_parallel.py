@@ -1,4 +1,4 @@
-"""Under torchrun with two processes: local attention under context, local norm under sequence parallelism."""
+"""Two ranks: local attention under context, local norm under sequence parallelism."""
 
 from dataclasses import replace
 

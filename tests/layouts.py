@@ -1,4 +1,4 @@
-"""Under torchrun: one training step of each of several small models in one parallel layout.
+"""The ranks of a job: one training step of each of several small models in one parallel layout.
 
     layouts.py JOB.json OUTPUT.pt
 

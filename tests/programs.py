@@ -1,4 +1,4 @@
-"""Under torchrun: training programs other than Megatron's pretraining loop, on one or two ranks.
+"""The ranks of a job: training programs other than Megatron's pretraining loop, on one or two ranks.
 
     programs.py NAME OUTPUT.pt SIZES.json
 

@@ -1,4 +1,4 @@
-"""Under torchrun with four processes: rows of experts, laid out by loops, come to their tokens, and go back.
+"""Four ranks: rows of experts, laid out by loops, come to their tokens, and go back.
 
 Dispatchers are stand-ins that hold what Megatron's hold between dispatch and combine. A layout is a list of rows
 (source, tensor-parallel rank, token, expert), None where a row is padding; the first component of a row is its number.

@@ -1,4 +1,4 @@
-"""The CPU backend, each time in a fresh interpreter: it changes torch for good."""
+"""The CPU backend, in processes of its own: it changes torch for good."""
 
 import pytest
 from forks import ranks

@@ -6,7 +6,7 @@ import math
 import re
 
 import pytest
-from processes import ROOT, python
+from forks import program
 
 pytest.importorskip("tqdm", reason="tqdm is not installed")
 
@@ -214,11 +214,11 @@ def test_progress_is_one_line_of_a_terminal():
     assert stream.getvalue().count("\n") == 1 and "200/200" in stream.getvalue()
 
 
-@pytest.mark.parametrize("program", ["quickstart", "compare"])
-def test_folder_that_cannot_be_written_is_one_clear_line(program, tmp_path):
+@pytest.mark.parametrize("example", ["quickstart", "compare"])
+def test_folder_that_cannot_be_written_is_one_clear_line(example, tmp_path):
     """Below a file: permissions do not bind root, as whom the tests may run."""
     (tmp_path / "file").write_text("")
-    failed = python("-m", f"examples.{program}", "--output", tmp_path / "file" / "report", cwd=ROOT)
+    failed = program("-m", f"examples.{example}", "--output", tmp_path / "file" / "report")
     assert failed.returncode == 1 and not failed.stdout
     (line,) = failed.stderr.splitlines()
     assert line.startswith(f"Cannot write to {tmp_path / 'file' / 'report'} (Not a directory). Name another folder")

@@ -50,7 +50,7 @@ def draw_weights(model) -> None:
 
 
 def whole_gradients(chunks: list, gradients: list[dict]) -> dict:
-    """Every parameter's gradient, put together from all ranks' main replicas; on rank 0."""
+    """Every parameter's gradient, put together from all ranks' main replicas; on rank 0, elsewhere none."""
     parts = []
     for chunk, found in zip(chunks, gradients, strict=True):
         parameters = dict(chunk.named_parameters())
@@ -62,10 +62,10 @@ def whole_gradients(chunks: list, gradients: list[dict]) -> dict:
             for key, x, shape, place, main in shards(chunk)
             if main and "expert_bias" not in key
         ]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, parts)
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(parts, gathered)
     whole = {}
-    for key, part, shape, place in sum(gathered, []):
+    for key, part, shape, place in sum(gathered or [], []):
         target = whole.setdefault(key, torch.full(shape, float("nan")))
         target[place] = part.reshape(target[place].shape)
     assert not any(x.isnan().any() for x in whole.values()), "a part of a gradient is missing"

@@ -2,10 +2,11 @@
 
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,40 +39,45 @@ def environment(**variables) -> dict[str, str]:
     return {name: str(value) for name, value in {**os.environ, **variables}.items() if value is not None}
 
 
+def _complete(command: list, timeout: float, **options) -> subprocess.CompletedProcess:
+    """``subprocess.run`` that, when the time is over, ends what the command has started as well."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+    )
+    try:
+        output, error = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks then, which are in sessions of their own
+        output, error = process.communicate(timeout=60)
+        raise AssertionError(f"not ended after {timeout} s:\n{(output + error)[-6000:]}") from None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, output, error)
+
+
 def python(*command, cwd=TESTS, timeout: float = 300, **variables) -> subprocess.CompletedProcess:
     """Runs a fresh interpreter on a command, with the variables that ``environment`` makes of those given."""
     path = os.pathsep.join(map(str, (ROOT, TESTS)))
     with _timed("interpreters"):
-        return subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=cwd,
-            env=environment(OMP_NUM_THREADS=1, PYTHONPATH=path, **variables),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        variables = environment(OMP_NUM_THREADS=1, PYTHONPATH=path, **variables)
+        return _complete([sys.executable, *map(str, command)], timeout, cwd=cwd, env=variables)
 
 
-def torchrun(processes: int, *command, timeout: int = 600, folders=()) -> str:
+def torchrun(processes: int, *command, timeout: float = 600, folders=()) -> str:
     """Runs ``torchrun --nproc-per-node processes command``, in the tests' folder; returns what it printed.
 
     Args:
-        folders: to import from, beside those of the project and of the tests.
+        folders: to import from, besides those of the project and of the tests.
 
     Raises:
-        AssertionError: the command failed; holds the end of its output.
+        AssertionError: the command failed, or did not end; holds the end of its output.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     path = os.pathsep.join(map(str, (ROOT, TESTS, *folders)))
     with _timed("torchrun"):
-        run = subprocess.run(
-            [sys.executable, *launcher, *map(str, command)],
-            cwd=TESTS,
-            env=environment(OMP_NUM_THREADS=1, PYTHONPATH=path),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        variables = environment(OMP_NUM_THREADS=1, PYTHONPATH=path)
+        run = _complete([sys.executable, *launcher, *map(str, command)], timeout, cwd=TESTS, env=variables)
     output = run.stdout + run.stderr
     assert run.returncode == 0, f"torchrun exited with {run.returncode}:\n{output[-6000:]}"
     return output

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from forks import program, ranks
-from processes import HAS_MEGATRON, HAS_TRAINING_LOOP, ROOT, TESTS, needs_megatron, starts, torchrun
+from processes import HAS_MEGATRON, HAS_TRAINING_LOOP, ROOT, TESTS, needs_megatron, python, starts, torchrun
 from test_layouts import MODELS, _case
 
 pytestmark = pytest.mark.slow
@@ -118,6 +118,7 @@ def test_an_exception_of_one_rank_fails_with_its_output(script, tmp_path):
         f"{NOTE}"
         "print('rank', RANK, 'was here')\n"
         "if RANK == 1:\n"
+        "    time.sleep(1)\n"
         "    raise ValueError('this one')\n"
         "import torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
@@ -160,6 +161,15 @@ def test_a_hang_fails_with_the_stacks_and_leaves_nothing(script, tmp_path):
     assert len(_pids(tmp_path / "pids")) == 4 and _all_end(_pids(tmp_path / "pids"))
 
 
+@pytest.mark.parametrize("number", [0, 2], ids=["interpreter", "torchrun"])
+def test_what_starts_an_interpreter_leaves_nothing_either(script, tmp_path, number):
+    (tmp_path / "pids").mkdir()
+    path = script(f"open(os.path.join({str(tmp_path / 'pids')!r}, str(os.getpid())), 'w').close(); time.sleep(600)")
+    with pytest.raises(AssertionError, match="not ended after"):
+        torchrun(number, path, timeout=20) if number else python(path, timeout=3, RANK=0)
+    assert len(_pids(tmp_path / "pids")) == max(number, 1) and _all_end(_pids(tmp_path / "pids"))
+
+
 def test_nothing_outlives_a_session_that_is_killed(script, tmp_path):
     (tmp_path / "pids").mkdir()
     path = script("open(os.path.join(sys.argv[1], str(os.getpid())), 'w').close(); time.sleep(600)")
@@ -194,6 +204,6 @@ def test_a_program_has_its_status_and_its_two_outputs(script, monkeypatch):
 
 def test_starts_are_counted(script):
     ranks(1, script(""))
-    before = len(starts["forks"])
-    ranks(1, script("time.sleep(3)"))
-    assert len(starts["forks"]) == before + 1 and 0 < starts["forks"][-1] < 3
+    number, begun = len(starts["forks"]), time.monotonic()
+    ranks(1, script("time.sleep(1)"))
+    assert len(starts["forks"]) == number + 1 and starts["forks"][-1] < time.monotonic() - begun - 1

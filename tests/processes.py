@@ -56,28 +56,26 @@ def _complete(command: list, timeout: float, **options) -> subprocess.CompletedP
     return subprocess.CompletedProcess(command, process.returncode, output, error)
 
 
+def _interpreter(command, cwd, timeout: float, **variables) -> subprocess.CompletedProcess:
+    variables = environment(OMP_NUM_THREADS=1, PYTHONPATH=f"{ROOT}{os.pathsep}{TESTS}", **variables)
+    return _complete([sys.executable, *map(str, command)], timeout, cwd=cwd, env=variables)
+
+
 def python(*command, cwd=TESTS, timeout: float = 300, **variables) -> subprocess.CompletedProcess:
     """Runs a fresh interpreter on a command, with the variables that ``environment`` makes of those given."""
-    path = os.pathsep.join(map(str, (ROOT, TESTS)))
     with _timed("interpreters"):
-        variables = environment(OMP_NUM_THREADS=1, PYTHONPATH=path, **variables)
-        return _complete([sys.executable, *map(str, command)], timeout, cwd=cwd, env=variables)
+        return _interpreter(command, cwd, timeout, **variables)
 
 
-def torchrun(processes: int, *command, timeout: float = 600, folders=()) -> str:
+def torchrun(processes: int, *command, timeout: float = 600) -> str:
     """Runs ``torchrun --nproc-per-node processes command``, in the tests' folder; returns what it printed.
-
-    Args:
-        folders: to import from, besides those of the project and of the tests.
 
     Raises:
         AssertionError: the command failed, or did not end; holds the end of its output.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    path = os.pathsep.join(map(str, (ROOT, TESTS, *folders)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     with _timed("torchrun"):
-        variables = environment(OMP_NUM_THREADS=1, PYTHONPATH=path)
-        run = _complete([sys.executable, *launcher, *map(str, command)], timeout, cwd=TESTS, env=variables)
+        run = _interpreter([*launcher, *command], TESTS, timeout)
     output = run.stdout + run.stderr
     assert run.returncode == 0, f"torchrun exited with {run.returncode}:\n{output[-6000:]}"
     return output

@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
+from interpreter import remember_builtins
 from processes import HAS_MEGATRON, starts
+
+remember_builtins()
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +33,8 @@ def megatron(tmp_path_factory):
     import megatron_models
 
     megatron_models.initialize_one_rank(str(tmp_path_factory.mktemp("store") / "store"))
+    gc.collect()
+    gc.freeze()  # the collector need not look through all that was imported, time and again
 
 
 @pytest.fixture

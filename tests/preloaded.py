@@ -3,8 +3,10 @@
 import gc
 import importlib
 
+from interpreter import remember_builtins
 from processes import HAS_MEGATRON, HAS_TRAINING_LOOP
 
+remember_builtins()
 modules = ["megatron_moe_spec.launch", "torch.distributed.checkpoint", "torch.utils.tensorboard"]
 if HAS_MEGATRON:
     # Megatron looks for both when it is imported.

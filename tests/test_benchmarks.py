@@ -98,6 +98,7 @@ def test_no_part_of_a_call_needs_more_than_the_call(call):
         assert "offline" not in names and set(names) <= set(call.run.PARTS)
 
 
+@pytest.mark.once
 def test_a_part_is_cut_off_when_the_time_of_the_call_is_over(call):
     """Even one that does not let itself be interrupted; what it printed is in the log."""
     code = """

@@ -47,7 +47,7 @@ def gradients(model, x, fields: dict) -> list:
     x = x.detach().requires_grad_()
     output = model(x)
     found = torch.autograd.grad((output * 0.0).sum(), [x, *model.parameters()], allow_unused=True)
-    handle.metrics()
+    handle.end_step()
     handle.detach()
     return [g.float() for g in found if g is not None]
 

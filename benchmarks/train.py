@@ -124,7 +124,7 @@ def train(sizes, fields: dict, iterations: int):
             forward_only=False,
         )
         optimizer.step()
-        values = {"lm_loss": float(lm_loss), **handle.metrics()}
+        values = {"lm_loss": float(lm_loss), **handle.end_step()}
         values.pop("diagnostics", None)
         yield {"iteration": iteration, **values, "ms": 1e3 * (time.perf_counter() - start)}
     handle.detach()

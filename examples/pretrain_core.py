@@ -257,7 +257,7 @@ def main():
         lm_loss = run_micro_batches(model, data_iterator, num_microbatches, args, forward_only=False)
         optimizer.step()
         scheduler.step(increment=args.global_batch_size)
-        metrics = handle.metrics()
+        metrics = handle.end_step()
         diagnostics = metrics.pop("diagnostics", None)
         step_time = time.perf_counter() - start
         record = {"iteration": iteration, "lm_loss": lm_loss, **metrics, "step_time_s": step_time}

@@ -67,17 +67,17 @@ MUTATIONS = [
     (
         "loss scale read in forward (rows)",
         "integration/taps/rows.py",
-        "return add_gradient(rows_PD, partial(self._add_gradient, run, part))",
+        "rows_PD = add_gradient(rows_PD, partial(self._add_gradient, run, part), [kept_PD])",
         "scale = float(self._weight(run)[0])\n"
         "        weight = lambda: (scale, self._weight(run)[1])\n"
-        "        return add_gradient(rows_PD, partial(run.rows.add_gradient, part, weight))",
+        "        rows_PD = add_gradient(rows_PD, partial(run.rows.add_gradient, part, weight), [kept_PD])",
         "tests/test_gradients.py::test_gradient_scaler_is_read_in_backward",
     ),
     (
         "mean over the micro-batch's sequences instead of its tokens",
         "integration/routing.py",
-        "return LayerRouting(active_TE, len(active_TE), len(active_TE) * group.size())",
-        "return LayerRouting(active_TE, len(active_TE), 24)",
+        "return TokenCount(len(active_TE), len(active_TE))",
+        "return TokenCount(len(active_TE), 24)",
         f"{LAYOUT}[one process-micro-batches of one sequence]",
     ),
     (
@@ -111,15 +111,15 @@ MUTATIONS = [
     (
         "score variance around each rank's own mean",
         "integration/taps/scores.py",
-        "mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.divisor",
+        "mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.tokens.divisor",
         "mean = of_tokens(statistics, padding_mask).mean(dim=0)",
         f"{LAYOUT}[CP2-peers]",
     ),
     (
         "gradient of a mean taken from each rank's own tokens",
         "integration/taps/scores.py",
-        "of_mean = all_reduce_sum(of_mean, group) / routing.divisor",
-        "of_mean = of_mean / routing.divisor",
+        "of_mean = all_reduce_sum(of_mean, group) / routing.tokens.divisor",
+        "of_mean = of_mean / routing.tokens.divisor",
         f"{LAYOUT}[CP2-losses of one's own, per-token loss, full recompute]",
     ),
     (
@@ -153,7 +153,7 @@ MUTATIONS = [
     (
         "load of a micro-batch not summed over the ranks that share it",
         "integration/recorder.py",
-        "dist.all_reduce(loads, group=self._token_group)",
+        "loads = all_reduce_sum(loads, self._token_group)",
         "pass",
         f"{LAYOUT}[CP2-plain]",
     ),
@@ -167,8 +167,8 @@ MUTATIONS = [
     (
         "micro-batch without tokens counted in the logged mean",
         "integration/recorder.py",
-        "entry[1] += self._share * counts",
-        "entry[1] += self._share",
+        "self._losses[loss, layer, 1] += self._share * counts.sum()",
+        "self._losses[loss, layer, 1] += self._share * len(counts)",
         "tests/test_other_programs.py::test_a_micro_batch_of_padding_counts_for_nothing",
     ),
     (
@@ -181,15 +181,15 @@ MUTATIONS = [
     (
         "order of the flex dispatcher's rows not checked",
         "integration/taps/rows.py",
-        "if self._check.is_due:",
+        "if self._check.is_due or (exchange is not None and exchange.asked):",
         "if False:",
         "tests/test_row_check.py::test_another_order_of_the_library_is_noticed",
     ),
     (
         "numbers of rows not checked against the map",
         "integration/taps/row_check.py",
-        "return all_gather(own_TE, column_group(dispatcher)).sum(dim=0).tolist() == counts_L",
-        "return True",
+        "right = exchange is not None or dispatched_TE.sum(dim=0).tolist() == counts_L",
+        "right = True",
         "tests/test_row_check.py::test_counts_that_do_not_add_up",
     ),
     (
@@ -295,8 +295,8 @@ MUTATIONS = [
     (
         "rows travel in their dtype, whatever was asked for",
         "integration/taps/rows.py",
-        "row_exchange(dispatcher, dispatched_TE, run.num_rows, self._transport)",
-        "row_exchange(dispatcher, dispatched_TE, run.num_rows)",
+        "run.num_rows, self._transport, asks=",
+        "run.num_rows, asks=",
         "tests/test_layouts.py::test_fp8_transport_trains_nearly_the_same",
     ),
     (
@@ -305,6 +305,55 @@ MUTATIONS = [
         "rows_from, self._group, self._transport, self._counts_L)",
         "rows_from, self._group, 'same', self._counts_L)",
         "tests/test_row_exchange.py::test_rows_come_to_their_tokens_and_go_back",
+    ),
+    (
+        "order of rows checked on the ranks alone that ask",
+        "integration/compat/dispatch.py",
+        "value=int(asks))",
+        "value=0)",
+        "tests/test_disagreeing_ranks.py::test_another_order_of_rows_is_noticed_on_all_ranks_if_one_asks",
+    ),
+    (
+        "tokens summed over the ranks alone that have a mask",
+        "integration/routing.py",
+        "elif group.size() == 1:",
+        "elif True:",
+        "tests/test_disagreeing_ranks.py::test_a_padding_mask_on_one_rank_is_one_on_all",
+    ),
+    (
+        "what a forward computes counted before its backward",
+        "integration/microbatch.py",
+        "if self._waiting is None:",
+        "if True:",
+        "tests/test_steps.py::test_a_forward_that_fails_or_is_left_out_counts_for_nothing",
+    ),
+    (
+        "a step that runs again counted twice",
+        "integration/steps.py",
+        "elif self._attempts > 1 or self._forwards > 1:",
+        "elif False:",
+        "tests/test_steps.py::test_a_step_that_runs_again_counts_once",
+    ),
+    (
+        "hooks of others run after the losses'",
+        "integration/hooks.py",
+        "hooks.move_to_end(handle.id)",
+        "pass",
+        "tests/test_hooks.py::test_hooks_that_work_in_place_are_the_same_before_attach_and_after",
+    ),
+    (
+        "replaced modules not looked for",
+        "integration/layer.py",
+        "if not runs(found, hooked):",
+        "if False:",
+        "tests/test_lost_losses.py::test_what_is_replaced_after_attach_is_named",
+    ),
+    (
+        "ERC's gradient not added where the experts begin",
+        "integration/taps/expert_weights.py",
+        "return add_weight_gradients(x, weights, run.gradients)",
+        "return x",
+        "tests/test_peer_hooks.py::test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates",
     ),
 ]
 

@@ -87,8 +87,30 @@ def train(chunks: list, handle, step, batches, seq_length: int, micro_batch_size
     for chunk in wrapped:
         chunk.zero_grad_buffer()
     schedule(wrapped, step, batches, seq_length, micro_batch_size)
-    metrics = handle.metrics() if handle else {}
+    metrics = handle.end_step() if handle else {}
     return {"gradients": gradients(chunks), "metrics": metrics}
+
+
+def schedule_fetched(sizes, before: bool):
+    """A training loop that asks for the schedule before the losses are attached, or after."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    chunks = wrap(build(sizes))
+    run_schedule = get_forward_backward_func() if before else None
+    handle = attached(chunks, BOTH)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    batches = tokens_of(12, 12)
+    (run_schedule or get_forward_backward_func())(
+        forward_step_func=lambda iterator, model: mean_step(next(iterator), model),
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=12,
+        micro_batch_size=2,
+        forward_only=False,
+    )
+    return {"gradients": gradients([chunk.module for chunk in chunks]), "metrics": handle.end_step()}
 
 
 def preference_pairs(sizes, variable=False, recompute=False, kind="mass"):
@@ -213,7 +235,7 @@ def overlapped_parameter_gather(sizes, overlap: bool):
         batches = megatron_models.micro_batches(4, seed=number)[dist.get_rank() :: 2]
         schedule([wrapped], mean_step, batches, 12)
         optimizer.step()
-        values.append(handle.metrics()["erc_loss"])
+        values.append(handle.end_step()["erc_loss"])
     return values
 
 
@@ -237,7 +259,7 @@ def sharded_weights(sizes, strategy, config, **settings):
     for name, weight in wrapped.named_parameters():
         name = name.replace("module.", "")
         whole[name] = _whole(weight.grad, shapes[name]) if strategy else weight.main_grad.clone()
-    return {"gradients": whole, "metrics": handle.metrics()}
+    return {"gradients": whole, "metrics": handle.end_step()}
 
 
 def _wrap_by_fsdp(model, strategy: str):
@@ -304,7 +326,7 @@ def one_rank_holds_the_model(sizes):
     (model,) = build(sizes)
     handle = attach(model, SpecConfig(coupling_loss_coeff=1.0), group=groups[0])
     run(model, tokens_of(12)[0]).mean().backward()
-    return handle.metrics()
+    return handle.end_step()
 
 
 def main(name: str, output: str, job: str) -> None:

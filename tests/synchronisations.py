@@ -36,4 +36,4 @@ class Synchronisations(TorchFunctionMode):
         if name == "to":
             devices = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (str, torch.device))]
             return bool(devices) and "non_blocking" not in kwargs
-        return name == "tensor" and kwargs.get("device") is not None
+        return name == "tensor" and kwargs.get("device") not in (None, "cpu")

@@ -67,7 +67,7 @@ def test_routing_replay_before_and_after(megatron, monkeypatch):
             if order == "attach, replay":
                 _replay_routing(patch)
             gradients = megatron_models.train_step(model, megatron_models.micro_batches(2), main_loss_weight=1.0)
-        results.append((gradients, handle.metrics()))
+        results.append((gradients, handle.end_step()))
     (_, plain), (first, first_values), (last, last_values) = results
     assert first_values == last_values
     assert abs(first_values["coupling_loss"] / plain["coupling_loss"] - 1.0) > 0.01
@@ -88,7 +88,7 @@ def test_adapters_before_and_after(megatron, adapted):
         if order == "adapt, attach":
             handle = attach(model, BOTH)
         gradients = megatron_models.train_step(model, megatron_models.micro_batches(2), main_loss_weight=1.0)
-        results.append((gradients, handle and handle.metrics()))
+        results.append((gradients, handle and handle.end_step()))
     (plain, _), (first, first_values), (last, last_values) = results
     assert first_values == last_values and first_values["specialization_loss"] > 0
     assert first.keys() == last.keys()

@@ -142,7 +142,7 @@ def _compare(
     model = getattr(megatron_models, build)(**settings)
     handle = attach(model, config)
     found = megatron_models.train_step(model, batches, **step)
-    values = handle.metrics()
+    values = handle.end_step()
     assert values.keys() == set(config.trained_losses)
     for name, value in values.items():
         assert value == pytest.approx(expected_values[name], rel=1e-5, abs=ROUNDING), name

@@ -35,7 +35,7 @@ def _trained(scope: list, settings: dict, names=LOSS_NAMES, stride=1, change=Non
         capture(model, change)
     batches = megatron_models.micro_batches(3, padding=padding)
     gradients = megatron_models.train_step(model, batches, main_loss_weight=0.1)
-    return {"gradients": gradients, "losses": handle.metrics()}
+    return {"gradients": gradients, "losses": handle.end_step()}
 
 
 def _compare(found: dict, expected: dict) -> None:
@@ -111,7 +111,7 @@ def test_before_the_graphs_are_captured_everything_is_as_without(megatron):
         model = megatron_models.build_model(**graph_settings(scope))
         handle = attach(model, SpecConfig(**coefficients(LOSS_NAMES, 1.0), kernels="torch"))
         gradients = megatron_models.train_step(model, megatron_models.micro_batches(3, padding=True))
-        results.append((gradients, handle.metrics()))
+        results.append((gradients, handle.end_step()))
     (plain, values), (found, found_values) = results
     assert found_values == values
     assert all(torch.equal(found[name], gradient) for name, gradient in plain.items())

@@ -1,5 +1,8 @@
 """The hooks leave the model as it is, and touch only training passes."""
 
+import contextlib
+import gc
+
 import loss_names
 import pytest
 import torch
@@ -50,7 +53,7 @@ def test_random_numbers_and_state_dict_of_training_are_the_same(mm, config):
         model = mm.build_model()
         handle = _attach(model, one)
         mm.run_model(model, batch).sum().backward()
-        handle.metrics()
+        handle.end_step()
         seen.append((torch.get_rng_state().tolist(), list(model.state_dict())))
     assert seen[0] == seen[1]
 
@@ -60,7 +63,7 @@ def test_zero_coefficients_hook_nothing(mm):
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     handle = _attach(model, SpecConfig())
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
-    assert handle.metrics() == {}
+    assert handle.end_step() == {}
 
 
 @of_all_losses
@@ -134,7 +137,7 @@ def test_evaluation_records_nothing_and_keeps_training_exact(mm, settings, confi
         mm.run_model(model, batches[1])  # log-probabilities, as reinforcement learning takes them
     found = mm.train_step(model, batches)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert handle.metrics() == expected_handle.metrics()
+    assert handle.end_step() == expected_handle.end_step()
 
 
 def test_a_forward_without_backward_does_not_disturb_recomputation(mm):
@@ -171,7 +174,7 @@ def test_logged_values_do_not_depend_on_recomputation_or_micro_batch_size(mm, se
         handle = _attach(model)
         for part in tokens.chunk(parts):
             mm.run_model(model, {"tokens": part}).sum().backward()
-        metrics = handle.metrics()
+        metrics = handle.end_step()
         metrics.pop("diagnostics")
         values.append(metrics)
     assert values[0] == pytest.approx(values[1], rel=1e-6)
@@ -197,7 +200,7 @@ def test_token_stride_is_unbiased(mm):
         model = mm.build_model()
         handle = _attach(model, SpecConfig(specialization_loss_coeff=1.0, specialization_token_stride=stride))
         gradients = mm.train_step(model, [batch] * stride)
-        return handle.metrics()["specialization_loss"], gradients
+        return handle.end_step()["specialization_loss"], gradients
 
     full_value, full = run(1)
     value, strided = run(3)
@@ -213,7 +216,7 @@ def test_token_stride_rotates_over_steps(mm):
     values = []
     for _ in range(3):
         mm.run_model(model, batch).sum().backward()
-        values.append(handle.metrics()["specialization_loss"])
+        values.append(handle.end_step()["specialization_loss"])
     assert values[0] != values[1] and values[0] == values[2]
 
 
@@ -239,3 +242,68 @@ def test_layer_outside_the_attached_forward_is_an_error(mm):
     _attach(model)
     with pytest.raises(RuntimeError, match="attach"):
         model.decoder(torch.randn(mm.SEQUENCE, 2, 16, requires_grad=True), None)
+
+
+def _clip(module, args):
+    args[0].clamp_(-0.05, 0.05)
+
+
+def _halve(module, args, outputs):
+    outputs[0].mul_(0.5)
+
+
+@pytest.mark.parametrize("place", ["activations", "outputs"])
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequential", "grouped"])
+def test_hooks_that_work_in_place_are_the_same_before_attach_and_after(mm, place, grouped):
+    """The losses see what the module gets from the last hook, or returns by it, whoever registers first."""
+    config = SpecConfig(specialization_loss_coeff=1.0, orthogonality_loss_coeff=1.0, erc_loss_coeff=1.0)
+    found = []
+    for attached_first in (False, True):
+        model = mm.build_model(moe_grouped_gemm=grouped)
+        handle = _attach(model, config) if attached_first else None
+        for layer in model.decoder.layers:
+            experts = layer.mlp.experts
+            if place == "outputs":
+                experts.register_forward_hook(_halve)
+            else:
+                for one in [experts] if grouped else experts.local_experts:
+                    one.linear_fc2.register_forward_pre_hook(_clip)
+        handle = handle or _attach(model, config)
+        found.append((mm.train_step(model, mm.micro_batches(2)), handle.end_step()))
+    (expected, expected_values), (gradients, values) = found
+    assert values == expected_values
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    unhooked = _attach(model := mm.build_model(moe_grouped_gemm=grouped), config)
+    mm.train_step(model, mm.micro_batches(2))
+    assert unhooked.end_step() != values
+
+
+class _Packed:
+    def __init__(self, tensor):
+        self.tensor = tensor.clone()
+
+
+@pytest.mark.parametrize("name", ["specialization_loss", "orthogonality_loss"])
+def test_offloaded_activations_leave_memory(mm, name):
+    """What hooks on saved tensors take elsewhere (``save_on_cpu``, offloading) nothing of ours keeps where it was."""
+    config, batch = SpecConfig(**coefficients([name])), mm.micro_batches(1)[0]
+    found, alive = [], []
+    for offloads in (False, True):
+        model = mm.build_model()
+        _attach(model, config)
+        places = []
+        for layer in model.decoder.layers:
+            for expert in layer.mlp.experts.local_experts:
+                expert.linear_fc2.register_forward_pre_hook(
+                    lambda module, args: places.append(args[0].untyped_storage()._weak_ref())
+                )
+        hooks = torch.autograd.graph.saved_tensors_hooks(_Packed, lambda packed: packed.tensor)
+        with hooks if offloads else contextlib.nullcontext():
+            output = mm.run_model(model, batch).mean()
+        gc.collect()
+        alive.append(sum(not torch.UntypedStorage._expired(place) for place in places))
+        output.backward()
+        found.append({name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None})
+    assert alive[0] == len(places) and alive[1] == 0
+    for parameter, gradient in found[0].items():
+        torch.testing.assert_close(found[1][parameter], gradient, rtol=1e-6, atol=1e-7, msg=parameter)

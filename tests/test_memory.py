@@ -20,7 +20,7 @@ OWN = {
     "active experts": E,
     "mass": 4,
 }
-MEGATRONS = {"logits": 4 * E, "rows": 4 * K * F}
+MEGATRONS = {"logits": 4 * E}
 
 
 def holders() -> list:
@@ -69,7 +69,8 @@ def test_bytes_a_token_and_layer(mm, fused_swiglu):
     own, theirs = (number / num_tokens / layers for number in held_bytes(found))
     # A term of a loss's sum for every other token at most, until the step ends.
     assert sum(OWN.values()) <= own <= sum(OWN.values()) + 4, own
-    assert theirs == sum(MEGATRONS.values()) - (MEGATRONS["rows"] if fused_swiglu else 0)
+    # Rows are saved for backward as the linear layer saves them, or not needed: none of our objects holds them.
+    assert theirs == MEGATRONS["logits"]
     del found
     output.sum().backward()
     assert len(holders()) <= len(of_others)

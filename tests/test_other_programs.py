@@ -106,7 +106,7 @@ def _assert_right_in_order(recomputation: str, order: str, kind: str = "mass") -
     kept = getattr(trainers, order)(functools.partial(run, model), *trainers.tokens_of(8, 8, 8))
     assert trainers.worst_error(trainers.gradients_of(model), expected) < TOLERANCE
     del kept
-    found = handle.metrics()
+    found = handle.end_step()
     if order in TRAINED_ALONE:
         assert found == pytest.approx(values, rel=1e-5)
     assert found.keys() == values.keys()
@@ -132,7 +132,7 @@ def test_an_output_dropped_in_a_later_step_leaves_its_gradients_alone(trainers, 
             model.zero_grad()
             batches = trainers.tokens_of(8, 8, 8, seed=step)
             latest = order(functools.partial(run, model), *batches)
-            handle.metrics()
+            handle.end_step()
             del kept
             kept = latest  # noqa: F841 (until the next step)
         results.append(trainers.gradients_of(model))
@@ -147,7 +147,7 @@ def test_nothing_grows_over_steps(trainers, recomputation):
     batches = trainers.tokens_of(4, 4, 4, size=1)
     for step in range(8):
         kept = trainers.all_of_it(functools.partial(run, model), *batches)
-        handle.metrics()
+        handle.end_step()
         if step in (1, 7):
             alive.append(trainers.micro_batches_alive())
     assert alive[0] == alive[1]
@@ -189,7 +189,7 @@ def _student_alone(recompute: bool):
 
     model = megatron_models.build_model(**(FULL if recompute else {}))
     handle = attach(model)
-    return megatron_models.train_step(model, megatron_models.micro_batches(2), 1.0), handle.metrics()
+    return megatron_models.train_step(model, megatron_models.micro_batches(2), 1.0), handle.end_step()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_student_beside_a_teacher_trains_as_alone(mm, trainers, first, teacher_t
     handle = attach(model)
     found = mm.train_step(model, mm.micro_batches(2), 1.0)
     trainers.assert_identical(found, {f"student.{name}": gradient for name, gradient in expected.items()})
-    assert handle.metrics() == values
+    assert handle.end_step() == values
     assert handle.layers == [f"student.decoder.layers.{i}.mlp" for i in range(3)]
     assert list(handle.left_out) == [f"teacher.decoder.layers.{i}.mlp" for i in range(4)]
     assert "teacher.decoder.layers.3.mlp" in handle.describe()
@@ -235,7 +235,7 @@ def test_teacher_as_an_attribute_of_the_model(mm, trainers, recompute, teacher_t
     if runs:
         model.register_forward_pre_hook(run_teacher, with_kwargs=True)
     trainers.assert_identical(mm.train_step(model, mm.micro_batches(2), 1.0), expected)
-    assert handle.metrics() == values
+    assert handle.end_step() == values
     assert len(handle.layers) == 3 and all(name.startswith("teacher.") for name in handle.left_out)
     assert len(handle.left_out) == 4
 
@@ -292,7 +292,7 @@ def test_a_copy_of_an_attached_model_is_plain(mm, trainers, recompute):
     # The copies' passes were not the original's.
     trainers.assert_identical(mm.train_step(copied, batches, 1.0), plain)
     trainers.assert_identical(mm.train_step(model, batches, 1.0), expected)
-    assert handle.metrics() == values
+    assert handle.end_step() == values
 
 
 @pytest.mark.parametrize("made", ["before", "after", "after detach"])
@@ -311,7 +311,7 @@ def test_losses_on_a_copy_and_on_its_original_are_apart(mm, trainers, made):
     of_copy = attach(copied)
     handle.detach()
     trainers.assert_identical(mm.train_step(copied, batches, 1.0), expected)
-    assert of_copy.metrics() == values
+    assert of_copy.end_step() == values
     trainers.assert_identical(mm.train_step(model, batches, 1.0), plain)
 
 
@@ -326,7 +326,7 @@ def test_an_average_of_weights_beside_training(mm, trainers):
         for step in range(3):
             model.zero_grad()
             trainers.run(model, *trainers.tokens_of(8, seed=step)).mean().backward()
-            seen.append((trainers.gradients_of(model), handle.metrics()))
+            seen.append((trainers.gradients_of(model), handle.end_step()))
             with torch.no_grad():
                 for weight in model.parameters():
                     weight -= 0.1 * weight.grad
@@ -373,14 +373,14 @@ def test_a_micro_batch_of_padding_counts_for_nothing(mm, trainers, sizes, per_to
     handle = attach(model, losses(coupling_type=kind, metrics_interval=1))
     found = mm.train_step(model, batches)
     assert trainers.worst_error(found, {name: factor * gradient for name, gradient in expected.items()}) < TOLERANCE
-    metrics = handle.metrics()
+    metrics = handle.end_step()
     diagnostics = metrics.pop("diagnostics")
     assert metrics == pytest.approx(values, rel=1e-5)
 
     model = mm.build_model(calculate_per_token_loss=per_token)
     handle = attach(model, losses(coupling_type=kind, metrics_interval=1))
     mm.train_step(model, full)
-    expected_diagnostics = handle.metrics()["diagnostics"]
+    expected_diagnostics = handle.end_step()["diagnostics"]
     for part in ("layers", "pairs"):
         for one, other in zip(diagnostics[part], expected_diagnostics[part], strict=True):
             assert one.keys() == other.keys()
@@ -396,7 +396,7 @@ def test_padding_alone_logs_nothing(mm, per_token, kind, recompute):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         found = mm.train_step(model, _padded(mm, 0, 0))
-        metrics = handle.metrics()
+        metrics = handle.end_step()
     assert all(not gradient.any() for gradient in found.values())
     assert metrics.keys() == {"diagnostics"}
     json.dumps(metrics, allow_nan=False)
@@ -406,7 +406,7 @@ def test_padding_alone_logs_nothing(mm, per_token, kind, recompute):
 def test_a_step_without_any_forward_has_no_nan(mm):
     handle = attach(mm.build_model())
     with pytest.warns(UserWarning):
-        json.dumps(handle.metrics(), allow_nan=False)
+        json.dumps(handle.end_step(), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_micro_batches_of_different_lengths(mm, any_length, per_token, kind, rec
     handle = attach(model, losses(coupling_type=kind))
     found = mm.train_step(model, batches)
     assert any_length.worst_error(found, expected) < TOLERANCE
-    assert handle.metrics() == pytest.approx(values, rel=1e-5)
+    assert handle.end_step() == pytest.approx(values, rel=1e-5)
 
 
 # Passes that do not train
@@ -468,7 +468,7 @@ def test_steps_that_do_not_train_are_named_once_and_log_nothing(mm, trainers, sp
             output = trainers.run(model, batch)
             if output.requires_grad:
                 output.mean().backward()
-            assert handle.metrics() == {}
+            assert handle.end_step() == {}
     del output
     messages = [str(one.message) for one in seen if "specialization_loss" in str(one.message)]
     assert len(messages) == 1 and all(name in messages[0] for name in LOSS_NAMES)
@@ -482,8 +482,8 @@ def test_steps_that_do_not_train_are_named_once_and_log_nothing(mm, trainers, sp
     for one in (expected_model, model):
         trainers.run(one, batch).mean().backward()
     trainers.assert_identical(trainers.gradients_of(model), trainers.gradients_of(expected_model))
-    values = expected_handle.metrics()
-    assert handle.metrics() == values and values.keys() == set(LOSS_NAMES)
+    values = expected_handle.end_step()
+    assert handle.end_step() == values and values.keys() == set(LOSS_NAMES)
 
 
 @pytest.mark.parametrize("recomputation", ["none", "uniform", "around layers"])
@@ -521,7 +521,7 @@ def test_policy_in_a_reinforcement_learning_loop_trains_as_alone(mm, trainers, r
                     log_probabilities(reference, [batch])
                     log_probabilities(policy, [batch])
             trainers.preference(*outputs).backward()
-            steps.append((trainers.gradients_of(policy), handle.metrics()))
+            steps.append((trainers.gradients_of(policy), handle.end_step()))
             with torch.no_grad():
                 for weight in policy.parameters():
                     weight -= 0.1 * weight.grad
@@ -563,7 +563,7 @@ def test_adapted_model_trains_as_with_merged_weights(mm, trainers, names, attrib
     trainers.one_backward(functools.partial(trainers.run, model), *batches, None)
     found = trainers.gradients_of(model)
     assert trainers.worst_error(found, trainers.of_adapters(expected, model, attribute)) < TOLERANCE
-    assert handle.metrics() == pytest.approx(values, rel=1e-5)
+    assert handle.end_step() == pytest.approx(values, rel=1e-5)
 
 
 @orders
@@ -611,7 +611,7 @@ def test_router_dtype(mm, trainers, dtype, recompute, name):
     handle = attach(model, losses(*names))
     found = mm.train_step(model, batches)
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
-    found_values = handle.metrics()
+    found_values = handle.end_step()
     assert found_values.keys() == set(names)
     if dtype == "bf16":
         assert found_values == pytest.approx({one: values[one] for one in names}, rel=0.05)
@@ -648,7 +648,7 @@ def test_what_trains_beside_frozen_parts_trains_as_without(mm, trainers, frozen,
     handle = attach(model, losses())
     found = mm.train_step(model, mm.micro_batches(2), 1.0)
     assert found and trainers.worst_error(found, {name: expected[name] for name in found}) < TOLERANCE
-    assert handle.metrics() == pytest.approx(values, rel=1e-6)
+    assert handle.end_step() == pytest.approx(values, rel=1e-6)
 
 
 @functools.cache
@@ -657,7 +657,7 @@ def _nothing_frozen(recomputation: str):
 
     model = megatron_models.build_model(**RECOMPUTATIONS[recomputation])
     handle = attach(model, losses())
-    return megatron_models.train_step(model, megatron_models.micro_batches(2), 1.0), handle.metrics()
+    return megatron_models.train_step(model, megatron_models.micro_batches(2), 1.0), handle.end_step()
 
 
 # Packed sequences
@@ -678,7 +678,7 @@ def test_packed_sequences_train_as_one_by_one(mm, trainers, monkeypatch, recompu
         outputs = [trainers.run_packed(model, batches)] if packed else [trainers.run(model, one) for one in batches]
         (0.1 * sum(output.sum() for output in outputs)).backward()
         results.append((torch.cat([one.detach().flatten() for one in outputs]), trainers.gradients_of(model)))
-        assert handle.metrics().keys() == set(config.trained_losses)
+        assert handle.end_step().keys() == set(config.trained_losses)
     (outputs, found), (expected_outputs, expected) = results
     torch.testing.assert_close(outputs, expected_outputs)
     assert trainers.worst_error(found, expected) < TOLERANCE

@@ -52,7 +52,7 @@ def test_erc_does_not_depend_on_the_data(mm):
     for batches in (mm.micro_batches(1), mm.micro_batches(3, seed=5)):
         model = mm.build_model()
         handle = _attach(model, ERC)
-        seen.append((mm.train_step(model, batches), handle.metrics()))
+        seen.append((mm.train_step(model, batches), handle.end_step()))
     (gradients, values), (other_gradients, other_values) = seen
     assert values == pytest.approx(other_values, rel=1e-6)
     for name, gradient in gradients.items():
@@ -71,7 +71,7 @@ def test_noise_of_erc_is_drawn_per_layer_and_step(mm, monkeypatch):
     def step(number_of_micro_batches):
         for batch in mm.micro_batches(number_of_micro_batches):
             mm.run_model(model, batch).sum().backward()
-        values.append(handle.metrics()["erc_loss"])
+        values.append(handle.end_step()["erc_loss"])
 
     step(2)
     step(1)
@@ -83,11 +83,20 @@ def test_noise_of_erc_is_drawn_per_layer_and_step(mm, monkeypatch):
     assert values[0] == pytest.approx(values[2], rel=1e-6) and values[1] != values[0]
 
 
-def test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates(mm, monkeypatch):
-    """--gradient-accumulation-fusion: linear layers write into main_grad, and DDP drops what comes by autograd."""
+@pytest.mark.parametrize("first", ["adds", "overwrites"])
+def test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates(mm, monkeypatch, first):
+    """--gradient-accumulation-fusion: linear layers write into main_grad, and DDP drops what comes by autograd.
+
+    Transformer Engine's overwrite it in the first micro-batch (``is_first_microbatch`` in its module/linear.py).
+    """
     from megatron.core.tensor_parallel import layers
 
+    written = set()
+
     def accumulate(inputs, output_gradients, main_gradient):
+        if first == "overwrites" and main_gradient.data_ptr() not in written:
+            main_gradient.zero_()
+        written.add(main_gradient.data_ptr())
         main_gradient.add_(output_gradients.T @ inputs)
 
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
@@ -110,7 +119,7 @@ def test_losses_of_a_measured_step(mm):
     handle = _attach(model, SpecConfig(score_variance_loss_coeff=1.0, metrics_interval=2))
     for expected in ({"score_variance_loss"}, {"score_variance_loss", "specialization_loss", "coupling_loss"}):
         mm.run_model(model, mm.micro_batches(1)[0]).sum().backward()
-        assert handle.metrics().keys() - {"diagnostics"} == expected
+        assert handle.end_step().keys() - {"diagnostics"} == expected
 
 
 def test_losses_of_the_scores_share_one_node_and_one_normalisation_each_way(mm, monkeypatch):
@@ -128,7 +137,7 @@ def test_losses_of_the_scores_share_one_node_and_one_normalisation_each_way(mm, 
     assert len(nodes) == len(calls) == 3
     loss.backward()
     assert len(calls) == 6
-    assert handle.metrics().keys() == {"score_variance_loss", "routing_information_loss"}
+    assert handle.end_step().keys() == {"score_variance_loss", "routing_information_loss"}
 
 
 @pytest.mark.parametrize("stride, number", [(1, 1), (3, 2)])

@@ -45,6 +45,14 @@ def test_policy_and_reference_in_one_tensor_between_stages(programs):
 
 
 @pytest.mark.parametrize("sizes", [{PP: 2}, {PP: 2, VPP: 2}], ids=["PP2", "PP2+VPP2"])
+def test_it_does_not_matter_when_the_schedule_was_fetched(programs, sizes):
+    # One job each: the second in a process would find the schedule as the first has left it.
+    (found,), (expected,) = (programs(2, sizes, "schedule_fetched", dict(before=before)) for before in (True, False))
+    assert found["metrics"] == expected["metrics"] and found["metrics"]["coupling_loss"] > 0
+    assert all(torch.equal(found["gradients"][name], g) for name, g in expected["gradients"].items())
+
+
+@pytest.mark.parametrize("sizes", [{PP: 2}, {PP: 2, VPP: 2}], ids=["PP2", "PP2+VPP2"])
 def test_other_passes_between_steps_see_plain_megatron(programs, sizes):
     disturbed, alone = programs(2, sizes, "passes_between_steps", dict(disturbed=True), dict(disturbed=False))
     for found, expected in zip(disturbed["steps"], alone["steps"], strict=True):

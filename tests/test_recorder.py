@@ -18,10 +18,10 @@ class _TwoRanks:
     size = staticmethod(lambda: 2)
 
 
-def _routing(num_tokens):
-    from megatron_moe_spec.integration.routing import LayerRouting
+def _tokens(number):
+    from megatron_moe_spec.integration.routing import TokenCount
 
-    return LayerRouting(torch.ones(1, 4, dtype=torch.bool), num_tokens, num_tokens)
+    return TokenCount(number, number)
 
 
 @pytest.mark.parametrize("most", [2**18, 5, 0])
@@ -34,7 +34,7 @@ def test_waiting_terms_are_the_sums_of_each(megatron, monkeypatch, most):
     # Micro-batches of several sizes; one of them known on the device alone, two without tokens.
     for num_tokens in (3, 5, torch.tensor(4), 3, 0, torch.tensor(0)):
         terms = torch.rand(4, generator=generator)
-        recorder.record_mean("coupling_loss", 0, terms, _routing(num_tokens), factor=-1.0, offset=0.5)
+        recorder.record_mean("coupling_loss", 0, terms, _tokens(num_tokens), factor=-1.0, offset=0.5)
         if num_tokens > 0:
             expected.append(0.5 - float(terms.double().sum()) / int(num_tokens))
         assert recorder._num_terms <= max(most, 0) + 4
@@ -48,7 +48,7 @@ def test_waiting_terms_are_the_sums_of_each(megatron, monkeypatch, most):
 def test_layers_have_losses_of_their_own(megatron):
     recorder = _recorder(logs_each_layer=True, layer_numbers=[1, 4])
     for layer, terms in ((0, [1.0, 3.0]), (1, [6.0]), (0, [8.0])):
-        recorder.record_mean("specialization_loss", layer, torch.tensor(terms), _routing(2))
+        recorder.record_mean("specialization_loss", layer, torch.tensor(terms), _tokens(2))
     recorder.record_loss("coupling_loss", 0, torch.tensor(0.25), True)
     value, number = recorder.losses()["specialization_loss"]
     assert (float(value), float(number)) == (3.0, 3.0)

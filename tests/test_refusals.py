@@ -1,6 +1,7 @@
 """Bad use is refused at once, by an error that names the flag and the remedy."""
 
 import argparse
+import dataclasses
 import sys
 import types
 
@@ -163,14 +164,65 @@ def test_rows_that_cannot_be_followed_are_refused_at_attach(megatron):
             attach(model, config)
 
 
-def test_kernels_that_cannot_run_are_refused(megatron, monkeypatch):
+@pytest.mark.parametrize("config", [SPECIALIZATION, COUPLING], ids=["rows", "pairs"])
+@pytest.mark.parametrize("cuda", ["13.0", None])
+def test_kernels_that_cannot_run_are_refused(mm, monkeypatch, config, cuda):
+    """At attach where no device can run them; else the model may yet be moved to one, before its first forward."""
+    from megatron_moe_spec import attach, kernels
+
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    kernels._choose.cache_clear()
+    model, config = mm.build_model(), dataclasses.replace(config, kernels="triton")
+    refused = pytest.raises(ValueError, match="NVIDIA GPU.*--moe-spec-kernels")
+    if cuda is None:
+        with refused:
+            attach(model, config)
+    else:
+        attach(model, config)
+        with refused:
+            mm.run_model(model, mm.micro_batches(1)[0])
+    kernels._choose.cache_clear()
+
+
+@pytest.mark.parametrize("config", [SPECIALIZATION, COUPLING], ids=["rows", "pairs"])
+def test_kernels_are_chosen_when_they_run(mm, monkeypatch, config):
+    """Megatron makes routers on the CPU, and get_model calls its hooks before it moves the model to the GPU."""
+    from megatron_moe_spec import attach
+    from megatron_moe_spec.integration.taps import pairs, rows
+
+    seen = []
+    for module in (pairs, rows):
+        choose = module.choose
+        monkeypatch.setattr(module, "choose", lambda kernels, device: seen.append(device) or choose(kernels, device))
+    model = mm.build_model()
+    attach(model, config)
+    assert not seen
+    mm.run_model(model, mm.micro_batches(1)[0]).mean().backward()
+    assert len(seen) >= 3 and set(seen) == {torch.device("cpu")}
+
+
+def test_samples_with_ranks_of_their_own_are_refused(megatron):
     import megatron_models
 
     from megatron_moe_spec import attach
 
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="NVIDIA GPU.*--moe-spec-kernels"):
-        attach(megatron_models.build_model(), SpecConfig(specialization_loss_coeff=1.0, kernels="triton"))
+    model = megatron_models.build_model()
+    model.config.hybrid_context_parallel = True
+    with pytest.raises(ValueError, match="remove --hybrid-context-parallel"):
+        attach(model, COUPLING)
+
+
+def test_a_refused_model_was_never_attached(megatron, monkeypatch):
+    import megatron_models
+
+    from megatron_moe_spec import attach
+    from megatron_moe_spec.integration.attach import SpecHandle
+
+    monkeypatch.setattr(SpecHandle, "ever_attached", False)
+    with pytest.raises(ValueError):
+        attach(megatron_models.build_model(num_layers=1), COUPLING)
+    assert not SpecHandle.ever_attached
 
 
 @pytest.mark.parametrize(

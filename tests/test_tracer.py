@@ -48,7 +48,7 @@ def _trained(mm, folder, batches, steps=1, seed=0, **settings):
         mm.train_step(model, batches, main_loss_weight=1.0)
         for hook in hooks:
             hook.remove()
-        handle.metrics()
+        handle.end_step()
     handle.detach()
     return seen
 
@@ -119,7 +119,7 @@ def test_nothing_is_traced_in_other_steps_nor_in_evaluation(mm, tmp_path):
         with torch.no_grad():
             mm.run_model(model, batch)
         mm.run_model(model, batch).sum().backward()
-        assert handle.metrics() == {}
+        assert handle.end_step() == {}
         assert len(_records(tmp_path)) == (3 if step == 2 else 0)
 
 
@@ -131,7 +131,7 @@ def test_layers_without_a_number_are_counted(mm, tmp_path):
         layer.mlp.layer_number = None
     handle = attach(model, SpecConfig(trace_path=str(tmp_path), trace_interval=1))
     mm.run_model(model, mm.micro_batches(1)[0]).sum().backward()
-    handle.metrics()
+    handle.end_step()
     assert read_trace(tmp_path).layers == (0, 1, 2)
 
 
@@ -157,6 +157,19 @@ def test_a_folder_that_cannot_be_used_is_an_error(mm, tmp_path):
         attach(mm.build_model(num_moe_experts=8), SpecConfig(trace_path=str(tmp_path)))
 
 
+@pytest.mark.parametrize("text", ["", '{"num_layers": 3, "num_exp'])
+def test_a_model_file_that_was_cut_off_is_written_anew(mm, tmp_path, text):
+    from megatron_moe_spec import attach
+
+    config = SpecConfig(trace_path=str(tmp_path))
+    attach(mm.build_model(), config).detach()
+    file = tmp_path / "router_trace_model.json"
+    whole = file.read_text()
+    file.write_text(text)
+    attach(mm.build_model(), config).detach()
+    assert file.read_text() == whole and not list(tmp_path.glob("*.written"))
+
+
 def test_a_file_that_cannot_be_written_later_does_not_end_training(mm, tmp_path):
     from megatron_moe_spec import attach
 
@@ -166,7 +179,7 @@ def test_a_file_that_cannot_be_written_later_does_not_end_training(mm, tmp_path)
     (tmp_path / "router_trace_rank0.jsonl").mkdir()
     mm.run_model(model, mm.micro_batches(1)[0]).sum().backward()
     with pytest.warns(UserWarning, match="router_trace_rank0.jsonl cannot be written .*training goes on"):
-        handle.metrics()
+        handle.end_step()
 
 
 def test_settings_are_checked():

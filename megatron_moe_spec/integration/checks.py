@@ -13,6 +13,7 @@ from megatron_moe_spec.integration.compat.settings import (
     global_arguments,
     graphs_inference_alone,
     replaced_logits,
+    shares_differently,
     will_shard_weights,
 )
 from megatron_moe_spec.integration.graphs import graph_problems
@@ -35,7 +36,8 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         stages: those of all pipeline stages.
         spec: the losses.
     """
-    device = router_of(moe_layers[0]).weight.device if moe_layers else None
+    # Routers are made on the CPU, and may be on the meta device: the model is moved later.
+    device = next((x for x in (router_of(layer).weight.device for layer in moe_layers) if x.type == "cuda"), None)
     # Once there are layers their process groups count, whatever the settings say. A layer may have settings of its own.
     sizes = [column_group(layer.token_dispatcher).size() for layer in moe_layers]
     settings = {id(one): one for one in (transformer_config, *(layer.config for layer in moe_layers))}
@@ -49,7 +51,7 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         shards_weights=any(map(shards_weights, chunks)),
         graphs_inference_alone=graphs_inference_alone(global_arguments()),
     )
-    problems: list[str] = []
+    problems = list(_kernels_problem(spec, device)) if moe_layers else []
     notes: list[str] = []
     for one in settings.values():
         of_layer = replace(facts, transformer_config=one)
@@ -57,8 +59,12 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         notes += notices(of_layer, spec)
     # Of a pipeline, one stage may be frozen.
     whole = len(stages.own) == len(stages.num_layers)
-    if whole and moe_layers and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
-        problems.append("the whole model is frozen: attach to the one that is trained")
+    frozen = not any(p.requires_grad for chunk in chunks for p in chunk.parameters())
+    if whole and moe_layers and frozen and spec.trained_losses:
+        problems.append(
+            "the whole model is frozen: attach to the one that is trained, or to the module that holds what is trained "
+            "through it"
+        )
     if problems:
         raise ValueError("the auxiliary losses cannot be attached: " + "; ".join(dict.fromkeys(problems)))
     return list(dict.fromkeys(notes))
@@ -96,18 +102,27 @@ def notices(facts: ModelFacts, spec: SpecConfig) -> list[str]:
     return found
 
 
+def _kernels_problem(spec: SpecConfig, device: Optional[torch.device]) -> Iterator[str]:
+    try:
+        choose(spec.kernels, device)
+    except ValueError as error:
+        yield str(error)
+
+
 def _problems(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device]) -> Iterator[str]:
     transformer_config = facts.transformer_config
     if not any(facts.stages.num_layers):
         yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
         return
     if device is not None:
-        try:
-            choose(spec.kernels, device)
-        except ValueError as error:
-            yield str(error)
+        yield from _kernels_problem(spec, device)
     if getattr(transformer_config, "transformer_impl", None) == "inference_optimized":
         yield "inference layers are not for training (set --transformer-impl transformer_engine)"
+    if shares_differently(transformer_config):
+        yield (
+            "each sample has context-parallel ranks of its own, over which the losses do not reduce "
+            "(remove --hybrid-context-parallel)"
+        )
     yield from graph_problems(facts)
     for loss in spec.computed_losses:
         yield from loss.problems(transformer_config)

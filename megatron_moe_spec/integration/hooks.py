@@ -8,6 +8,10 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+from torch.utils.hooks import RemovableHandle
+
+from megatron_moe_spec.integration.modes import without_autocast
+
 
 class Hook:
     """A forward hook, or pre-hook, that does nothing in a deep copy of its module."""
@@ -16,7 +20,8 @@ class Hook:
         self._function = function
 
     def __call__(self, *args):
-        return self._function(*args)
+        with without_autocast():
+            return self._function(*args)
 
     def __deepcopy__(self, memo):
         return _no_hook
@@ -24,6 +29,13 @@ class Hook:
 
 def _no_hook(*args) -> None:
     pass
+
+
+def keep_last(handle: RemovableHandle) -> None:
+    """Has a hook run after all others of its module's: what these leave is what the module works with, or returns."""
+    hooks = handle.hooks_dict_ref()
+    if hooks is not None and handle.id in hooks and next(reversed(hooks)) != handle.id:
+        hooks.move_to_end(handle.id)
 
 
 class MethodReplacement:
@@ -41,6 +53,11 @@ class MethodReplacement:
         self._own = vars(owner).get(name)
         setattr(owner, name, self)
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the object has another method now."""
+        return vars(self._owner).get(self._name) is not self
+
     def __call__(self, *args, **kwargs):
         return self._function(self._method_of(self._owner), *args, **kwargs)
 
@@ -50,7 +67,7 @@ class MethodReplacement:
     def restore(self) -> None:
         """The object has its method again, or, where another package has replaced it since, calls it through here."""
         self._function = _call
-        if vars(self._owner).get(self._name) is not self:
+        if self.is_gone:
             return
         if self._own is not None:
             setattr(self._owner, self._name, self._own)

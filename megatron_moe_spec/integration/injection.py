@@ -1,10 +1,18 @@
 """Adding a gradient to a tensor without touching its value."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from megatron_moe_spec.integration.modes import without_autocast
+
+
+def _same(x: Tensor) -> Tensor:
+    """x as a node's output: not a view, as x itself would be, since other people's hooks may work on it in place."""
+    return x.detach()
 
 
 def _take_callback(ctx) -> Callable:
@@ -17,34 +25,56 @@ def _take_callback(ctx) -> Callable:
 
 class _AddGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, accumulate):
+    def forward(ctx, x, accumulate, kept):
         ctx.callback = accumulate
-        return x
+        ctx.save_for_backward(*kept)
+        return _same(x)
 
     @staticmethod
     def backward(ctx, incoming):
-        return _take_callback(ctx)(incoming), None
+        with without_autocast():
+            return _take_callback(ctx)(incoming), None, None
 
 
-def add_gradient(x: Tensor, accumulate: Callable[[Tensor], Tensor]) -> Tensor:
+def add_gradient(x: Tensor, accumulate: Callable[[Tensor], Tensor], kept: Sequence[Tensor] = ()) -> Tensor:
     """Returns x unchanged; in backward, ``accumulate(incoming)`` takes the place of the gradient that flows into x.
 
     It adds the auxiliary gradient in the incoming one's dtype, and leaves the incoming tensor as it is.
     The result must be used in place of x: what follows then depends on this node, which makes it right under
     recomputation too, where x's memory is filled again only before the backward of what follows.
+
+    Args:
+        kept: tensors that ``accumulate`` needs, see ``kept_by``. They are kept as autograd keeps its own: hooks on
+            saved tensors may take them elsewhere until then.
     """
-    return _AddGradient.apply(x, accumulate)
+    return _AddGradient.apply(x, accumulate, kept)
+
+
+def kept_by(x: Tensor, kept: Tensor) -> Callable[[], Tensor]:
+    """Gives, in backward, what ``x = add_gradient(..., [kept])`` keeps, without keeping it, too."""
+    if x.grad_fn is None:  # no gradient flows
+        return lambda: kept
+    node = weakref.ref(x.grad_fn)
+
+    def saved() -> Tensor:
+        found = node()
+        if found is None:
+            raise RuntimeError("a part of what the experts computed was dropped before the backward pass of the others")
+        return found.saved_tensors[0].detach()
+
+    return saved
 
 
 class _AddWeightGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gradients, *weights):
         ctx.callback = gradients
-        return x
+        return _same(x)
 
     @staticmethod
     def backward(ctx, incoming):
-        return incoming, None, *_take_callback(ctx)()
+        with without_autocast():
+            return incoming, None, *_take_callback(ctx)()
 
 
 def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callable[[], Sequence]) -> Tensor:
@@ -66,12 +96,13 @@ class _ReplaceSwiGLU(torch.autograd.Function):
     def forward(ctx, y, probs, z, gradient):
         ctx.save_for_backward(y, probs)
         ctx.callback = gradient
-        return z
+        return _same(z)
 
     @staticmethod
     def backward(ctx, incoming):
         gradient = _take_callback(ctx)
-        gradients = gradient(*ctx.saved_tensors, incoming)
+        with without_autocast():
+            gradients = gradient(*ctx.saved_tensors, incoming)
         return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad)), None, None
 
 

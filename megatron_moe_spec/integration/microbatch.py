@@ -2,10 +2,10 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Optional
+from typing import Optional, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,32 @@ from torch import Tensor, nn
 from megatron_moe_spec.integration.compat.checkpoints import follow_checkpoints
 from megatron_moe_spec.integration.compat.models import called_module, stage_module
 from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
+from megatron_moe_spec.integration.modes import without_autocast
 from megatron_moe_spec.integration.routing import LayerRouting
+
+
+class Notes:
+    """What is to be counted of a micro-batch once its backward pass begins.
+
+    A forward that failed, or that nobody calls backward for, trains nothing, and does not count.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: Optional[list[tuple[Callable, tuple]]] = []
+
+    def add(self, note: Callable, *args) -> None:
+        """Calls ``note(*args)``, which counts something; at once in the backward pass."""
+        if self._waiting is None:
+            note(*args)
+        else:
+            self._waiting.append((note, args))
+
+    def take(self, *gradient) -> None:
+        """The backward pass begins."""
+        notes, self._waiting = self._waiting or [], None
+        with torch.no_grad(), without_autocast():
+            for note, args in notes:
+                note(*args)
 
 
 class MicroBatch:
@@ -27,6 +52,7 @@ class MicroBatch:
         pull_after: what the loss of this chunk's last MoE layer and the next stage's first asks of this chunk, known
             once the gradient of the chunk's output is; None if there is no such loss.
         expert_group_count: see ``ExpertWeightsTap``; known once a layer has asked.
+        notes: what is to be counted.
     """
 
     def __init__(self, number: int, num_layers: int):
@@ -36,6 +62,7 @@ class MicroBatch:
         self.take_before: Optional[Callable[[int], LayerRouting]] = None
         self.pull_after: Optional[Tensor] = None
         self.expert_group_count: Optional[Tensor] = None
+        self.notes = Notes()
 
     def previous(self, layer: int):
         return self.routing[layer - 1] if layer else self.before
@@ -63,9 +90,11 @@ class MicroBatchTracker:
         chunk: the module that is called for each micro-batch.
         num_layers: its number of MoE layers.
         carry: brings messages from and to other pipeline stages; None: no messages.
+        begin_forward: called before each forward that trains.
     """
 
-    def __init__(self, chunk: nn.Module, num_layers: int, carry=None):
+    def __init__(self, chunk: nn.Module, num_layers: int, carry=None, begin_forward: Callable[[], None] = lambda: None):
+        self._begin_forward = begin_forward
         self._num_layers = num_layers
         self._carry = carry
         self._current: Optional[MicroBatch] = None
@@ -80,13 +109,19 @@ class MicroBatchTracker:
             called.register_forward_pre_hook(Hook(self._open), with_kwargs=True),
             called.register_forward_hook(Hook(self._close), always_call=True),
         ]
+        self._watchers: list[Watcher] = []
         self._plan = None
         if hasattr(stage, "build_schedule_plan"):
             self._plan = MethodReplacement(stage, "build_schedule_plan", partial(_open_and_build_plan, self))
         _trackers.add(self)
         follow_checkpoints(_first_pass, _recomputation)
 
+    def watch(self, watcher: "Watcher") -> None:
+        """Has a layer told of the forwards that train."""
+        self._watchers.append(watcher)
+
     def detach(self) -> None:
+        self._watchers = []
         _trackers.discard(self)
         for hook in self._hooks:
             hook.remove()
@@ -101,6 +136,11 @@ class MicroBatchTracker:
     def _open(self, module, args=(), kwargs=MappingProxyType({})) -> None:
         self.has_padding = kwargs.get("padding_mask") is not None
         trains = module.training and torch.is_grad_enabled()
+        if trains:
+            self._begin_forward()
+            if not self._started:
+                for watcher in self._watchers:
+                    watcher.begin_step()
         self._current = MicroBatch(self._started, self._num_layers) if trains else None
         self._opened_in = _backward_pass()
         self._started += trains
@@ -108,16 +148,30 @@ class MicroBatchTracker:
             self._carry.open(self._current)
 
     def _close(self, module, args, output) -> None:
-        self._current = None
+        micro_batch, self._current = self._current, None
+        if micro_batch is None or output is None:  # None: it has failed
+            return
+        for watcher, routing in zip(self._watchers, micro_batch.routing, strict=True):
+            if routing is None:
+                watcher.miss()
+        # Of another kind of output nobody tells what becomes of it.
+        tensors = list(_tensors_with_gradient(output))
+        for tensor in tensors:
+            tensor.register_hook(micro_batch.notes.take)
+        if not tensors:
+            micro_batch.notes.take()
 
     def enter(self, module: nn.Module) -> tuple[Optional[MicroBatch], bool]:
         """The micro-batch that a layer's router is called for (None: stay out), and whether it is recomputed.
+
+        A layer that is in evaluation mode by itself, as frozen ones may be, does in a forward that trains what the
+        others do: gradients go through it, and its neighbours are coupled with it.
 
         Raises:
             RuntimeError: the layer runs with gradients outside the forward of the attached model, or is recomputed by
                 a checkpoint that ``compat.follow_checkpoints`` does not know.
         """
-        if not module.training:
+        if self._current is None and not module.training:
             return None, False
         has_gradients = torch.is_grad_enabled()
         if has_gradients and not self._recomputing and _backward_pass() not in (-1, self._opened_in):
@@ -135,6 +189,25 @@ class MicroBatchTracker:
             "an MoE layer ran outside the forward of the model given to attach(): attach the module whose "
             "forward is called for each micro-batch"
         )
+
+
+class Watcher(Protocol):
+    """An MoE layer of a chunk, which is told of the forwards that train; see ``MicroBatchTracker.watch``."""
+
+    def begin_step(self) -> None:
+        """The first of a training step begins."""
+
+    def miss(self) -> None:
+        """One has ended, and the layer had no part in it."""
+
+
+def _tensors_with_gradient(x) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        if x.requires_grad:
+            yield x
+    elif isinstance(x, (list, tuple, Mapping)):
+        for one in x.values() if isinstance(x, Mapping) else x:
+            yield from _tensors_with_gradient(one)
 
 
 def _backward_pass() -> int:
@@ -175,4 +248,6 @@ def _recomputation(served: list) -> Iterator[None]:
 def _open_and_build_plan(tracker: MicroBatchTracker, build, *args, **kwargs):
     """Stands in for ``build_schedule_plan`` of a model."""
     tracker._open(build.__self__, args, kwargs)
+    if tracker._current is not None:
+        tracker._current.notes.take()
     return build(*args, **kwargs)

@@ -19,7 +19,7 @@ from megatron_moe_spec.integration.compat.models import stage_module
 from megatron_moe_spec.integration.compat.schedules import around_schedules, leave_schedules, with_received_shapes
 from megatron_moe_spec.integration.hooks import MethodReplacement
 from megatron_moe_spec.integration.microbatch import MicroBatch
-from megatron_moe_spec.integration.routing import LayerRouting
+from megatron_moe_spec.integration.routing import LayerRouting, TokenCount
 from megatron_moe_spec.integration.stages import Stages
 from megatron_moe_spec.integration.taps.pairs import pull_of_following
 from megatron_moe_spec.losses.coupling import Coupling
@@ -68,7 +68,7 @@ class MessageForm:
         active_TE = None
         if self.with_active:
             active_TE = numbers_to_bits(message_TW[:, self.scores_width :], self.num_experts)
-        return LayerRouting(active_TE, 0, 0, message=self.to_pull(message_TW))
+        return LayerRouting(active_TE, TokenCount(0, 0), message=self.to_pull(message_TW))
 
     def of_pull(self, pull: Tensor) -> Tensor:
         pull_TW = pull.reshape(-1, self.scores_width).float()
@@ -136,7 +136,7 @@ class StageCarry:
         if not (self._training and self._runs_step):
             raise RuntimeError(
                 "a pipeline stage trains outside of Megatron's schedule, which carries the coupling of layers in "
-                "different stages (call get_forward_backward_func() after attach(), or set "
+                "different stages (train by what get_forward_backward_func() returns, or set "
                 "--moe-coupling-across-stages drop)"
             )
         step = self._step

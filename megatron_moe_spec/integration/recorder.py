@@ -1,6 +1,6 @@
 """Values of the losses and measures of a training step, kept on the device and reduced over ranks once a step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Optional, Union
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.release import current_device
-from megatron_moe_spec.integration.routing import LayerRouting
+from megatron_moe_spec.integration.routing import TokenCount
 from megatron_moe_spec.integration.tracer import Tracer
 from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.losses.base import PAIRS
-from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics, RouterStatistics
+from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics, RouterStatistics, at_once
+from megatron_moe_spec.parallel.collectives import all_reduce_max, all_reduce_sum
 
 _MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
 
@@ -24,7 +25,8 @@ class Recorder:
     Attributes:
         spec: the settings.
         iteration: number of the last finished training step.
-        recorded: log names of the losses that this rank has recorded in this step.
+        unended: see ``begin_after``.
+        recorded: name and layer (first of a pair) of the losses that this rank has recorded in this step.
         measuring: whether this step's routing and overlap are measured for the diagnostics.
         tracer: writes the routing of the steps that are traced.
         layer_numbers: of the MoE layers, among all layers of the model.
@@ -61,9 +63,13 @@ class Recorder:
         self.logs_each_layer = logs_each_layer
         self.begin_after(iteration)
 
-    def begin_after(self, iteration: int) -> None:
-        """Starts the step after ``iteration``, with nothing recorded."""
-        self.iteration = iteration
+    def begin_after(self, iteration: int, unended: int = 0) -> None:
+        """Starts the step after ``iteration``, or another attempt at it, with nothing recorded.
+
+        Args:
+            unended: steps that have gone by since ``iteration`` as ``Steps`` counts them, where the loop ends none.
+        """
+        self.iteration, self.unended = iteration, unended
         interval = self.spec.metrics_interval
         self.measuring = bool(interval) and (iteration + 1) % interval == 0
         self.tracer.begin_after(iteration)
@@ -74,9 +80,11 @@ class Recorder:
         self._losses = torch.zeros(len(self._names), num_layers, 2, dtype=torch.float64, device=self._device)
         self._known = [[[0.0, 0.0] for _ in range(num_layers)] for _ in self._names]
         self._totals: Optional[Tensor] = None
-        self._terms: dict[tuple[int, int, float], list[Tensor]] = {}
+        # See ``record_mean``. By loss, layer, factor, offset and whether they are on the device: terms of
+        # micro-batches, and numbers of tokens.
+        self._terms: dict[tuple[int, int, float, float, bool], list[tuple[Tensor, Union[Tensor, int]]]] = {}
         self._num_terms = 0
-        self.recorded: set[str] = set()
+        self.recorded: set[tuple[str, int]] = set()
         self._layers: list[LayerStatistics] = []
         self._routers: list[RouterStatistics] = []
         self._pairs: list[PairStatistics] = []
@@ -87,6 +95,11 @@ class Recorder:
             self._pairs = [PairStatistics(n, m, self._device) for n, m in zip(experts, experts[1:])]
 
     @property
+    def step(self) -> int:
+        """Number by which what is drawn at random, or chosen in turns, differs from step to step."""
+        return self.iteration + self.unended
+
+    @property
     def active(self) -> bool:
         return self.measuring or self.tracer.tracing or bool(self.spec.trained_losses)
 
@@ -94,23 +107,26 @@ class Recorder:
         """Whether a loss is to be computed in this step."""
         return loss.coeff > 0 or (self.measuring and loss.measured)
 
-    def measure_routing(self, layer: int, scores_TE: Tensor, active_TE: Tensor, num_tokens) -> None:
+    def measure_routing(
+        self, layer: int, scores_TE: Tensor, active_TE: Tensor, num_tokens, when: Callable = at_once
+    ) -> None:
+        """Of one micro-batch; ``when`` it counts, here and below, see ``Notes.add``."""
         if self.measuring:
-            self._layers[layer].add_routing(scores_TE, active_TE, num_tokens)
+            self._layers[layer].add_routing(scores_TE, active_TE, num_tokens, when)
 
-    def measure_cosines(self, layer: int, cosines_TKK: Tensor, active_TK: Tensor) -> None:
+    def measure_cosines(self, layer: int, cosines_TKK: Tensor, active_TK: Tensor, when: Callable = at_once) -> None:
         if self.measuring:
-            self._layers[layer].add_cosines(cosines_TKK, active_TK)
+            self._layers[layer].add_cosines(cosines_TKK, active_TK, when)
 
     def measure_router(self, layer: int, weight_EH: Tensor) -> None:
         """Once, when the step has ended."""
         if self.measuring:
             self._routers[layer].add(weight_EH)
 
-    def measure_pair(self, layer: int, active_TE: Tensor, active_next_TE: Tensor) -> None:
+    def measure_pair(self, layer: int, active_TE: Tensor, active_next_TE: Tensor, when: Callable = at_once) -> None:
         """Of ``layer`` and the next MoE layer."""
         if self.measuring:
-            self._pairs[layer].add(active_TE, active_next_TE)
+            self._pairs[layer].add(active_TE, active_next_TE, when)
 
     def record_loss(self, name: str, layer: int, value: Tensor, counts: Union[Tensor, bool]) -> None:
         """Records this rank's part of a loss of one layer (pair) and micro-batch.
@@ -119,36 +135,29 @@ class Recorder:
             layer: number of the layer, or of the first one of the pair, among the model's MoE layers.
             counts: whether the micro-batch has tokens.
         """
+        self.recorded.add((name, layer))
         loss, layer = self._place(name, layer)
         entry = self._losses[loss, layer]
         if isinstance(counts, Tensor):
             entry[0] += value.detach() * counts
-            entry[1] += self._share * counts
+            entry[1] += self._share * counts.double()
         elif counts:
             entry[0] += value.detach()
             self._known[loss][layer][1] += self._share
-        self.recorded.add(name)
 
     def record_mean(
-        self, name: str, layer: int, terms: Tensor, routing: LayerRouting, factor: float = 1.0, offset: float = 0.0
+        self, name: str, layer: int, terms: Tensor, tokens: TokenCount, factor: float = 1.0, offset: float = 0.0
     ) -> None:
         """Records offset + factor * the sum of ``terms`` / number of the micro-batch's tokens, see ``record_loss``.
 
-        Where the number is known on the host, nothing is computed before the terms of many layers are there: operations
-        on small tensors cost the time that they take to be launched.
+        Nothing is computed before the terms of many layers are there: operations on small tensors cost the time that
+        they take to be launched.
         """
-        if isinstance(routing.num_tokens, Tensor):
-            value = offset + factor * terms.detach().sum() / routing.divisor
-            self.record_loss(name, layer, value, routing.counts)
-            return
-        self.recorded.add(name)
-        if not routing.counts:
-            return
+        self.recorded.add((name, layer))
         loss, layer = self._place(name, layer)
-        known = self._known[loss][layer]
-        known[0] += offset
-        known[1] += self._share
-        self._terms.setdefault((loss, layer, factor / routing.divisor), []).append(terms.detach().reshape(-1))
+        total = tokens.total
+        waiting = self._terms.setdefault((loss, layer, factor, offset, isinstance(total, Tensor)), [])
+        waiting.append((terms.detach().reshape(-1), total))
         self._num_terms += terms.numel()
         if self._num_terms > _MOST_TERMS:
             self._add_terms()
@@ -157,8 +166,15 @@ class Recorder:
         return self._names.index(name), layer if self._per_layer else 0
 
     def _add_terms(self) -> None:
-        for (loss, layer, factor), waiting in self._terms.items():
-            self._losses[loss, layer, 0] += torch.cat(waiting).sum(dtype=torch.float64) * factor
+        for (loss, layer, factor, offset, on_device), waiting in self._terms.items():
+            terms, totals = zip(*waiting, strict=True)
+            lengths = torch.tensor([len(x) for x in terms], device=self._device)
+            tokens = torch.stack(totals) if on_device else torch.tensor(totals, device=self._device)
+            counts = (tokens > 0).double()
+            weights = factor * counts / tokens.double().clamp_min(1)
+            weights = weights.repeat_interleave(lengths, output_size=sum(map(len, terms)))
+            self._losses[loss, layer, 0] += (torch.cat(terms) * weights).sum() + offset * counts.sum()
+            self._losses[loss, layer, 1] += self._share * counts.sum()
         self._terms.clear()
         self._num_terms = 0
 
@@ -188,10 +204,9 @@ class Recorder:
         """
         if not self._per_layer or self._totals is None:
             return {}
-        means = (self._totals[..., 0] / self._totals[..., 1]).tolist()
         return {
-            loss.name: {number: value for number, value in zip(self.layer_numbers, values) if value == value}
-            for loss, values in zip(self.spec.computed_losses, means)
+            loss.name: {layer: total / number for layer, (total, number) in zip(self.layer_numbers, totals) if number}
+            for loss, totals in zip(self.spec.computed_losses, self._totals.tolist())
             if self.wants(loss)
         }
 
@@ -199,8 +214,8 @@ class Recorder:
         """The measures of this step, on every rank; None in a step that is not measured. A collective, too."""
         if not self.measuring:
             return None
+        self._add_violations()
         for layer in self._layers:
-            self._add_violations(layer)
             layer.sums = self._summed(layer.sums)
             layer.largest_cosine = self._summed(layer.largest_cosine, dist.ReduceOp.MAX)
         for router in self._routers:
@@ -218,14 +233,19 @@ class Recorder:
                 row[name] = values.get(number)
         return {"layers": layers, "pairs": [row for row, pair in zip(pairs, self._pairs) if pair.sums.any()]}
 
-    def _add_violations(self, layer: LayerStatistics) -> None:
-        """Of micro-batches: each is shared by the ranks of a group, which have the same number of them."""
-        if not layer.loads:  # another stage's
-            return
-        loads = torch.stack(layer.loads)
-        if self._token_group is not None and self._token_group.size() > 1:
-            dist.all_reduce(loads, group=self._token_group)
-        layer.add_violations(loads, self._share)
+    def _add_violations(self) -> None:
+        """Of micro-batches, which the ranks of a group share: in a layer where these do not have the same number of
+        them, since one was left out on some ranks alone, there is none."""
+        numbers = torch.tensor([len(layer.loads) for layer in self._layers], device=self._device)
+        if self._token_group is not None:
+            most, least = all_reduce_max(torch.stack([numbers, -numbers]), self._token_group)
+            numbers = torch.where(most == -least, numbers, 0)
+        for layer, number in zip(self._layers, numbers.tolist(), strict=True):
+            if number:
+                loads = torch.stack(layer.loads)
+                if self._token_group is not None:
+                    loads = all_reduce_sum(loads, self._token_group)
+                layer.add_violations(loads, self._share)
 
     def _summed(self, x: Tensor, operation=dist.ReduceOp.SUM) -> Tensor:
         x = x.clone()
@@ -234,7 +254,7 @@ class Recorder:
                 dist.all_reduce(x, op=operation, group=group)
             except RuntimeError as error:
                 raise RuntimeError(
-                    "the values to be logged could not be reduced: call metrics() on every rank of the model's process "
-                    "groups, or give attach() the ranks that hold it, attach(model, config, group=...)"
+                    "the values to be logged could not be reduced: call end_step() on every rank of the model's "
+                    "process groups, or give attach() the ranks that hold it, attach(model, config, group=...)"
                 ) from error
         return x

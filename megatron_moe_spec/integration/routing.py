@@ -1,6 +1,7 @@
 """Decisions of an MoE layer's router for the tokens of a micro-batch. Suffixes: T tokens of this rank, E experts."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Optional, Union
 
 import torch
@@ -10,6 +11,29 @@ from megatron_moe_spec.losses.scores import normalized_scores
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 
+@dataclass(frozen=True)
+class TokenCount:
+    """Number of a micro-batch's tokens that are not padding: known on the host, or a scalar on the device.
+
+    Attributes:
+        local: this rank's.
+        total: those of all ranks that share the micro-batch; 0 in one of padding alone.
+    """
+
+    local: Union[Tensor, int]
+    total: Union[Tensor, int]
+
+    @cached_property
+    def divisor(self) -> Union[Tensor, int]:
+        """Number of tokens by which a sum over the micro-batch becomes a mean; at least 1. In fp32 on the device."""
+        return self.total.clamp_min(1).float() if isinstance(self.total, Tensor) else max(self.total, 1)
+
+    @cached_property
+    def counts(self) -> Union[Tensor, bool]:
+        """Whether the micro-batch has tokens. One without adds nothing to a loss, nor to a mean over micro-batches."""
+        return self.total > 0
+
+
 @dataclass
 class LayerRouting:
     """Routing of a micro-batch's tokens in one MoE layer.
@@ -17,29 +41,17 @@ class LayerRouting:
     Attributes:
         active_TE: bool, the experts each token was dispatched to; none for padding tokens, and none that only
             fills an expert up to its capacity.
-        num_local_tokens: this rank's tokens that are not padding.
-        num_tokens: those of the micro-batch, over all ranks that share it; 0 in one of padding alone.
+        tokens: how many there are.
         message: what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway).
         successors_EE: bool, the strongest pathways to the next layer (pathway), known once that has run.
         means: by the name of a loss of the scores, means over the micro-batch's tokens and their gradient.
     """
 
     active_TE: Tensor
-    num_local_tokens: Union[Tensor, int]
-    num_tokens: Union[Tensor, int]
+    tokens: TokenCount
     message: Optional[Tensor] = None
     successors_EE: Optional[Tensor] = None
     means: dict[str, tuple[Optional[Tensor], Optional[Tensor]]] = field(default_factory=dict)
-
-    @property
-    def divisor(self) -> Union[Tensor, int]:
-        """Number of tokens by which a sum over the micro-batch becomes a mean; at least 1."""
-        return self.num_tokens.clamp_min(1) if isinstance(self.num_tokens, Tensor) else max(self.num_tokens, 1)
-
-    @property
-    def counts(self) -> Union[Tensor, bool]:
-        """Whether the micro-batch has tokens. One without adds nothing to a loss, nor to a mean over micro-batches."""
-        return self.num_tokens > 0
 
 
 def read_routing(
@@ -50,13 +62,13 @@ def read_routing(
     Args:
         padding_mask: True for padding, in any shape of T elements; None: no padding.
         known: another layer's routing of the same micro-batch, whose numbers of tokens hold here as well.
-        group: the ranks that share the micro-batch, tensor x context parallel. One all-reduce of one number, for
-            the first layer, where there is padding.
+        group: the ranks that share the micro-batch, tensor x context parallel. One all-reduce of one number, for the
+            first layer; also where this rank has no mask, for another may have one.
 
     Raises:
         RuntimeError: the mask is not that of this rank's tokens.
     """
-    active_TE = routing_map_TE & (probs_TE > 0)
+    active_TE = routing_map_TE & (probs_TE != 0)  # of NaN, too: its losses are NaN, not those of no expert
     if padding_mask is not None:
         if padding_mask.numel() != len(active_TE):
             raise RuntimeError(
@@ -65,11 +77,18 @@ def read_routing(
             )
         active_TE &= ~padding_mask.reshape(-1, 1)
     if known is not None:
-        return LayerRouting(active_TE, known.num_local_tokens, known.num_tokens)
-    if padding_mask is None:
-        return LayerRouting(active_TE, len(active_TE), len(active_TE) * group.size())
-    num_local_tokens = (~padding_mask).sum()
-    return LayerRouting(active_TE, num_local_tokens, all_reduce_sum(num_local_tokens, group))
+        return LayerRouting(active_TE, known.tokens)
+    return LayerRouting(active_TE, _count(active_TE, padding_mask, group))
+
+
+def _count(active_TE: Tensor, padding_mask: Optional[Tensor], group) -> TokenCount:
+    if padding_mask is not None:
+        local = (~padding_mask).sum()
+    elif group.size() == 1:
+        return TokenCount(len(active_TE), len(active_TE))
+    else:
+        local = torch.full((), len(active_TE), device=active_TE.device)
+    return TokenCount(local, all_reduce_sum(local, group))
 
 
 def token_scores(logits: Tensor, score_function: str, padding_mask: Optional[Tensor]) -> Tensor:

@@ -37,7 +37,9 @@ def micro_batch_count(transformer_config, num_tokens: Union[Tensor, int]):
     Args:
         transformer_config, num_tokens: see ``gradient_weight``.
     """
-    return num_tokens if transformer_config.calculate_per_token_loss else num_tokens > 0
+    if transformer_config.calculate_per_token_loss:
+        return num_tokens
+    return (num_tokens > 0).float() if isinstance(num_tokens, Tensor) else num_tokens > 0
 
 
 def weight_gradient_factor(transformer_config, group_count: Union[Tensor, int], num_shares: int):

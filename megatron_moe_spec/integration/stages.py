@@ -41,19 +41,13 @@ class Stages:
             spec: what the losses are, the same on all ranks.
 
         Raises:
-            ValueError: a rank gives some of its chunks only, or another config than the others.
+            ValueError: a rank gives another config than the others; on all of them.
         """
         num_experts = getattr(transformer_config, "num_moe_experts", None) or 0
         numbers_of_chunks = [list(map(layer_number, layers)) for layers in layers_of_chunks]
         num_stages = getattr(transformer_config, "pipeline_model_parallel_size", 1)
         if num_stages == 1:
             return cls._of_numbers(numbers_of_chunks, list(range(len(chunks))), num_experts)
-        expected = transformer_config.virtual_pipeline_model_parallel_size or 1
-        if len(chunks) != expected:
-            raise ValueError(
-                f"attach() takes all model chunks of a rank at once, as get_model returns them: got {len(chunks)} of "
-                f"{expected} (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank)"
-            )
         group = pipeline_group(chunks[0])
         gathered: list = [None] * num_stages
         dist.all_gather_object(gathered, (numbers_of_chunks, spec), group=group)
@@ -63,6 +57,18 @@ class Stages:
         return cls._of_numbers(
             of_stages, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts
         )
+
+    @staticmethod
+    def check_chunks(chunks: list[nn.Module], transformer_config) -> None:
+        """Raises ValueError where a rank of several gives some of its chunks only."""
+        if getattr(transformer_config, "pipeline_model_parallel_size", 1) == 1:
+            return
+        expected = transformer_config.virtual_pipeline_model_parallel_size or 1
+        if len(chunks) != expected:
+            raise ValueError(
+                f"attach() takes all model chunks of a rank at once, as get_model returns them: got {len(chunks)} of "
+                f"{expected} (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank)"
+            )
 
     @classmethod
     def _of_numbers(cls, numbers_of_stages: list[list[Optional[int]]], own: list[int], num_experts: int) -> "Stages":

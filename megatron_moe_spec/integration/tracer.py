@@ -68,6 +68,8 @@ class Tracer:
             padding_mask: True for padding, in any shape of T elements; None: no padding.
             num_sequences: None: not known.
         """
+        if not self.tracing:
+            return
         origin = {"micro_batch": micro_batch}
         if num_sequences is not None:
             origin["num_sequences"] = num_sequences
@@ -118,8 +120,15 @@ def _write_model(path: Path, transformer_config) -> None:
     }
     if path.exists():
         found = path.read_text()
-        if json.loads(found) != model:
+        try:
+            known = json.loads(found)
+        except json.JSONDecodeError:
+            known = None  # a run that was cut off, before it wrote all of it: it says what this one does
+        if known not in (None, model):
             raise ValueError(
                 f"{path} is of another model ({found.strip()}): set --moe-spec-trace-path to another folder"
             )
-    path.write_text(json.dumps(model) + "\n")
+    # All of it or nothing, whenever the run is cut off.
+    written = path.with_suffix(".written")
+    written.write_text(json.dumps(model) + "\n")
+    written.replace(path)

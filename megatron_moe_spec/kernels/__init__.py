@@ -3,6 +3,7 @@
 Importing this package does not import triton. Its modules ``rows`` and ``mass`` do.
 """
 
+import functools
 import importlib.util
 import os
 from typing import Optional, Union
@@ -38,29 +39,35 @@ def weight_and_factor(
     return None, float(weight) * float(factor)
 
 
-def unavailable(device: torch.device) -> str:
-    """Why the kernels cannot run on tensors of a device; an empty string where they can."""
+def unavailable(device: Optional[torch.device]) -> str:
+    """Why the kernels cannot run on tensors of a device, None: of any; an empty string where they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if interpreted():
+    if interpreted() or (device is None and torch.version.cuda is not None):
         return ""
-    if device.type != "cuda" or torch.version.cuda is None:
+    if device is None or device.type != "cuda" or torch.version.cuda is None:
         return "they need an NVIDIA GPU (or, for tests, TRITON_INTERPRET=1)"
     if torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
         return "they need a GPU of compute capability {}.{} or newer".format(*OLDEST_CAPABILITY)
     return ""
 
 
-def choose(kernels: str, device: torch.device) -> bool:
+def choose(kernels: str, device: Optional[torch.device]) -> bool:
     """Whether to run the losses on tensors of ``device`` by these kernels rather than by eager PyTorch.
 
     Args:
         kernels: ``SpecConfig.kernels``. auto: where the device is a GPU that can run them; triton; torch.
+        device: None: not known yet.
 
     Raises:
         ValueError: triton is asked for and cannot run.
     """
-    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
+    return _choose(kernels, device, interpreted())
+
+
+@functools.cache
+def _choose(kernels: str, device: Optional[torch.device], interpreted: bool) -> bool:
+    if kernels == "torch" or (kernels == "auto" and (device is None or device.type != "cuda")):
         return False
     reason = unavailable(device)
     if reason and kernels == "triton":

@@ -3,6 +3,7 @@
 Suffixes: T tokens, E experts, K experts per token, H hidden size.
 """
 
+from collections.abc import Callable
 from typing import Union
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor
 from megatron_moe_spec.metrics.information import conditional_entropy, entropy, normalized_mutual_information
 
 Measure = Union[float, list[float], None]
+
+
+def at_once(function: Callable, *args) -> None:
+    function(*args)
 
 
 class LayerStatistics:
@@ -31,24 +36,34 @@ class LayerStatistics:
         self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)
         self.loads: list[Tensor] = []
 
-    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens) -> None:
-        """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts."""
+    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens, when: Callable = at_once) -> None:
+        """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts.
+
+        Args:
+            when: calls a function with arguments, later or never, here and below.
+        """
         top_k = self._sizes[1]
         masses_K = (scores_TE * active_TE).topk(top_k, dim=1).values.cumsum(dim=1).sum(dim=0)
         load_E = active_TE.sum(dim=0)
-        self.sums[0] += num_tokens
-        self.sums[1] += entropy(scores_TE).sum()
-        self.sums[self._SCALARS :] += torch.cat([masses_K, scores_TE.sum(0), load_E])
-        self.loads.append(load_E)
+        when(self._add_routing, num_tokens, entropy(scores_TE).sum(), torch.cat([masses_K, scores_TE.sum(0), load_E]))
+        when(self.loads.append, load_E)
 
-    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor) -> None:
+    def _add_routing(self, num_tokens, entropies: Tensor, sums: Tensor) -> None:
+        self.sums[0] += num_tokens
+        self.sums[1] += entropies
+        self.sums[self._SCALARS :] += sums
+
+    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor, when: Callable = at_once) -> None:
         """Adds the cosines between the vectors of each token's experts."""
         magnitude = cosines_TKK.abs()
         live = active_TK.sum(dim=1)
-        self.sums[2] += magnitude.sum()
-        self.sums[3] += (live * (live - 1)).sum()
         if magnitude.numel():
-            self.largest_cosine.copy_(torch.maximum(self.largest_cosine, magnitude.max()))
+            when(self._add_cosines, magnitude.sum(), (live * (live - 1)).sum(), magnitude.max())
+
+    def _add_cosines(self, magnitudes: Tensor, pairs: Tensor, largest: Tensor) -> None:
+        self.sums[2] += magnitudes
+        self.sums[3] += pairs
+        self.largest_cosine.copy_(torch.maximum(self.largest_cosine, largest))
 
     def add_violations(self, loads: Tensor, share: float) -> None:
         """Adds the load violation of micro-batches.
@@ -65,7 +80,7 @@ class LayerStatistics:
         """The measures; None where there is nothing to measure."""
         scalars, masses_K, scores_E, load_E = self.sums.split(self._sizes)
         tokens, entropies, cosines, pairs, violations, micro_batches = scalars
-        nothing = torch.tensor(torch.nan)
+        nothing = torch.tensor(torch.nan, device=self.sums.device)
         measures = {
             "routing_entropy": entropies / tokens,
             "marginal_entropy": entropy(scores_E) if tokens else nothing,
@@ -108,7 +123,9 @@ class RouterStatistics:
         self.sums[0] += 1
         self.sums[1] += cosines_EE.sum() / max(1, num_experts * (num_experts - 1))
         self.sums[2] += cosines_EE.max()
-        self.sums[self._SCALARS :] += torch.linalg.eigvalsh(gram_EE).clamp_min(0.0).sqrt().flip(0)
+        # What is not finite would be an error there.
+        singular_values = torch.linalg.eigvalsh(gram_EE.nan_to_num(0.0, 0.0, 0.0)).clamp_min(0.0).sqrt().flip(0)
+        self.sums[self._SCALARS :] += singular_values.where(gram_EE.isfinite().all(), torch.nan)
 
     def summary(self) -> dict[str, Measure]:
         """The measures; None where no rank holds the whole weight."""
@@ -140,13 +157,14 @@ class PairStatistics:
     def __init__(self, num_experts: int, num_experts_next: int, device: torch.device):
         self.sums = torch.zeros(2, num_experts, num_experts_next, dtype=torch.float64, device=device)
 
-    def add(self, active_TE: Tensor, active_next_TE: Tensor) -> None:
+    def add(self, active_TE: Tensor, active_next_TE: Tensor, when: Callable = at_once) -> None:
         """Adds a micro-batch's dispatched experts in both layers, [T, E] and [T, E'] bool."""
         this, following = active_TE.double(), active_next_TE.double()
         # A generator of its own: measuring must not change the random numbers of training.
-        generator = torch.Generator().manual_seed(len(this))
-        shuffled = following[torch.randperm(len(this), generator=generator).to(following.device)]
-        self.sums += torch.stack([this.T @ following, this.T @ shuffled])
+        generator = torch.Generator("cpu").manual_seed(len(this))
+        order = torch.randperm(len(this), generator=generator, device="cpu")
+        shuffled = following[order.to(following.device)]
+        when(self.sums.add_, torch.stack([this.T @ following, this.T @ shuffled]))
 
     def summary(self) -> dict[str, float]:
         joint, shuffled = self.sums

@@ -107,4 +107,4 @@ def numbers_to_bits(numbers: Tensor, num_bits: int) -> Tensor:
 
 
 def _powers(device) -> Tensor:
-    return 2.0 ** torch.arange(8, device=device)
+    return 2.0 ** torch.arange(8, dtype=torch.float32, device=device)

@@ -1,8 +1,48 @@
 """Reductions and gathers over process groups, which cost nothing where a group has one rank."""
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def together(function: Callable[[], Result], groups: Sequence, device: torch.device) -> Result:
+    """What ``function`` returns; if it raises on one rank, all ranks raise: none waits for another that has stopped.
+
+    Args:
+        function: takes part in no collective.
+        groups: process groups; a reduction over one, then over the next, is one over all ranks.
+        device: that their back end reduces.
+
+    Raises:
+        Exception: what ``function`` raised here, or else what it raised on another rank, with that rank's number.
+    """
+    result, error = None, None
+    try:
+        result = function()
+    except Exception as raised:
+        error = raised
+    failed = torch.tensor(int(error is not None), device=device)
+    for group in groups:
+        failed = all_reduce_max(failed, group)
+    if not failed:
+        return cast(Result, result)
+    found = [] if error is None else [(dist.get_rank(), type(error).__name__, str(error))]
+    for group in groups:
+        gathered: list = [None] * group.size()
+        dist.all_gather_object(gathered, found, group=group)
+        found = sorted(set(sum(gathered, [])))
+    if error is not None:
+        raise error
+    rank, name, message = found[0]
+    raise _RAISED.get(name, RuntimeError)(f"on rank {rank}: {message}")
+
+
+_RAISED = {kind.__name__: kind for kind in (ImportError, OSError, TypeError, ValueError)}
 
 
 def all_reduce_sum(x: Tensor, group) -> Tensor:

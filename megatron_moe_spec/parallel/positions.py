@@ -20,7 +20,8 @@ def first_rows(rows_E: Sequence[int], device: torch.device) -> Tensor:
     Args:
         rows_E: number of rows of each expert, padding included.
     """
-    starts = torch.tensor([0, *accumulate(rows_E)][:-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+    starts = [0, *accumulate(rows_E)][:-1]
+    starts = torch.tensor(starts, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     return starts.to(device, non_blocking=True)
 
 

@@ -45,6 +45,7 @@ class RowExchange:
         transport: how floating-point rows [P, D] travel, both ways: "same", in their dtype, or "fp8", see
             ``quantized``: D + 4 bytes a row. They arrive in their dtype, and the same rows alike each time.
         counts_L: numbers of rows of each local expert, where only the exchange knows them.
+        asked: whether a rank of the group has asked for the rows to be checked; the same on all of them.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class RowExchange:
         group,
         transport: str = "same",
         counts_L: Optional[Sequence[int]] = None,
+        asked: bool = False,
     ):
         if (num_rows if order is None else len(order)) != sum(rows_for):
             raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
@@ -68,6 +70,7 @@ class RowExchange:
         self._group = group
         self._transport = transport
         self._counts_L = counts_L
+        self.asked = asked
 
     @property
     def num_home(self) -> int:
@@ -86,7 +89,7 @@ class RowExchange:
         """As ``part``; the host waits in ``wait`` alone, and only for what was queued until now."""
         chosen = chosen.to(torch.uint8)
         chosen_there = self._begin(chosen, self._rows_from, self._rows_for).wait()
-        ends = torch.tensor(list(accumulate((*self._rows_for, *self._rows_from), initial=0)))
+        ends = torch.tensor(list(accumulate((*self._rows_for, *self._rows_from), initial=0)), device="cpu")
         ends = ends.to(chosen.device, non_blocking=True)
         sums = torch.nn.functional.pad(torch.cat([chosen_there, chosen]).cumsum(0), (1, 0))
         numbers = sums[ends].diff().to("cpu", non_blocking=chosen.is_cuda)
@@ -115,7 +118,7 @@ class RowExchange:
         counts_L = counts_L if self._counts_L is None else self._counts_L
         if list(counts_L) == list(blocks_L):
             return self
-        counts, blocks = torch.tensor([list(counts_L), list(blocks_L)]).to(device, non_blocking=True)
+        counts, blocks = torch.tensor([list(counts_L), list(blocks_L)], device="cpu").to(device, non_blocking=True)
         padding = blocks - counts
         before = (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=self._num_rows)
         order = torch.arange(self._num_rows, device=device) if self._order is None else self._order

@@ -27,7 +27,7 @@ Weight = tuple[Union[Tensor, float], float]
 
 
 class TokenRows:
-    """The rows of a layer's local experts in one micro-batch, by reference, as vectors of the tokens they belong to.
+    """The rows of a layer's local experts in one micro-batch, as vectors of the tokens they belong to.
 
     Experts hand in their rows one after another (TEGroupedMLP: all at once). When all have, the tokens' vectors are
     compared; backward reads the rows again, recomputed by then where the layer recomputes its activation.
@@ -70,6 +70,8 @@ class TokenRows:
         self._cosines_TN: Optional[Tensor] = None
         self._num_parts = num_parts
         self._parts: list[Tensor] = []
+        self._sizes: list[int] = []
+        self._kept: list[Callable[[], Tensor]] = []
         self._gradients: list[Optional[Tensor]] = []
         self._dispatched_TE: Optional[Tensor] = None
         self._located: Union[None, RowExchange, Pending[RowExchange]] = None
@@ -83,16 +85,21 @@ class TokenRows:
     def add(self, rows: Tensor) -> None:
         """Takes the rows of the next expert."""
         self._parts.append(rows.detach())
+        self._sizes.append(len(rows))
+
+    def keep(self, rows: Callable[[], Tensor]) -> None:
+        """Takes what gives the rows of the next expert in backward: after ``finish``, nothing here holds them."""
+        self._kept.append(rows)
 
     @property
     def complete(self) -> bool:
         """Whether all experts have handed in their rows."""
-        return len(self._parts) == self._num_parts
+        return len(self._sizes) == self._num_parts
 
     @property
     def num_rows(self) -> int:
         """That have been handed in."""
-        return sum(map(len, self._parts))
+        return sum(self._sizes)
 
     @property
     def travel(self) -> bool:
@@ -135,7 +142,7 @@ class TokenRows:
             if blocks_L is not None:
                 exchange = exchange.in_blocks(counts_L, blocks_L, dispatched_TE.device)
             self._exchange = exchange
-            self._coming = exchange.begin_to_tokens(self._joined())
+            self._coming = exchange.begin_to_tokens(_joined(self._parts))
         self._rows_TK, self._covered_P = found
         self._located = self._dispatched_TE = self._active_TE = None
 
@@ -150,8 +157,8 @@ class TokenRows:
 
     def finish(self) -> None:
         """Compares the vectors of each token."""
-        rows_PD = self._joined() if self._coming is None else self._coming.wait()
-        self._coming = None
+        rows_PD = _joined(self._parts) if self._coming is None else self._coming.wait()
+        self._coming, self._parts = None, []
         if self._fused:
             self._compare_fused(rows_PD)
         else:
@@ -209,21 +216,19 @@ class TokenRows:
         Args:
             weight: gives it as two factors: a number, or a tensor of one element, and a number.
         """
-        if self._fused and self._exchange is None and len(self._parts) == 1:
-            (rows_PD,), self._parts = self._parts, []
-            return self._mix_fused(rows_PD, weight(), incoming)
+        if self._fused and self._exchange is None and len(self._sizes) == 1:
+            (rows,), self._kept = self._kept, []
+            return self._mix_fused(rows(), weight(), incoming)
         if not self._gradients:
-            self._gradients = list(self._all_gradients(weight()).split([len(rows) for rows in self._parts]))
+            self._gradients = list(self._all_gradients(weight()).split(self._sizes))
+            self._kept = []
         gradient, self._gradients[part] = self._gradients[part], None
-        self._num_parts -= 1
-        if not self._num_parts:
-            self._parts = []
         return incoming + gradient.to(incoming.dtype)
 
     @property
     def goes_through_swiglu(self) -> bool:
         """Whether ``swiglu_gradient`` can compute the gradient; once it is known what to keep."""
-        return self._fused and self._cosines_TN is not None and self._exchange is None and len(self._parts) == 1
+        return self._fused and self._cosines_TN is not None and self._exchange is None and len(self._sizes) == 1
 
     def swiglu_gradient(
         self, y_PU: Tensor, probs: Tensor, weight: Weight, incoming_PD: Tensor
@@ -240,10 +245,6 @@ class TokenRows:
         kept = self._rows_TK, self._covered_P, self._cosines_TN, self._inverse_lengths_TK
         return swiglu_gradient(y_PU, probs, *kept, weight[0], incoming_PD, weight[1])
 
-    def forget_rows(self) -> None:
-        """Backward does not need them."""
-        self._parts = []
-
     def _mix_fused(self, rows_PD: Tensor, weight: Weight, incoming: Optional[Tensor] = None) -> Tensor:
         from megatron_moe_spec.kernels import rows as kernels  # imports triton
 
@@ -255,7 +256,9 @@ class TokenRows:
         return add(rows_PD, *found, tensor, incoming, number)
 
     def _all_gradients(self, weight: Weight) -> Tensor:
-        rows_PD = self._joined() if self._exchange is None else self._exchange.to_tokens(self._joined())
+        rows_PD = _joined([rows() for rows in self._kept])
+        if self._exchange is not None:
+            rows_PD = self._exchange.to_tokens(rows_PD)
         if self._fused:
             gradient_PD = self._mix_fused(rows_PD, weight)
             return gradient_PD if self._exchange is None else self._exchange.to_experts(gradient_PD)
@@ -270,12 +273,13 @@ class TokenRows:
             return gradient_PD
         return self._exchange.to_experts(gradient_PD.to(rows_PD.dtype))
 
-    def _joined(self) -> Tensor:
-        """[P, D] the rows of this rank's experts."""
-        return self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
-
     def _vectors(self, rows_PD: Tensor) -> Tensor:
         """[T, K, D] each token's rows; any row where a token has none."""
         if len(rows_PD):
             return rows_PD[self._rows_TK]
         return rows_PD.new_zeros(*self._rows_TK.shape, rows_PD.shape[-1])
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """[P, D] the rows of this rank's experts."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -185,7 +185,7 @@ class Recorder:
             self._handles.append(attach(module, SpecConfig(**accepted)))
 
     def _read_losses(self, handle) -> None:
-        values = handle.metrics()
+        values = handle.end_step()
         diagnostics = values.pop("diagnostics", None)
         # A loss may be 0; then the measured routing tells whether there was any. There is none in evaluation.
         ran = diagnostics is not None and any(layer["routing_entropy"] for layer in diagnostics["layers"])

@@ -3,7 +3,7 @@
 The source of a row is the expert-parallel rank of its token, together with the rank's expert-tensor-parallel peers:
 these share their tokens' rows.
 
-Suffixes: T tokens of this source, G tokens of all sources, E experts, L local experts, R
+Suffixes: T tokens of this source, G tokens of all sources, E experts, L local experts, N = L + 1, R
 expert-parallel ranks, C expert-tensor-parallel ranks, P rows.
 """
 
@@ -63,7 +63,9 @@ def dispatch_problems(transformer_config, expert_tensor_size: int) -> Iterator[s
         yield f"the dispatcher drops rows unseen ({without_rank_capacity(transformer_config)})"
 
 
-def row_exchange(dispatcher, dispatched_TE: Tensor, num_rows: int, transport: str = "same") -> Optional[RowExchange]:
+def row_exchange(
+    dispatcher, dispatched_TE: Tensor, num_rows: int, transport: str = "same", asks: bool = False
+) -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their sources; None where each rank has all experts.
 
     Of rows as they are handed over; see ``RowExchange.in_blocks`` for what is padded later. One host synchronisation,
@@ -75,6 +77,8 @@ def row_exchange(dispatcher, dispatched_TE: Tensor, num_rows: int, transport: st
         dispatched_TE: bool, the dispatched map of this source's tokens.
         num_rows: that the dispatcher has handed to the local experts.
         transport: see ``RowExchange``.
+        asks: whether this rank asks for the rows to be checked; of the flex dispatcher, the others get to know it, see
+            ``RowExchange.asked``.
 
     Raises:
         RuntimeError: the dispatcher has handed over another number of rows than the ranks are to exchange.
@@ -83,8 +87,8 @@ def row_exchange(dispatcher, dispatched_TE: Tensor, num_rows: int, transport: st
         return None
     kind = dispatcher.config.moe_token_dispatcher_type
     if kind == "flex":
-        order, counts_L, rows_for, rows_from = _of_flex(dispatcher, dispatched_TE)
-        return RowExchange(order, sum(counts_L), rows_for, rows_from, dispatcher.ep_group, transport, counts_L)
+        order, counts_L, rows_for, rows_from, asked = _of_flex(dispatcher, dispatched_TE, asks)
+        return RowExchange(order, sum(counts_L), rows_for, rows_from, dispatcher.ep_group, transport, counts_L, asked)
     of_alltoall = _of_alltoall_and_gather if dispatcher.tp_size > 1 else _of_alltoall
     layout = _of_allgather if kind == "allgather" else of_alltoall
     order, rows_for, rows_from = layout(dispatcher, dispatched_TE)
@@ -133,27 +137,29 @@ def _of_allgather(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int],
     return _by_source(rows_RL.T, sum(rows_for)), rows_for, rows_from
 
 
-def _of_flex(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int], list[int]]:
+def _of_flex(dispatcher, dispatched_TE: Tensor, asks: bool) -> tuple[Tensor, list[int], list[int], list[int], bool]:
     # DeepEP receives tokens by (source, token), which Megatron permutes by (local expert, source, token); HybridEP
-    # hands the rows over in this order. Neither promises it, see ``RowCheck``. One all-to-all of E numbers, and one
-    # host synchronisation. Also returns the counts, for what the dispatcher counts may be padded.
+    # hands the rows over in this order. Neither promises it, see ``RowCheck``. One all-to-all of E numbers, and a flag
+    # to each rank, and one host synchronisation. Also returns the counts, for what the dispatcher counts may be padded.
     ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
     sent_RL = dispatched_TE.sum(dim=0).view(ranks, local)
-    rows_RL = torch.empty_like(sent_RL)
-    dist.all_to_all_single(rows_RL, sent_RL, group=dispatcher.ep_group)
+    sent_RN = torch.nn.functional.pad(sent_RL, (0, 1), value=int(asks))
+    rows_RN = torch.empty_like(sent_RN)
+    dist.all_to_all_single(rows_RN, sent_RN, group=dispatcher.ep_group)
+    rows_RL, asked_R = rows_RN[:, :-1], rows_RN[:, -1]
     manager = dispatcher._comm_manager
     # DeepEP's received tokens that fill experts up lie between the others.
     filled = dispatcher.config.moe_router_padding_for_quantization and hasattr(manager, "dispatched_indices")
     permuted_TL = manager.dispatched_routing_map.bool() if filled else None
     counted_L = rows_RL.sum(dim=0) if permuted_TL is None else permuted_TL.sum(dim=0)
-    numbers = torch.cat([rows_RL.sum(dim=1), sent_RL.sum(dim=1), counted_L]).tolist()
+    asked, *numbers = torch.cat([asked_R.amax(0, True), rows_RL.sum(dim=1), sent_RL.sum(dim=1), counted_L]).tolist()
     rows_for, rows_from, counts_L = numbers[:ranks], numbers[ranks : 2 * ranks], numbers[2 * ranks :]
     order = _by_source(rows_RL.T, sum(rows_for))
     if permuted_TL is not None:
         row_LT = permuted_TL.T.reshape(-1).cumsum(0) - 1
         chosen_LT = expert_map(manager.dispatched_indices, local).T.reshape(-1)
         order = row_LT.repeat_interleave(chosen_LT.long(), output_size=len(order))[order]
-    return order, counts_L, rows_for, rows_from
+    return order, counts_L, rows_for, rows_from, bool(asked)
 
 
 def _by_source(rows: Tensor, num_rows: int) -> Tensor:

@@ -48,6 +48,8 @@ def moe_layers(chunk: nn.Module) -> FoundLayers:
             left_out[name] = "it belongs to multi-token prediction"
         elif layer not in own:
             left_out[name] = "it is not in the decoder of the trained model"
+        elif getattr(router_of(layer), "is_hash_layer", False):
+            left_out[name] = "a table decides in its router's place (--moe-n-hash-layers)"
         else:
             taken[name] = layer
     return FoundLayers(taken, left_out)
@@ -68,8 +70,26 @@ def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def is_model(chunk: nn.Module) -> bool:
+    """Whether a chunk is a Megatron model itself, in wrappers of Megatron's, and not a module that has one."""
+    return "decoder" in stage_module(chunk)._modules
+
+
+def submodule(chunk: nn.Module, name: str) -> Optional[nn.Module]:
+    """The module of that name in a chunk now; None where there is none."""
+    try:
+        return chunk.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def runs(found, module: nn.Module) -> bool:
+    """Whether what is found in a module's place is that module, or has it inside, as an adapter does."""
+    return found is module or (isinstance(found, nn.Module) and any(one is module for one in found.modules()))
+
+
 def _trained_model(stage: nn.Module, layers: set[nn.Module]) -> nn.Module:
-    if "decoder" in stage._modules:
+    if is_model(stage):
         return stage
     models, inside = {}, set()
     for name, module in stage.named_modules():
@@ -79,6 +99,8 @@ def _trained_model(stage: nn.Module, layers: set[nn.Module]) -> nn.Module:
     if not models:
         return stage
     trained = {name: model for name, model in models.items() if any(p.requires_grad for p in model.parameters())}
+    if not trained and len(models) == 1:  # what comes before it may be trained through it
+        trained = models
     if len(trained) != 1:
         found = "no model that is trained" if not trained else f"several models: {', '.join(trained)}"
         raise ValueError(
@@ -100,6 +122,20 @@ _WRAPPED = ("to_wrap", "base_layer")  # Megatron-Bridge and NeMo; PEFT and ms-sw
 
 def router_of(moe_layer: nn.Module) -> nn.Module:
     return unwrapped(moe_layer.router)
+
+
+def follows_scores(router: nn.Module, logits_TE: Tensor, routing_map_TE: Tensor) -> Optional[Tensor]:
+    """Share of tokens whose experts are among the best by the router's own scores; None where others may be, too."""
+    transformer_config = router.config
+    others = ("moe_router_num_groups", "moe_router_topk_limited_devices")
+    balancing = transformer_config.moe_router_load_balancing_type
+    if any(getattr(transformer_config, name, None) for name in others) or "sinkhorn" in balancing:
+        return None
+    scores_TE = logits_TE.float()
+    if getattr(router, "expert_bias", None) is not None:
+        scores_TE = scores_TE.sigmoid() + router.expert_bias
+    worst_T1 = scores_TE.topk(transformer_config.moe_router_topk, dim=1).values[:, -1:]
+    return (~routing_map_TE | (scores_TE >= worst_T1)).all(dim=1).float().mean()
 
 
 def layer_number(moe_layer: nn.Module) -> Optional[int]:

@@ -1,10 +1,12 @@
 """Megatron's pipeline schedules, and the loss scale that they set."""
 
 import contextlib
-import functools
+import inspect
+import itertools
 import weakref
 from collections.abc import Callable
-from typing import Union
+from types import FunctionType
+from typing import Optional, Union
 
 from torch import Tensor
 
@@ -12,18 +14,32 @@ from torch import Tensor
 def around_schedules(owner, enter: Callable) -> None:
     """Has a context manager around every run of Megatron's schedules, whichever model they run, while ``owner`` lives.
 
-    They are looked up in their module by ``get_forward_backward_func`` at each call.
+    It does not matter when ``get_forward_backward_func`` was called: training loops keep what it returned.
 
     Args:
         enter: owner, the schedule's name, its keyword arguments -> context manager, which gives them as they are to be.
     """
+    follow_schedules()
+    _around_schedules[owner] = enter
+
+
+def training_schedule() -> Optional[int]:
+    """Number of the run of a schedule that trains, in which the caller is; None outside of any.
+
+    Runs are counted from the first ``follow_schedules`` on.
+    """
+    return _running[-1] if _running else None
+
+
+def follow_schedules() -> None:
+    """Has runs of Megatron's schedules counted. A second call does nothing."""
     from megatron.core.pipeline_parallel import schedules
 
     for name in _SCHEDULES:
-        schedule = getattr(schedules, name)
+        # Inside what another package may have put around it.
+        schedule = inspect.unwrap(getattr(schedules, name), stop=lambda one: hasattr(one, _MARK))
         if not hasattr(schedule, _MARK):
-            setattr(schedules, name, _surrounded(schedule))
-    _around_schedules[owner] = enter
+            _surround(schedule)
 
 
 def leave_schedules(owner) -> None:
@@ -31,25 +47,51 @@ def leave_schedules(owner) -> None:
     _around_schedules.pop(owner, None)
 
 
-_MARK = "megatron_moe_spec_around"
 _SCHEDULES = (
     "forward_backward_no_pipelining",
     "forward_backward_pipelining_with_interleaving",
     "forward_backward_pipelining_without_interleaving",
 )
+_MARK = "megatron_moe_spec_original"
+_originals: list[FunctionType] = []
+_runs = itertools.count()
+_running: list[Optional[int]] = []  # one inside another
 _around_schedules: "weakref.WeakKeyDictionary[object, Callable]" = weakref.WeakKeyDictionary()
 
 
-def _surrounded(schedule: Callable) -> Callable:
-    @functools.wraps(schedule)
-    def run(**arguments):
+def _surround(schedule: FunctionType) -> None:
+    """Has a schedule call ``_run``, whoever holds it: the function stays, and gets other code."""
+    original = FunctionType(
+        schedule.__code__, schedule.__globals__, schedule.__name__, schedule.__defaults__, schedule.__closure__
+    )
+    original.__kwdefaults__ = schedule.__kwdefaults__
+    schedule.__wrapped__ = original  # type: ignore[attr-defined]  # its signature
+    names: dict = {}
+    exec(_GATE.format(module=__name__, name=schedule.__name__, number=len(_originals)), names)
+    _originals.append(original)
+    setattr(schedule, _MARK, original)
+    schedule.__code__ = names[schedule.__name__].__code__
+    schedule.__defaults__ = schedule.__kwdefaults__ = None
+
+
+_GATE = """
+def {name}(**arguments):
+    from {module} import _run
+
+    return _run({number}, arguments)
+"""
+
+
+def _run(number: int, arguments: dict):
+    original = _originals[number]
+    _running.append(None if arguments.get("forward_only", False) else next(_runs))
+    try:
         with contextlib.ExitStack() as stack:
             for owner, enter in list(_around_schedules.items()):
-                arguments = stack.enter_context(enter(owner, schedule.__name__, arguments))
-            return schedule(**arguments)
-
-    setattr(run, _MARK, True)
-    return run
+                arguments = stack.enter_context(enter(owner, original.__name__, arguments))
+            return original(**arguments)
+    finally:
+        _running.pop()
 
 
 def with_received_shapes(name: str, arguments: dict, transformer_config, num_ranks: int, change: Callable) -> dict:

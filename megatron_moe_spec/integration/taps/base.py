@@ -24,12 +24,14 @@ class TappedLayer:
 
     Attributes:
         module: Megatron's MoELayer.
+        name: its name in the model chunk.
         local_index: number of the layer in its model chunk.
         global_index: number of the layer in the model.
         recorder: of the model.
     """
 
     module: nn.Module
+    name: str
     local_index: int
     global_index: int
     recorder: Recorder
@@ -129,9 +131,13 @@ class Tap(Generic[L]):
         """Yields rows of the doctor's report, (name, text): where the quantity would be read."""
         return iter(())
 
-    def records(self) -> set[str]:
-        """Names of the losses that it records."""
-        return {loss.name for loss in self.losses}
+    def records(self) -> set[tuple[str, int]]:
+        """Name of each loss that it records, and of which layer, or first of a pair of layers, of the model."""
+        return {(loss.name, self.layer.global_index) for loss in self.losses}
+
+    def hooked(self) -> Iterator[tuple[str, Any, nn.Module]]:
+        """Yields (name, module that the layer runs now, the one with the tap's hooks); see ``compat.models.runs``."""
+        return iter(())
 
     def forget(self) -> None:
         """Begins a run of the layer: a run of the experts that no router announces is left alone."""

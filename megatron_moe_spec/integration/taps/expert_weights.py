@@ -5,7 +5,7 @@ Suffixes: E experts, L local experts, F gate rows on this rank, H hidden size.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Optional
+from typing import Optional, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,23 @@ from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_sum
 _ADAPTED = "the router or linear_fc1"
 
 
+class _Run:
+    """One run of the experts that the router has announced.
+
+    Attributes:
+        call: the router's.
+        evaluate: gives the gradients of the weights; once the experts have run.
+    """
+
+    def __init__(self, call: RouterCall):
+        self.call = call
+        self.evaluate: Optional[Callable[[], list]] = None
+
+    def gradients(self) -> list:
+        evaluate, self.evaluate = self.evaluate, None
+        return cast(Callable, evaluate)()
+
+
 class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
     """Adds a loss's gradient to the weights of one layer's router and local experts.
 
@@ -54,8 +71,12 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
     def __init__(self, losses: Sequence[ExpertRouterCoupling], layer: TappedLayer):
         super().__init__(losses, layer)
         (self._loss,) = losses
-        self._expected: Optional[RouterCall] = None
-        self._hook = layer.module.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))
+        self._run: Optional[_Run] = None
+        experts = layer.module.experts
+        self._hooks = [
+            experts.register_forward_pre_hook(Hook(partial(_tap_inputs, self))),
+            experts.register_forward_hook(Hook(partial(_tap_outputs, self))),
+        ]
 
     @classmethod
     def problems(cls, losses: Sequence[ExpertRouterCoupling], model: ModelFacts) -> Iterator[str]:
@@ -92,43 +113,55 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         yield "weights", "router, and gate rows of every expert's linear_fc1"
 
     def detach(self) -> None:
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def forget(self) -> None:
-        self._expected = None
+        self._run = None
 
     def tap_probs(self, probs: Tensor, call: RouterCall) -> Tensor:
-        self._expected = call
+        self._run = _Run(call)
         return probs
 
-    def tap_outputs(self, y: Tensor) -> Tensor:
-        """Returns the experts' outputs y; their backward adds the loss's gradient for one micro-batch to the weights.
+    def tap_inputs(self, x: Tensor) -> Tensor:
+        """Returns the experts' inputs x; their backward adds the loss's gradient for one micro-batch to the weights.
+
+        It comes after that of the experts: with gradient accumulation fusion, Transformer Engine's linear layers
+        overwrite ``main_grad`` in what they take for a step's first micro-batch, with all that was added before.
+        """
+        run = self._run
+        if run is None:
+            return x
+        weights = [self.layer.router.weight, *expert_first_weights(self.layer.module)]
+        return add_weight_gradients(x, weights, run.gradients)
+
+    def tap_outputs(self) -> None:
+        """Evaluates the loss.
 
         When the experts have run, their weights are those of this step: where parameters are gathered while the model
         runs (``--overlap-param-gather``), each module waits for its own just before it runs.
         """
-        call, self._expected = self._expected, None
-        if call is None:
-            return y
+        run, self._run = self._run, None
+        if run is None:
+            return
+        call = run.call
         if has_adapted_weights(self.layer.module):
             raise RuntimeError(adapted(self._loss, _ADAPTED))
         recorder, router = self.layer.recorder, self.layer.router.weight
         experts = expert_first_weights(self.layer.module)
         with torch.no_grad():
-            noise_EH = router_noise(router, seed=(recorder.iteration << 16) + self.layer.global_index)
+            noise_EH = router_noise(router, seed=(recorder.step << 16) + self.layer.global_index)
             norms_EE = self._norms(proxy_tokens(router, noise_EH), experts)
         with own_graph():
             norms_EE.requires_grad_()
             loss = excess(norms_EE, self._loss.alpha)
             (gradient_EE,) = torch.autograd.grad(loss, norms_EE)
-        recorder.record_loss(
-            self._loss.name, self.layer.global_index, loss / self.layer.token_group.size(), call.routing.counts
-        )
+        value = loss.detach() / self.layer.token_group.size()
+        what = self._loss.name, self.layer.global_index, value, call.routing.tokens.counts
+        call.micro_batch.notes.add(recorder.record_loss, *what)
         slope_EE = (gradient_EE / norms_EE.detach()).masked_fill(norms_EE.detach() == 0, 0.0)
         weight = partial(self._weight, self._group_count(call))
-        return add_weight_gradients(
-            y, [router, *experts], partial(self._gradients, noise_EH, self._of_local_experts(slope_EE), weight)
-        )
+        run.evaluate = partial(self._gradients, noise_EH, self._of_local_experts(slope_EE), weight)
 
     def _norms(self, proxies_EH: Tensor, experts: list[Tensor]) -> Tensor:
         gates = [gate_rows(self.layer.module, weight).flatten(0, -2) for weight in experts]
@@ -146,7 +179,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         """
         micro_batch = call.micro_batch
         if micro_batch.expert_group_count is None:
-            own = micro_batch_count(self.layer.transformer_config, call.routing.num_tokens)
+            own = micro_batch_count(self.layer.transformer_config, call.routing.tokens.total)
             own = torch.as_tensor(own, dtype=torch.float32, device=self.layer.router.weight.device)
             micro_batch.expert_group_count = all_reduce_sum(own, expert_group(self.layer.dispatcher))
         return micro_batch.expert_group_count
@@ -181,7 +214,11 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         return None if fused else whole
 
 
-def _tap_outputs(tap: ExpertWeightsTap, module: nn.Module, args, outputs):
-    """Forward hook of the experts, which return their outputs and a bias."""
-    y, *others = outputs
-    return (tap.tap_outputs(y), *others)
+def _tap_inputs(tap: ExpertWeightsTap, module: nn.Module, args):
+    """Forward pre-hook of the experts, whose first input are the tokens in permuted rows."""
+    return (tap.tap_inputs(args[0]), *args[1:])
+
+
+def _tap_outputs(tap: ExpertWeightsTap, module: nn.Module, args, outputs) -> None:
+    """Forward hook of the experts."""
+    tap.tap_outputs()

@@ -35,9 +35,6 @@ class PairsTap(Tap[Coupling]):
     def __init__(self, losses: Sequence[Coupling], layer: TappedLayer):
         super().__init__(losses, layer)
         (self._loss,) = losses
-        # The kernels compute in fp32.
-        fused = choose(layer.recorder.spec.kernels, layer.router.weight.device)
-        self._fused = fused and layer.transformer_config.moe_router_dtype != "fp64"
 
     @classmethod
     def problems(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[str]:
@@ -61,9 +58,10 @@ class PairsTap(Tap[Coupling]):
                 f"measured{': ' if reasons else ''}{'; '.join(reasons)}"
             )
 
-    def records(self) -> set[str]:
+    def records(self) -> set[tuple[str, int]]:
         from_before = self._loss.carries_messages and self.layer.global_index > 0
-        return super().records() if self.layer.local_index > 0 or from_before else set()
+        has_previous = self.layer.local_index > 0 or from_before
+        return {(self._loss.name, self.layer.global_index - 1)} if has_previous else set()
 
     def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
         return add_gradient(logits, partial(self._add_gradient, call)) if self.trained else logits
@@ -78,13 +76,14 @@ class PairsTap(Tap[Coupling]):
         observe = self._observe_mass if kind == "mass" else self._observe_pathway
         observe(previous, routing, call)
         if previous is not None:
-            layer.recorder.measure_pair(layer.global_index - 1, previous.active_TE, routing.active_TE)
+            what = layer.global_index - 1, previous.active_TE, routing.active_TE
+            layer.recorder.measure_pair(*what, when=micro_batch.notes.add)
 
     def _observe_mass(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
         """Leaves the layer's message, and records the loss of it and of the layer before."""
         function = self.layer.transformer_config.moe_router_score_function
         before_T = None if previous is None else previous.message
-        if self._fused:
+        if self._fused(call):
             from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
 
             logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
@@ -95,7 +94,8 @@ class PairsTap(Tap[Coupling]):
         if products is not None:
             share = 1.0 / self.layer.token_group.size()
             pair = self.layer.global_index - 1
-            self.layer.recorder.record_mean(self._loss.name, pair, products, routing, factor=-1.0, offset=share)
+            what = self._loss.name, pair, products, routing.tokens, -1.0, share
+            call.micro_batch.notes.add(self.layer.recorder.record_mean, *what)
 
     def _observe_pathway(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
         """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
@@ -104,12 +104,19 @@ class PairsTap(Tap[Coupling]):
         routing.message = token_scores(call.logits, function, call.padding_mask)
         if previous is None:
             return
-        joint_EE = joint_scores(previous.message, routing.message, routing.divisor)
+        joint_EE = joint_scores(previous.message, routing.message, routing.tokens.divisor)
         everywhere_EE = all_reduce_sum(joint_EE, layer.token_group)
         previous.successors_EE = strongest_successors(everywhere_EE, layer.transformer_config.moe_router_topk)
         joined = (joint_EE * previous.successors_EE).sum()
         value = 1.0 / layer.token_group.size() - joined
-        layer.recorder.record_loss(self._loss.name, layer.global_index - 1, value, routing.counts)
+        what = self._loss.name, layer.global_index - 1, value, routing.tokens.counts
+        call.micro_batch.notes.add(layer.recorder.record_loss, *what)
+
+    def _fused(self, call: RouterCall) -> bool:
+        """Whether the kernels compute, in fp32."""
+        layer = self.layer
+        in_fp64 = layer.transformer_config.moe_router_dtype == "fp64"
+        return not in_fp64 and choose(layer.recorder.spec.kernels, call.logits.device)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.local_index
@@ -124,9 +131,9 @@ class PairsTap(Tap[Coupling]):
         if not pulls:  # the only MoE layer of a stage, and pairs across stages are dropped
             return incoming
         transformer_config = self.layer.transformer_config
-        weight = gradient_weight(transformer_config, -self._loss.coeff / routing.divisor, routing.num_tokens)
+        weight = gradient_weight(transformer_config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
         function = transformer_config.moe_router_score_function
-        return add_logits_gradient(kind, routing, pulls, call.logits, function, weight, incoming, self._fused)
+        return add_logits_gradient(kind, routing, pulls, call.logits, function, weight, incoming, self._fused(call))
 
 
 def resolve_across_stages(spec: SpecConfig, stages: Stages, transformer_config) -> SpecConfig:

@@ -38,7 +38,8 @@ class RouterWeightTap(Tap[RouterWeightLoss]):
     def observe(self, call: RouterCall) -> None:
         for loss in self.wanted():
             value = loss.of_weight(self.layer.router.weight.detach()) / self.layer.token_group.size()
-            self.layer.recorder.record_loss(loss.name, self.layer.global_index, value, call.routing.counts)
+            what = loss.name, self.layer.global_index, value, call.routing.tokens.counts
+            call.micro_batch.notes.add(self.layer.recorder.record_loss, *what)
 
     def _gradients(self, call: RouterCall) -> list[Tensor]:
         weight = self.layer.router.weight.detach().requires_grad_()
@@ -46,7 +47,7 @@ class RouterWeightTap(Tap[RouterWeightLoss]):
             total = sum(loss.coeff * loss.of_weight(weight) for loss in self.trained)
             (gradient,) = torch.autograd.grad(total, weight)
         transformer_config = self.layer.transformer_config
-        count = micro_batch_count(transformer_config, call.routing.num_tokens)
+        count = micro_batch_count(transformer_config, call.routing.tokens.total)
         factor = weight_gradient_factor(transformer_config, count, self.layer.token_group.size())
         return [(gradient * factor).to(weight.dtype)]
 

@@ -5,13 +5,14 @@ p: Megatron multiplies what enters the down projection, and its bias, by it. Suf
 per token, P rows, D components of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from megatron_moe_spec.integration.compat.dispatch import (
     describe_dispatch,
@@ -29,8 +30,8 @@ from megatron_moe_spec.integration.compat.experts import (
 )
 from megatron_moe_spec.integration.compat.groups import column_group
 from megatron_moe_spec.integration.compat.remedies import without_op_fuser
-from megatron_moe_spec.integration.hooks import Hook
-from megatron_moe_spec.integration.injection import add_gradient, own_graph, replace_swiglu
+from megatron_moe_spec.integration.hooks import Hook, keep_last
+from megatron_moe_spec.integration.injection import add_gradient, kept_by, own_graph, replace_swiglu
 from megatron_moe_spec.integration.routing import LayerRouting
 from megatron_moe_spec.integration.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
@@ -49,9 +50,11 @@ class _Run:
 
     Attributes:
         rows: of the tokens that are used.
-        tokens: which of this rank's they are.
+        note: see ``Notes.add``, of its micro-batch.
+        tokens: which of this rank's they are: one of every ``stride``.
         routing: the router's decision.
         routing_map_TE: bool, by which this rank's tokens go to experts, as the router has it; until they have run.
+        sent_TH: see ``_note_sent``; until the experts begin to run.
         num_rows: that the dispatcher has handed to the local experts; known when they begin to run.
         tokens_per_expert: how many of these are each local expert's; likewise.
         handed_in: of each part of the rows, how many are each local expert's, padded where Megatron pads them.
@@ -62,9 +65,12 @@ class _Run:
     """
 
     rows: TokenRows
+    note: Callable
     tokens: slice
+    stride: int
     routing: LayerRouting
     routing_map_TE: Tensor
+    sent_TH: Optional[Tensor] = None
     num_rows: int = 0
     tokens_per_expert: Union[Tensor, Sequence[int]] = ()
     handed_in: list[Union[Tensor, Sequence[int]]] = field(default_factory=list)
@@ -85,7 +91,7 @@ class RowsTap(Tap[RowsLoss]):
     The vectors are the rows without p: lengths are divided by it. What a loss says of lengths would reach p by way of
     the rows; p gets the opposite, so that nothing of these losses reaches the router.
 
-    What each rank keeps for backward are the rows, by reference, and what ``TokenRows`` says.
+    What each rank keeps for backward are the rows, as autograd keeps its own tensors, and what ``TokenRows`` says.
     """
 
     _num_parts = 1
@@ -93,14 +99,15 @@ class RowsTap(Tap[RowsLoss]):
 
     def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
         super().__init__(losses, layer)
-        self._fused = choose(layer.recorder.spec.kernels, layer.router.weight.device)
         self._stride, self._transport = losses[0].token_stride, losses[0].transport
         self._run: Optional[_Run] = None
-        self._check = RowCheck(layer)
+        self._check = RowCheck(layer, self._note_sent)
         experts = layer.module.experts
-        self._hooks = [experts.register_forward_pre_hook(Hook(partial(_tap_inputs, self))), *self._register()]
+        self._rows_hooks = self._register()
+        self._hooks = [experts.register_forward_pre_hook(Hook(partial(_tap_inputs, self))), *self._rows_hooks]
 
-    def _register(self) -> list:
+    def _register(self) -> list[RemovableHandle]:
+        """Hooks what hands in the rows; returns it."""
         raise NotImplementedError
 
     @classmethod
@@ -144,16 +151,18 @@ class RowsTap(Tap[RowsLoss]):
         if not wanted:
             return probs
         dispatcher = self.layer.dispatcher
-        tokens = slice((self.layer.recorder.iteration + call.micro_batch.number) % self._stride, None, self._stride)
+        # Of fewer tokens than the stride, one is used.
+        stride = max(1, min(self._stride, len(call.routing.active_TE)))
+        tokens = slice((self.layer.recorder.step + call.micro_batch.number) % stride, None, self._stride)
         rows = TokenRows(
             call.routing.active_TE,
             self.layer.transformer_config.moe_router_topk,
             tokens,
             self._num_parts,
             column_group(dispatcher),
-            self._fused,
+            choose(self.layer.recorder.spec.kernels, probs.device),
         )
-        self._run = run = _Run(rows, tokens, call.routing, call.routing_map_TE)
+        self._run = run = _Run(rows, call.micro_batch.notes.add, tokens, stride, call.routing, call.routing_map_TE)
         if not any(loss.uses_lengths for loss in wanted):
             return probs
         experts_TK, active_TK = rows.experts()
@@ -162,6 +171,11 @@ class RowsTap(Tap[RowsLoss]):
         run.probs_TK = all_gather(probs_TK, column_group(dispatcher))
         return add_gradient(probs, partial(self._add_probs_gradient, run)) if self.trained else probs
 
+    def _note_sent(self, tokens_TH: Tensor) -> None:
+        """Takes the tokens that the dispatcher is given, where a library takes them to the experts."""
+        if self._run is not None:
+            self._run.sent_TH = tokens_TH.detach()
+
     def tap_inputs(self, inputs_PH: Tensor, tokens_per_expert) -> None:
         """Takes note of what the experts are to run on."""
         run = self._run
@@ -169,12 +183,16 @@ class RowsTap(Tap[RowsLoss]):
         if run is None:
             return
         dispatcher = self.layer.dispatcher
+        for hook in self._rows_hooks:
+            keep_last(hook)
         run.num_rows, run.tokens_per_expert = len(inputs_PH), tokens_per_expert
-        if self._check.is_due:
-            self._check.received(inputs_PH, run.routing_map_TE, run.counts_L)
         with torch.no_grad():
             dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), column_group(dispatcher))
-            run.rows.locate(dispatched_TE, row_exchange(dispatcher, dispatched_TE, run.num_rows, self._transport))
+            exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._transport, asks=self._check.is_due)
+            if self._check.is_due or (exchange is not None and exchange.asked):
+                self._check.check(inputs_PH.detach(), run.sent_TH, dispatched_TE, run.counts_L, exchange)
+            run.rows.locate(dispatched_TE, exchange)
+        run.sent_TH = None
         del run.routing_map_TE
 
     def tap_rows(self, part: int, rows_PD: Tensor, tokens_per_expert=None) -> Tensor:
@@ -186,7 +204,8 @@ class RowsTap(Tap[RowsLoss]):
         run = self._run
         if run is None:
             return rows_PD
-        run.rows.add(self._kept(rows_PD))
+        kept_PD = self._kept(rows_PD)
+        run.rows.add(kept_PD)
         if tokens_per_expert is not None:
             run.handed_in.append(tokens_per_expert)
         if run.rows.complete:
@@ -194,7 +213,7 @@ class RowsTap(Tap[RowsLoss]):
                 self._begin(run, run.rows)
             if self._is_last or not run.rows.travel:
                 self.tap_end()
-        return self._with_gradient(run, part, rows_PD) if self.trained else rows_PD
+        return self._with_gradient(run, part, rows_PD, kept_PD) if self.trained else rows_PD
 
     def tap_end(self) -> None:
         """The experts have run; by now their rows should be where their tokens are."""
@@ -204,11 +223,13 @@ class RowsTap(Tap[RowsLoss]):
                 run.rows.finish()
                 self._evaluate(run)
 
-    def _with_gradient(self, run: _Run, part: int, rows_PD: Tensor) -> Tensor:
-        return add_gradient(rows_PD, partial(self._add_gradient, run, part))
+    def _with_gradient(self, run: _Run, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
+        rows_PD = add_gradient(rows_PD, partial(self._add_gradient, run, part), [kept_PD])
+        run.rows.keep(kept_by(rows_PD, kept_PD))
+        return rows_PD
 
     def _kept(self, rows_PD: Tensor) -> Tensor:
-        """What holds the rows until backward."""
+        """What is compared, and kept until backward."""
         return rows_PD
 
     def _begin(self, run: _Run, rows: TokenRows) -> None:
@@ -229,7 +250,8 @@ class RowsTap(Tap[RowsLoss]):
         """Records the losses, and leaves what backward needs of them."""
         rows, recorder, wanted = run.rows, self.layer.recorder, self.wanted()
         if recorder.measuring and any(loss.measured for loss in self.losses):
-            recorder.measure_cosines(self.layer.global_index, rows.cosines_TKK[rows.own], rows.active_TK[rows.own])
+            what = self.layer.global_index, rows.cosines_TKK[rows.own], rows.active_TK[rows.own]
+            recorder.measure_cosines(*what, when=run.note)
         if all(loss.of_squares for loss in wanted):
             self._evaluate_squares(run, wanted)
         else:
@@ -241,7 +263,8 @@ class RowsTap(Tap[RowsLoss]):
         pairs = k * (k - 1)
         recorder, layer = self.layer.recorder, self.layer.global_index
         for loss in wanted:
-            recorder.record_mean(loss.name, layer, run.rows.squares, run.routing, self._stride / pairs)
+            what = loss.name, layer, run.rows.squares, run.routing.tokens, run.stride / pairs
+            run.note(recorder.record_mean, *what)
         if self.trained:
             run.rows.keep_squares()
             run.per_square = sum(loss.coeff for loss in self.trained) / pairs
@@ -258,7 +281,8 @@ class RowsTap(Tap[RowsLoss]):
             for loss in wanted:
                 losses_T = loss.token_losses(cosines_TKK, lengths_TK if loss.uses_lengths else None, active_TK)
                 losses_T = torch.where(has_some_T, one_per_token(loss, losses_T, len(active_TK)), 0.0)
-                recorder.record_mean(loss.name, layer, losses_T[rows.own], run.routing, self._stride)
+                what = loss.name, layer, losses_T[rows.own].detach(), run.routing.tokens, run.stride
+                run.note(recorder.record_mean, *what)
                 if loss.coeff > 0:
                     total = total + loss.coeff * losses_T.sum()
             if not self.trained:
@@ -283,8 +307,8 @@ class RowsTap(Tap[RowsLoss]):
 
     def _weight(self, run: _Run):
         """Makes a sum over the used tokens a mean over all, as this rank's gradient has to count; in backward."""
-        factor = run.per_square * self._stride / run.routing.divisor
-        return gradient_weight(self.layer.transformer_config, factor, run.routing.num_tokens)
+        factor = run.per_square * run.stride / run.routing.tokens.divisor
+        return gradient_weight(self.layer.transformer_config, factor, run.routing.tokens.total)
 
 
 class ActivationsTap(RowsTap):
@@ -294,8 +318,8 @@ class ActivationsTap(RowsTap):
 
     _is_last = False
 
-    def _register(self) -> list:
-        projections = expert_down_projections(self.layer.module)
+    def _register(self) -> list[RemovableHandle]:
+        self._projections = projections = expert_down_projections(self.layer.module)
         self._num_parts = len(projections)
         return [
             *(
@@ -305,12 +329,15 @@ class ActivationsTap(RowsTap):
             self.layer.module.experts.register_forward_hook(Hook(partial(_tap_end, self))),
         ]
 
-    def _with_gradient(self, run: _Run, part: int, rows_PD: Tensor) -> Tensor:
+    def hooked(self) -> Iterator[tuple[str, Any, nn.Module]]:
+        for found, hooked in zip(expert_down_projections(self.layer.module), self._projections):
+            yield "linear_fc2", found, hooked
+
+    def _with_gradient(self, run: _Run, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
         """Megatron's node of the SwiGLU gives way to one that adds the gradient on its way, where that is possible."""
         inputs = weighted_swiglu_inputs(rows_PD) if run.rows.goes_through_swiglu else None
         if inputs is None:
-            return super()._with_gradient(run, part, rows_PD)
-        run.rows.forget_rows()
+            return super()._with_gradient(run, part, rows_PD, kept_PD)
         return replace_swiglu(rows_PD, inputs, partial(self._swiglu_gradient, run))
 
     def _swiglu_gradient(self, run: _Run, y_PU: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,7 +374,7 @@ class OutputsTap(RowsTap):
 
     title = "output"
 
-    def _register(self) -> list:
+    def _register(self) -> list[RemovableHandle]:
         return [self.layer.module.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))]
 
     def _kept(self, rows_PD: Tensor) -> Tensor:

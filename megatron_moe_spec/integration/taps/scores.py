@@ -34,7 +34,8 @@ class ScoresTap(Tap[ScoresLoss]):
         routing, scores_TE = call.routing, self._scores(call.logits)
         for loss in wanted:
             value = self._observe(loss, scores_TE, routing, call.padding_mask)
-            self.layer.recorder.record_mean(loss.name, self.layer.global_index, value, routing)
+            what = loss.name, self.layer.global_index, value.detach(), routing.tokens
+            call.micro_batch.notes.add(self.layer.recorder.record_mean, *what)
 
     def _observe(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
         """This rank's sum over its tokens; keeps the means that it needs, and the gradient with respect to them."""
@@ -42,12 +43,12 @@ class ScoresTap(Tap[ScoresLoss]):
         if statistics is None:
             return self._sum(loss, scores_TE, routing, None, padding_mask)
         group = self.layer.token_group
-        mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.divisor
+        mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.tokens.divisor
         with own_graph():
             mean.requires_grad_()
             total = self._sum(loss, scores_TE, routing, mean, padding_mask)
             (of_mean,) = torch.autograd.grad(total, mean, allow_unused=True, materialize_grads=True)
-        of_mean = all_reduce_sum(of_mean, group) / routing.divisor
+        of_mean = all_reduce_sum(of_mean, group) / routing.tokens.divisor
         routing.means[loss.name] = mean.detach(), of_mean
         return total.detach()
 
@@ -59,7 +60,9 @@ class ScoresTap(Tap[ScoresLoss]):
             scores_TE = self._scores(logits_TE).requires_grad_()
             total = sum(self._weighted(loss, scores_TE, routing, call.padding_mask) for loss in self.trained)
             (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
-        weight, factor = gradient_weight(self.layer.transformer_config, 1.0 / routing.divisor, routing.num_tokens)
+        weight, factor = gradient_weight(
+            self.layer.transformer_config, 1.0 / routing.tokens.divisor, routing.tokens.total
+        )
         function = self.layer.transformer_config.moe_router_score_function
         gradient_TE = normalized_scores_gradient(logits_TE, function, scores_gradient_TE * (weight * factor))
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)

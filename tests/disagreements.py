@@ -88,6 +88,11 @@ def refused_on_one_rank(sizes: dict, where: str):
     return error, hooked
 
 
+def model_on_one_rank():
+    """Rank 1 holds none, and has left."""
+    return _raised(lambda: _attached({})) if dist.get_rank() == 0 else None
+
+
 def micro_batches_on_one_rank():
     """A measured step, in which rank 0 has seen one micro-batch more than those that it shares them with."""
     from megatron_moe_spec import SpecConfig

@@ -71,6 +71,11 @@ def test_all_ranks_refuse_if_one_does(disagree, sizes, where):
     assert not hooked and not other_hooked
 
 
+def test_ranks_that_do_not_attach_are_named_with_the_remedy(disagree):
+    error, _ = disagree("model_on_one_rank")
+    assert error.startswith("RuntimeError: other ranks") and "attach(model, config, group=...)" in error
+
+
 def test_ranks_with_another_number_of_micro_batches_have_no_violation_of_each(disagree):
     for first, second in disagree("micro_batches_on_one_rank"):
         assert first is None and second == pytest.approx(1.0)

@@ -6,12 +6,10 @@ from contextlib import AbstractContextManager
 
 import torch
 
-_DEVICES = ("cuda", "cpu")
-
 
 def without_autocast() -> AbstractContextManager:
     """Context for what the losses compute, whose dtypes are their own. Costs next to nothing where autocast is off."""
-    if any(map(torch.is_autocast_enabled, _DEVICES)):
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return _without_autocast()
     return _NOTHING
 
@@ -22,7 +20,7 @@ _NOTHING = contextlib.nullcontext()
 @contextlib.contextmanager
 def _without_autocast() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for device in _DEVICES:
+        for device in ("cuda", "cpu"):
             stack.enter_context(torch.autocast(device, enabled=False))
         yield
 

@@ -20,6 +20,7 @@ def together(function: Callable[[], Result], groups: Sequence, device: torch.dev
 
     Raises:
         Exception: what ``function`` raised here, or else what it raised on another rank, with that rank's number.
+        RuntimeError: the other ranks do not take part.
     """
     result, error = None, None
     try:
@@ -27,8 +28,14 @@ def together(function: Callable[[], Result], groups: Sequence, device: torch.dev
     except Exception as raised:
         error = raised
     failed = torch.tensor(int(error is not None), device=device)
-    for group in groups:
-        failed = all_reduce_max(failed, group)
+    try:
+        for group in groups:
+            failed = all_reduce_max(failed, group)
+    except RuntimeError as unreached:
+        raise error or RuntimeError(
+            "other ranks of the model's process groups were not reached: call attach() on every rank that holds the "
+            "model, or give it these ranks, attach(model, config, group=...)"
+        ) from unreached
     if not failed:
         return cast(Result, result)
     found = [] if error is None else [(dist.get_rank(), type(error).__name__, str(error))]

@@ -1,11 +1,14 @@
 """Which forwards count in a step's values, loads and traces, and what goes on where steps are never ended."""
 
 import json
+import re
+import textwrap
 import warnings
 
 import pytest
 import torch
 from loss_names import LOSS_NAMES, coefficients
+from processes import ROOT
 
 from megatron_moe_spec import SpecConfig
 
@@ -154,3 +157,29 @@ def test_a_stride_above_the_number_of_tokens_takes_one(mm):
     assert all(0.0 <= value <= 1.0 for value in values[1000]) and len(set(values[1000])) > 12
     assert values[1000] == pytest.approx(values[24])
     assert sum(values[1000]) / 24 == pytest.approx(values[1][0], rel=1e-5)
+
+
+def test_the_scale_that_the_guide_sets_is_taken_by_the_next_schedule(mm, monkeypatch):
+    """Megatron keeps the first tensor, and copies into it."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
+    guide = (ROOT / "docs" / "guide.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.S) if "set_loss_scale" in block]
+    exec(textwrap.dedent(code), {"torch": torch, "num_micro_batches": 2})
+    assert MoEAuxLossAutoScaler.main_loss_backward_scale == 0.5
+    model = mm.build_model()
+    handle = _attach(model)
+    assert mm.train_step(model, mm.micro_batches(2)) and handle.end_step()
+
+
+def test_a_model_that_is_on_the_meta_device_when_the_losses_are_attached(mm, expected):
+    gradients, values = expected(ALL)
+    weights = mm.build_model().state_dict()
+    model = mm.build_model().to("meta")
+    handle = _attach(model)
+    model.to_empty(device="cpu")
+    model.load_state_dict(weights)
+    found = mm.train_step(model, mm.micro_batches(2))
+    assert handle.end_step() == values
+    assert all(torch.equal(found[name], gradient) for name, gradient in gradients.items())

@@ -513,6 +513,8 @@ def test_choice(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("triton", cpu) and not choose("auto", cpu) and not choose("torch", cpu)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
+    choose.cache_clear()
     assert not choose("auto", cpu)
     with pytest.raises(ValueError, match="--moe-spec-kernels"):
         choose("triton", cpu)
+    choose.cache_clear()

@@ -172,7 +172,7 @@ def test_kernels_that_cannot_run_are_refused(mm, monkeypatch, config, cuda):
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    kernels._choose.cache_clear()
+    kernels.choose.cache_clear()
     model, config = mm.build_model(), dataclasses.replace(config, kernels="triton")
     refused = pytest.raises(ValueError, match="NVIDIA GPU.*--moe-spec-kernels")
     if cuda is None:
@@ -182,7 +182,7 @@ def test_kernels_that_cannot_run_are_refused(mm, monkeypatch, config, cuda):
         attach(model, config)
         with refused:
             mm.run_model(model, mm.micro_batches(1)[0])
-    kernels._choose.cache_clear()
+    kernels.choose.cache_clear()
 
 
 @pytest.mark.parametrize("config", [SPECIALIZATION, COUPLING], ids=["rows", "pairs"])

@@ -20,8 +20,7 @@ class Hook:
         self._function = function
 
     def __call__(self, *args):
-        with without_autocast():
-            return self._function(*args)
+        return without_autocast(self._function, *args)
 
     def __deepcopy__(self, memo):
         return _no_hook

@@ -27,13 +27,13 @@ class _AddGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, accumulate, kept):
         ctx.callback = accumulate
-        ctx.save_for_backward(*kept)
+        if kept:
+            ctx.save_for_backward(*kept)
         return _same(x)
 
     @staticmethod
     def backward(ctx, incoming):
-        with without_autocast():
-            return _take_callback(ctx)(incoming), None, None
+        return without_autocast(_take_callback(ctx), incoming), None, None
 
 
 def add_gradient(x: Tensor, accumulate: Callable[[Tensor], Tensor], kept: Sequence[Tensor] = ()) -> Tensor:
@@ -73,8 +73,7 @@ class _AddWeightGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, incoming):
-        with without_autocast():
-            return incoming, None, *_take_callback(ctx)()
+        return incoming, None, *without_autocast(_take_callback(ctx))
 
 
 def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callable[[], Sequence]) -> Tensor:
@@ -93,16 +92,15 @@ def join(x: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 class _ReplaceSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, probs, z, gradient):
+    def forward(ctx, y, probs, results, gradient):
         ctx.save_for_backward(y, probs)
         ctx.callback = gradient
-        return _same(z)
+        return results[0]
 
     @staticmethod
     def backward(ctx, incoming):
         gradient = _take_callback(ctx)
-        with without_autocast():
-            gradients = gradient(*ctx.saved_tensors, incoming)
+        gradients = without_autocast(gradient, *ctx.saved_tensors, incoming)
         return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad)), None, None
 
 
@@ -116,7 +114,7 @@ def replace_swiglu(
     In backward, ``gradient(y, probs, incoming)`` returns the gradients of y and of the probabilities. The result must
     be used in place of z, whose own node is then freed; both keep the same tensors.
     """
-    return _ReplaceSwiGLU.apply(*inputs, z.detach(), gradient)
+    return _ReplaceSwiGLU.apply(*inputs, [z.detach()], gradient)  # in a list: as an input it would become a view
 
 
 @contextmanager

@@ -76,7 +76,7 @@ class LayerTaps:
         self.missed = self._stayed_out = None
 
     def begin_step(self) -> None:
-        """Checks, before the step's first forward, that the model still runs what the losses are hooked on.
+        """Before a step's first forward: checks that the model still runs what the losses are hooked on.
 
         Raises:
             RuntimeError: a module was replaced since.
@@ -87,6 +87,8 @@ class LayerTaps:
             ("router", moe_layer.router, layer.router),
             ("experts", moe_layer.experts, self._experts),
         ]
+        for tap in self._taps:
+            tap.begin_step()
         for what, found, hooked in (*places, *(place for tap in self._taps for place in tap.hooked())):
             if not runs(found, hooked):
                 raise RuntimeError(replaced(layer.name, what))
@@ -123,8 +125,7 @@ class LayerTaps:
             for tap in self._taps:
                 logits = tap.tap_logits(logits, call)
         probs, routing_map = route(logits)
-        with without_autocast():
-            return self._read(call, probs, routing_map, recomputed), routing_map
+        return without_autocast(self._read, call, probs, routing_map, recomputed), routing_map
 
     def _read(self, call: RouterCall, probs: Tensor, routing_map: Tensor, recomputed: bool) -> Tensor:
         """Runs the taps on what the router has decided; returns the probabilities to go on with."""

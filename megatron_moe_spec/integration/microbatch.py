@@ -36,9 +36,12 @@ class Notes:
     def take(self, *gradient) -> None:
         """The backward pass begins."""
         notes, self._waiting = self._waiting or [], None
-        with torch.no_grad(), without_autocast():
-            for note, args in notes:
-                note(*args)
+        without_autocast(_call, notes)
+
+
+def _call(notes: list[tuple[Callable, tuple]]) -> None:
+    for note, args in notes:
+        note(*args)
 
 
 class MicroBatch:

@@ -1,32 +1,30 @@
 """What the caller has switched on for its own tensors, and not for ours."""
 
 import contextlib
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 
 import torch
 
 
-def without_autocast() -> AbstractContextManager:
-    """Context for what the losses compute, whose dtypes are their own. Costs next to nothing where autocast is off."""
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        return _without_autocast()
-    return _NOTHING
+def _any_autocast() -> bool:
+    return torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu")
 
 
-_NOTHING = contextlib.nullcontext()
+# The same in one call, where torch has it: it is asked for some ten times a layer.
+_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast)
 
 
-@contextlib.contextmanager
-def _without_autocast() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        for device in ("cuda", "cpu"):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+def without_autocast(function: Callable, *args):
+    """function(*args), which computes losses: the dtypes of these are their own."""
+    if not _is_any_autocast_enabled():
+        return function(*args)
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        return function(*args)
 
 
 @contextlib.contextmanager
 def lasting_tensors() -> Iterator[None]:
     """Context, or decorator, of what makes tensors for later steps: those of inference mode could not be changed."""
-    with torch.inference_mode(False), torch.no_grad(), without_autocast():
-        yield
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield

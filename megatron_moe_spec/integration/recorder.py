@@ -80,9 +80,9 @@ class Recorder:
         self._losses = torch.zeros(len(self._names), num_layers, 2, dtype=torch.float64, device=self._device)
         self._known = [[[0.0, 0.0] for _ in range(num_layers)] for _ in self._names]
         self._totals: Optional[Tensor] = None
-        # See ``record_mean``. By loss, layer, factor, offset and whether they are on the device: terms of
-        # micro-batches, and numbers of tokens.
-        self._terms: dict[tuple[int, int, float, float, bool], list[tuple[Tensor, Union[Tensor, int]]]] = {}
+        # See ``record_mean``: by loss, layer and factor; by loss, layer, factor and offset, with numbers of tokens.
+        self._terms: dict[tuple[int, int, float], list[Tensor]] = {}
+        self._terms_of_tokens: dict[tuple[int, int, float, float], list[tuple[Tensor, Tensor]]] = {}
         self._num_terms = 0
         self.recorded: set[tuple[str, int]] = set()
         self._layers: list[LayerStatistics] = []
@@ -150,14 +150,21 @@ class Recorder:
     ) -> None:
         """Records offset + factor * the sum of ``terms`` / number of the micro-batch's tokens, see ``record_loss``.
 
+        The terms have no gradient.
+
         Nothing is computed before the terms of many layers are there: operations on small tensors cost the time that
         they take to be launched.
         """
         self.recorded.add((name, layer))
         loss, layer = self._place(name, layer)
-        total = tokens.total
-        waiting = self._terms.setdefault((loss, layer, factor, offset, isinstance(total, Tensor)), [])
-        waiting.append((terms.detach().reshape(-1), total))
+        terms = terms if terms.dim() == 1 else terms.reshape(-1)
+        if isinstance(tokens.total, Tensor):
+            self._terms_of_tokens.setdefault((loss, layer, factor, offset), []).append((terms, tokens.total))
+        elif tokens.counts:
+            known = self._known[loss][layer]
+            known[0] += offset
+            known[1] += self._share
+            self._terms.setdefault((loss, layer, factor / tokens.divisor), []).append(terms)
         self._num_terms += terms.numel()
         if self._num_terms > _MOST_TERMS:
             self._add_terms()
@@ -166,16 +173,19 @@ class Recorder:
         return self._names.index(name), layer if self._per_layer else 0
 
     def _add_terms(self) -> None:
-        for (loss, layer, factor, offset, on_device), waiting in self._terms.items():
+        for (loss, layer, factor), of_known in self._terms.items():
+            self._losses[loss, layer, 0] += torch.cat(of_known).sum(dtype=torch.float64) * factor
+        for (loss, layer, factor, offset), waiting in self._terms_of_tokens.items():
             terms, totals = zip(*waiting, strict=True)
             lengths = torch.tensor([len(x) for x in terms], device=self._device)
-            tokens = torch.stack(totals) if on_device else torch.tensor(totals, device=self._device)
+            tokens = torch.stack(totals)
             counts = (tokens > 0).double()
             weights = factor * counts / tokens.double().clamp_min(1)
             weights = weights.repeat_interleave(lengths, output_size=sum(map(len, terms)))
             self._losses[loss, layer, 0] += (torch.cat(terms) * weights).sum() + offset * counts.sum()
             self._losses[loss, layer, 1] += self._share * counts.sum()
         self._terms.clear()
+        self._terms_of_tokens.clear()
         self._num_terms = 0
 
     def losses(self) -> dict[str, tuple[Tensor, Tensor]]:

@@ -52,6 +52,7 @@ def unavailable(device: Optional[torch.device]) -> str:
     return ""
 
 
+@functools.cache  # asked for in every layer
 def choose(kernels: str, device: Optional[torch.device]) -> bool:
     """Whether to run the losses on tensors of ``device`` by these kernels rather than by eager PyTorch.
 
@@ -62,11 +63,6 @@ def choose(kernels: str, device: Optional[torch.device]) -> bool:
     Raises:
         ValueError: triton is asked for and cannot run.
     """
-    return _choose(kernels, device, interpreted())
-
-
-@functools.cache
-def _choose(kernels: str, device: Optional[torch.device], interpreted: bool) -> bool:
     if kernels == "torch" or (kernels == "auto" and (device is None or device.type != "cuda")):
         return False
     reason = unavailable(device)

@@ -135,6 +135,9 @@ class Tap(Generic[L]):
         """Name of each loss that it records, and of which layer, or first of a pair of layers, of the model."""
         return {(loss.name, self.layer.global_index) for loss in self.losses}
 
+    def begin_step(self) -> None:
+        """The first forward of a training step begins."""
+
     def hooked(self) -> Iterator[tuple[str, Any, nn.Module]]:
         """Yields (name, module that the layer runs now, the one with the tap's hooks); see ``compat.models.runs``."""
         return iter(())

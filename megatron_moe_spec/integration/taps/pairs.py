@@ -35,6 +35,7 @@ class PairsTap(Tap[Coupling]):
     def __init__(self, losses: Sequence[Coupling], layer: TappedLayer):
         super().__init__(losses, layer)
         (self._loss,) = losses
+        self._in_fp64 = layer.transformer_config.moe_router_dtype == "fp64"
 
     @classmethod
     def problems(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[str]:
@@ -83,7 +84,7 @@ class PairsTap(Tap[Coupling]):
         """Leaves the layer's message, and records the loss of it and of the layer before."""
         function = self.layer.transformer_config.moe_router_score_function
         before_T = None if previous is None else previous.message
-        if self._fused(call):
+        if self._is_fused(call.logits):
             from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
 
             logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
@@ -112,11 +113,9 @@ class PairsTap(Tap[Coupling]):
         what = self._loss.name, layer.global_index - 1, value, routing.tokens.counts
         call.micro_batch.notes.add(layer.recorder.record_loss, *what)
 
-    def _fused(self, call: RouterCall) -> bool:
+    def _is_fused(self, logits: Tensor) -> bool:
         """Whether the kernels compute, in fp32."""
-        layer = self.layer
-        in_fp64 = layer.transformer_config.moe_router_dtype == "fp64"
-        return not in_fp64 and choose(layer.recorder.spec.kernels, call.logits.device)
+        return not self._in_fp64 and choose(self.layer.recorder.spec.kernels, logits.device)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.local_index
@@ -133,7 +132,9 @@ class PairsTap(Tap[Coupling]):
         transformer_config = self.layer.transformer_config
         weight = gradient_weight(transformer_config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
         function = transformer_config.moe_router_score_function
-        return add_logits_gradient(kind, routing, pulls, call.logits, function, weight, incoming, self._fused(call))
+        return add_logits_gradient(
+            kind, routing, pulls, call.logits, function, weight, incoming, self._is_fused(call.logits)
+        )
 
 
 def resolve_across_stages(spec: SpecConfig, stages: Stages, transformer_config) -> SpecConfig:

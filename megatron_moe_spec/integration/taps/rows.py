@@ -146,6 +146,10 @@ class RowsTap(Tap[RowsLoss]):
     def forget(self) -> None:
         self._run = None
 
+    def begin_step(self) -> None:
+        for hook in self._rows_hooks:
+            keep_last(hook)
+
     def tap_probs(self, probs: Tensor, call: RouterCall) -> Tensor:
         wanted = self.wanted()
         if not wanted:
@@ -183,15 +187,12 @@ class RowsTap(Tap[RowsLoss]):
         if run is None:
             return
         dispatcher = self.layer.dispatcher
-        for hook in self._rows_hooks:
-            keep_last(hook)
         run.num_rows, run.tokens_per_expert = len(inputs_PH), tokens_per_expert
-        with torch.no_grad():
-            dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), column_group(dispatcher))
-            exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._transport, asks=self._check.is_due)
-            if self._check.is_due or (exchange is not None and exchange.asked):
-                self._check.check(inputs_PH.detach(), run.sent_TH, dispatched_TE, run.counts_L, exchange)
-            run.rows.locate(dispatched_TE, exchange)
+        dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), column_group(dispatcher))
+        exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._transport, asks=self._check.is_due)
+        if self._check.is_due or (exchange is not None and exchange.asked):
+            self._check.check(inputs_PH.detach(), run.sent_TH, dispatched_TE, run.counts_L, exchange)
+        run.rows.locate(dispatched_TE, exchange)
         run.sent_TH = None
         del run.routing_map_TE
 
@@ -209,8 +210,7 @@ class RowsTap(Tap[RowsLoss]):
         if tokens_per_expert is not None:
             run.handed_in.append(tokens_per_expert)
         if run.rows.complete:
-            with torch.no_grad():
-                self._begin(run, run.rows)
+            self._begin(run, run.rows)
             if self._is_last or not run.rows.travel:
                 self.tap_end()
         return self._with_gradient(run, part, rows_PD, kept_PD) if self.trained else rows_PD
@@ -219,9 +219,8 @@ class RowsTap(Tap[RowsLoss]):
         """The experts have run; by now their rows should be where their tokens are."""
         run, self._run = self._run, None
         if run is not None:
-            with torch.no_grad():
-                run.rows.finish()
-                self._evaluate(run)
+            run.rows.finish()
+            self._evaluate(run)
 
     def _with_gradient(self, run: _Run, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
         rows_PD = add_gradient(rows_PD, partial(self._add_gradient, run, part), [kept_PD])

@@ -165,6 +165,7 @@ class Recorder:
         from megatron.core.transformer.moe.moe_layer import MoELayer
 
         from megatron_moe_spec import SpecConfig, attach
+        from megatron_moe_spec.integration.microbatch import Notes
 
         layers = [layer for layer in module.modules() if isinstance(layer, MoELayer)]
         if not layers or any(layer in self._attached for layer in layers):
@@ -182,6 +183,8 @@ class Recorder:
             else:
                 accepted.update(settings)
         if accepted:
+            # Some of these tests run no backward pass, without which a value does not count.
+            Notes.add = lambda self, note, *args: note(*args)
             self._handles.append(attach(module, SpecConfig(**accepted)))
 
     def _read_losses(self, handle) -> None:

@@ -132,7 +132,7 @@ class SpecHandle:
         parts: list[Part] = []
         self._steps = Steps(self.recorder, parts)
         self._trackers = [
-            MicroBatchTracker(chunk, len(found.taken), carry, self._steps.begin_forward)
+            MicroBatchTracker(chunk, len(found.taken), carry, self._steps.begin_forward, self._warn_of_decisions)
             for (chunk, found), carry in zip(chunks, self._carries.of_chunks)
         ]
         self._taps = [

@@ -94,10 +94,19 @@ class MicroBatchTracker:
         num_layers: its number of MoE layers.
         carry: brings messages from and to other pipeline stages; None: no messages.
         begin_forward: called before each forward that trains.
+        end_first_forward: called after the first of them.
     """
 
-    def __init__(self, chunk: nn.Module, num_layers: int, carry=None, begin_forward: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        chunk: nn.Module,
+        num_layers: int,
+        carry=None,
+        begin_forward: Callable[[], None] = lambda: None,
+        end_first_forward: Callable[[], None] = lambda: None,
+    ):
         self._begin_forward = begin_forward
+        self._end_first_forward: Optional[Callable[[], None]] = end_first_forward
         self._num_layers = num_layers
         self._carry = carry
         self._current: Optional[MicroBatch] = None
@@ -157,6 +166,9 @@ class MicroBatchTracker:
         for watcher, routing in zip(self._watchers, micro_batch.routing, strict=True):
             if routing is None:
                 watcher.miss()
+        if self._end_first_forward is not None:
+            self._end_first_forward()
+            self._end_first_forward = None
         # Of another kind of output nobody tells what becomes of it.
         tensors = list(_tensors_with_gradient(output))
         for tensor in tensors:

@@ -1,5 +1,6 @@
 """The hooks of the orthogonality, score variance and ERC losses: what is theirs alone; the rest is in test_hooks."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import loss_names
@@ -111,6 +112,10 @@ def test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates(mm, monkeyp
             assert any(getattr(p, "grad_added_to_main_grad", False) for p in model.parameters())
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+    model = mm.build_model()
+    _attach(model, dataclasses.replace(PEERS, erc_loss_coeff=0.0))
+    without = mm.train_step(model, batches, main_loss_weight=1.0)
+    assert any((found[1][name] - g).norm() > 0.01 * g.norm() for name, g in without.items() if "linear_fc1" in name)
 
 
 def test_losses_of_a_measured_step(mm):

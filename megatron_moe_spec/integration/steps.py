@@ -7,7 +7,7 @@ from typing import Optional, Protocol
 from megatron_moe_spec.integration.compat.schedules import training_schedule
 from megatron_moe_spec.integration.recorder import Recorder
 
-_MOST_ATTEMPTS = 8  # Megatron's rerun state machine makes three at most
+_MOST_ATTEMPTS = 8  # Megatron's rerun state machine makes two
 _MOST_FORWARDS = 1024  # of a loop that does not call Megatron's schedules
 
 

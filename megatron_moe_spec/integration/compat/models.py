@@ -133,6 +133,8 @@ def follows_scores(router: nn.Module, logits_TE: Tensor, routing_map_TE: Tensor)
         return None
     scores_TE = logits_TE.float()
     if getattr(router, "expert_bias", None) is not None:
+        if transformer_config.moe_router_score_function != "sigmoid":
+            return None
         scores_TE = scores_TE.sigmoid() + router.expert_bias
     worst_T1 = scores_TE.topk(transformer_config.moe_router_topk, dim=1).values[:, -1:]
     return (~routing_map_TE | (scores_TE >= worst_T1)).all(dim=1).float().mean()

@@ -377,7 +377,7 @@ class OutputsTap(RowsTap):
         return [self.layer.module.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))]
 
     def _kept(self, rows_PD: Tensor) -> Tensor:
-        return rows_PD.clone() if frees_expert_outputs(self.layer.transformer_config) else rows_PD
+        return rows_PD.detach().clone() if frees_expert_outputs(self.layer.transformer_config) else rows_PD
 
     @classmethod
     def _place(cls, transformer_config) -> str:

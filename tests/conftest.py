@@ -45,6 +45,18 @@ def mm(megatron):
 
 
 @pytest.fixture
+def trainers(mm, monkeypatch):
+    """With Megatron's scale of auxiliary losses as for one micro-batch, whatever ran before."""
+    import torch
+    import trainers
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
+
+    return trainers
+
+
+@pytest.fixture
 def random():
     """A seeded torch.randn in float64."""
     import torch

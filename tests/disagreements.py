@@ -43,15 +43,16 @@ def weights_loaded_on_one_rank(sizes: dict, dispatcher: dict, loads: bool, reord
     import megatron_models
 
     model, handle = _attached({**sizes, **dispatcher})
-    megatron_models.train_step(model, megatron_models.micro_batches(1))
+
+    def step():
+        return megatron_models.train_step(model, megatron_models.micro_batches(1))
+
+    step()
     handle.end_step()
     if loads and dist.get_rank() == 0:
         model.load_state_dict(model.state_dict())
     deep_ep_on_gloo.Order.reversed = reorders
-    step = megatron_models.train_step
-    if reorders:
-        return _raised(lambda: step(model, megatron_models.micro_batches(1)))
-    return step(model, megatron_models.micro_batches(1)), handle.end_step()
+    return _raised(step) if reorders else (step(), handle.end_step())
 
 
 def padding_on_one_rank(sizes: dict, everywhere: bool):
@@ -123,7 +124,6 @@ def step_that_failed_on_one_rank(sizes: dict):
     values = handle.end_step()
     if hook is not None:
         hook.remove()
-    alone = {}
     if dist.get_rank() == 1:
         mm.run_model(model, batch).mean().backward()
     alone = handle.end_step()
@@ -134,13 +134,10 @@ def main(name: str, output: str, settings: str) -> None:
     from deep_ep_on_gloo import use_deep_ep
 
     use_deep_ep()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    import megatron_models
 
-    dist.init_process_group("gloo")
     settings = json.loads(settings)
-    parallel_state.initialize_model_parallel(**settings.get("sizes", {}))
-    model_parallel_cuda_manual_seed(1)
+    megatron_models.initialize_ranks(settings.get("sizes", {}))
     torch.save(globals()[name](**settings), f"{output}.{dist.get_rank()}")
     dist.destroy_process_group()
 

@@ -141,13 +141,10 @@ def main(job: str, output: str) -> None:
     from grouped_linear import use_torch_grouped_linear
 
     use_torch_grouped_linear()
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    import megatron_models
 
-    dist.init_process_group("gloo")
     sizes, cases = json.loads(Path(job).read_text())
-    parallel_state.initialize_model_parallel(**sizes)
-    model_parallel_cuda_manual_seed(1)
+    megatron_models.initialize_ranks(sizes)
     results = [run(sizes, case) for case in cases]
     if dist.get_rank() == 0:
         torch.save(results, output)

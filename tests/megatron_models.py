@@ -227,6 +227,19 @@ def train_chunks(chunks: list[GPTModel], batches: list[dict], main_loss_weight: 
     ]
 
 
+def initialize_ranks(sizes: dict) -> None:
+    """Process groups and random states of a rank that torchrun, or ``forks.py``, has started.
+
+    Args:
+        sizes: of the parallel groups.
+    """
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(1)
+
+
 def initialize_one_rank(store: str) -> None:
     """Process groups and random states of a one-process Megatron job."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

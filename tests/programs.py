@@ -330,13 +330,10 @@ def one_rank_holds_the_model(sizes):
 
 
 def main(name: str, output: str, job: str) -> None:
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    import megatron_models
 
     sizes, cases = json.loads(job)
-    dist.init_process_group("gloo")
-    parallel_state.initialize_model_parallel(**sizes)
-    model_parallel_cuda_manual_seed(1)
+    megatron_models.initialize_ranks(sizes)
     results = [globals()[name](sizes, **case) for case in cases]
     if dist.get_rank() == 0:
         torch.save(results, output)

@@ -40,22 +40,18 @@ MODES = {
 
 
 @pytest.fixture
-def train(mm, monkeypatch):
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
-
+def train(mm, trainers):
     def train(model):
         for batch in mm.micro_batches(2):
             (0.0 * mm.run_model(model, batch).mean()).backward()
-        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        return trainers.gradients_of(model)
 
     return train
 
 
 @pytest.mark.parametrize("config", [ALL, PATHWAY], ids=["mass", "pathway"])
 @pytest.mark.parametrize("mode", MODES)
-def test_calls_from_another_mode(mm, train, mode, config):
+def test_calls_from_another_mode(mm, trainers, train, mode, config):
     """Of every public call; training itself runs as it always does."""
     from megatron_moe_spec import attach
 
@@ -75,7 +71,7 @@ def test_calls_from_another_mode(mm, train, mode, config):
         found.append((gradients, values))
     (expected, expected_values), (gradients, values) = found
     assert values == expected_values
-    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    trainers.assert_identical(gradients, expected)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])

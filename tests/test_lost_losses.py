@@ -21,17 +21,14 @@ def _attach(model, config=ALL):
 
 
 @pytest.fixture
-def step(mm, monkeypatch):
+def step(mm, trainers):
     """Gradients of the losses alone, and their values."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
-
-    def run(model, handle, seed=1):
-        (batch,) = mm.micro_batches(1, seed=seed)
+    def run(model, handle):
+        (batch,) = mm.micro_batches(1)
         model.zero_grad()
         (0.0 * mm.run_model(model, batch).mean()).backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, handle.end_step()
+        return trainers.gradients_of(model), handle.end_step()
 
     return run
 
@@ -61,7 +58,7 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("what", REPLACED)
-def test_what_is_replaced_after_attach_is_named(mm, step, what):
+def test_what_is_replaced_after_attach_is_named(mm, trainers, step, what):
     model, donor = mm.build_model(), mm.build_model(seed=1)
     handle = _attach(model)
     REPLACED[what](model.decoder.layers[1].mlp, donor.decoder.layers[1].mlp)
@@ -73,7 +70,8 @@ def test_what_is_replaced_after_attach_is_named(mm, step, what):
     expected_model, donor = mm.build_model(), mm.build_model(seed=1)
     REPLACED[what](expected_model.decoder.layers[1].mlp, donor.decoder.layers[1].mlp)
     found, expected = step(model, handle), step(expected_model, _attach(expected_model))
-    assert found[1] == expected[1] and all(torch.equal(found[0][name], g) for name, g in expected[0].items())
+    assert found[1] == expected[1]
+    trainers.assert_identical(found[0], expected[0])
 
 
 def test_a_layer_that_is_replaced_is_named(mm, step):
@@ -97,7 +95,7 @@ def test_a_method_that_calls_ours_is_no_replacement(mm, step):
 
 @pytest.mark.parametrize("part", ["", "router"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
-def test_a_layer_in_evaluation_mode_trains_the_others_as_in_training_mode(mm, step, part, recompute):
+def test_a_layer_in_evaluation_mode_trains_the_others_as_in_training_mode(mm, trainers, step, part, recompute):
     settings = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     found = []
     for evaluates in (False, True):
@@ -111,8 +109,8 @@ def test_a_layer_in_evaluation_mode_trains_the_others_as_in_training_mode(mm, st
             warnings.simplefilter("error", UserWarning)
             found.append(step(model, handle))
     (expected, expected_values), (gradients, values) = found
-    assert values == expected_values and gradients.keys() == expected.keys()
-    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    assert values == expected_values
+    trainers.assert_identical(gradients, expected)
 
 
 def _skip(layer, monkeypatch):

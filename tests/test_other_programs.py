@@ -44,17 +44,6 @@ WITHOUT_ERC = [name for name in LOSS_NAMES if name != "erc_loss"]
 
 
 @pytest.fixture
-def trainers(mm, monkeypatch):
-    """With Megatron's scale of auxiliary losses as for one micro-batch, whatever ran before."""
-    import trainers
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-
-    monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", torch.ones(1))
-
-    return trainers
-
-
-@pytest.fixture
 def any_length(trainers, monkeypatch):
     """Steps of micro-batches whose sequences have different lengths."""
     import megatron_models

@@ -55,12 +55,12 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
     notes: list[str] = []
     for one in settings.values():
         of_layer = replace(facts, transformer_config=one)
-        problems += _problems(of_layer, spec, device)
+        problems += _problems(of_layer, spec)
         notes += notices(of_layer, spec)
     # Of a pipeline, one stage may be frozen.
     whole = len(stages.own) == len(stages.num_layers)
-    frozen = not any(p.requires_grad for chunk in chunks for p in chunk.parameters())
-    if whole and moe_layers and frozen and spec.trained_losses:
+    trains = whole and moe_layers and spec.trained_losses
+    if trains and not any(p.requires_grad for chunk in chunks for p in chunk.parameters()):
         problems.append(
             "the whole model is frozen: attach to the one that is trained, or to the module that holds what is trained "
             "through it"
@@ -87,7 +87,8 @@ def facts_of_flags(args, transformer_config, stages: Stages, spec: SpecConfig) -
 
 def unsupported_settings(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device]) -> list[str]:
     """Lists the complaints of ``check_supported`` about a model that is not built yet, as far as its flags tell."""
-    return list(_problems(facts, spec, device))
+    of_kernels = _kernels_problem(spec, device) if device is not None and any(facts.stages.num_layers) else ()
+    return [*of_kernels, *_problems(facts, spec)]
 
 
 def notices(facts: ModelFacts, spec: SpecConfig) -> list[str]:
@@ -109,13 +110,11 @@ def _kernels_problem(spec: SpecConfig, device: Optional[torch.device]) -> Iterat
         yield str(error)
 
 
-def _problems(facts: ModelFacts, spec: SpecConfig, device: Optional[torch.device]) -> Iterator[str]:
+def _problems(facts: ModelFacts, spec: SpecConfig) -> Iterator[str]:
     transformer_config = facts.transformer_config
     if not any(facts.stages.num_layers):
         yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
         return
-    if device is not None:
-        yield from _kernels_problem(spec, device)
     if getattr(transformer_config, "transformer_impl", None) == "inference_optimized":
         yield "inference layers are not for training (set --transformer-impl transformer_engine)"
     if shares_differently(transformer_config):

@@ -91,7 +91,7 @@ class LayerTaps:
             tap.begin_step()
         for what, found, hooked in (*places, *(place for tap in self._taps for place in tap.hooked())):
             if not runs(found, hooked):
-                raise RuntimeError(replaced(layer.name, what))
+                raise RuntimeError(_replaced(layer.name, what))
 
     def miss(self) -> None:
         """Takes note that a forward that trains went past the layer.
@@ -102,7 +102,7 @@ class LayerTaps:
         if not self._recorder.active:
             return
         if self._methods[0].is_gone:
-            raise RuntimeError(replaced(self._layer.name, "router's method routing"))
+            raise RuntimeError(_replaced(self._layer.name, "router's method routing"))
         self.missed = self._stayed_out or "it did not run"
 
     def detach(self) -> None:
@@ -180,7 +180,7 @@ class LayerTaps:
             tap.observe(call)
 
 
-def replaced(layer: str, what: str) -> str:
+def _replaced(layer: str, what: str) -> str:
     return (
         f"MoE layer {layer}: its {what} was replaced after attach(), and runs without the losses (call attach() after "
         "what replaces it; or detach() before, and attach() again after it)"

@@ -101,9 +101,9 @@ class MicroBatchTracker:
         self,
         chunk: nn.Module,
         num_layers: int,
-        carry=None,
-        begin_forward: Callable[[], None] = lambda: None,
-        end_first_forward: Callable[[], None] = lambda: None,
+        carry,
+        begin_forward: Callable[[], None],
+        end_first_forward: Callable[[], None],
     ):
         self._begin_forward = begin_forward
         self._end_first_forward: Optional[Callable[[], None]] = end_first_forward

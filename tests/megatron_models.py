@@ -14,7 +14,8 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from processes import HAS_TRANSFORMER_ENGINE
 
 VOCABULARY, SEQUENCE, MICRO_BATCH = 64, 12, 2
 
@@ -68,13 +69,25 @@ def transformer_config(**settings) -> TransformerConfig:
         hidden_dropout=0.0,
         attention_softmax_in_fp32=True,
     )
-    return TransformerConfig(**{**fields, **settings})
+    kind = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
+    return kind(**{**fields, **settings})
+
+
+def _decoder_spec(config: TransformerConfig, vp_stage):
+    if getattr(config, "experimental_attention_variant", None):
+        from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
+
+        return specs.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage)
+    return get_gpt_decoder_block_spec(
+        config,
+        use_transformer_engine=HAS_TRANSFORMER_ENGINE and config.transformer_impl == "transformer_engine",
+        normalization=config.normalization,
+        vp_stage=vp_stage,
+    )
 
 
 def _build_gpt(config: TransformerConfig, seed: int, **stage) -> GPTModel:
-    spec = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage.get("vp_stage")
-    )
+    spec = _decoder_spec(config, stage.get("vp_stage"))
     model = GPTModel(
         config,
         spec,
@@ -95,7 +108,7 @@ def _set_weights(model, seed: int):
                 # Routers far from uniform, so that scores, masses and drops vary.
                 scale = 1.0 if "router" in name else 0.2
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-            elif name.split(".")[-1].startswith("bias"):
+            elif name.split(".")[-1].startswith(("bias", "A_log", "dt_bias")):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
         for name, bias in model.named_buffers():
             if name.endswith("expert_bias"):

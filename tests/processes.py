@@ -16,6 +16,8 @@ ROOT = TESTS.parent
 
 # Found, not imported: the CPU backend has to come before Megatron.
 HAS_MEGATRON = importlib.util.find_spec("megatron") is not None
+# Where it is, models are of Megatron's Transformer Engine spec. .ci/transformer-engine makes such an environment.
+HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 needs_megatron = pytest.mark.skipif(not HAS_MEGATRON, reason="megatron-core is not installed")
 HAS_TRAINING_LOOP = HAS_MEGATRON and importlib.util.find_spec("megatron.training") is not None
 needs_training_loop = pytest.mark.skipif(

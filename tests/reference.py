@@ -65,6 +65,8 @@ def pure_losses(capture: Capture, is_token, config: SpecConfig) -> dict[str, lis
         _seen(layer, number, seen, is_token) for number, (layer, seen) in enumerate(zip(capture.layers, capture.seen))
     ]
     for loss in config.losses:
+        if loss.name not in config.trained_losses:
+            continue
         if loss.reads == PAIRS:
             values[loss.name] = [_of_pair(loss, this, following) for this, following in zip(layers, layers[1:])]
         else:

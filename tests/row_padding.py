@@ -3,6 +3,8 @@
 Import only after the CPU backend is enabled.
 """
 
+import contextlib
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer import transformer_block
@@ -15,6 +17,7 @@ except ImportError:  # before 0.19
 
 SIZE = 8
 _CALLERS_OF_TE_CHECKPOINT = recompute, moe_layer
+_get_fp8_context = transformer_block.get_fp8_context
 
 
 class PadRows(torch.nn.Module):
@@ -45,18 +48,23 @@ def pad_rows(chunks, where: str) -> None:
         module.get_align_size_for_quantization = lambda config: SIZE
     for module in _CALLERS_OF_TE_CHECKPOINT:
         module.te_checkpoint = _checkpoint
+    transformer_block.get_fp8_context = _fp8_context
     for module in (module for chunk in chunks for module in chunk.modules()):
         if isinstance(module, experts.TEGroupedMLP):
             module.quantization_padding, module.quantization_unpadding = PadRows(), UnpadRows()
     # Set on a model that exists: to build one, Megatron asks for Transformer Engine.
     for chunk in chunks:
-        chunk.config.fp8, chunk.config.fp8_recipe = "e4m3", "blockwise"
+        chunk.config.fp8, chunk.config.fp8_recipe, chunk.config.pads_alone = "e4m3", "blockwise", True
         chunk.config.moe_router_padding_for_quantization = where.startswith("router")
     token_dispatcher.pad_routing_map = _pad_a_copy if where == "router, fused" else moe_utils.pad_routing_map
 
 
 def _pad_a_copy(routing_map, pad_multiple):
     return moe_utils.pad_routing_map(routing_map.clone(), pad_multiple)
+
+
+def _fp8_context(config, *args, **kwargs):
+    return contextlib.nullcontext() if hasattr(config, "pads_alone") else _get_fp8_context(config, *args, **kwargs)
 
 
 def _checkpoint(function, distribute_saved_activations, tracker, group, *args):

@@ -126,15 +126,17 @@ def _compare(
     coefficients=None,
     extra_losses=(),
     options=None,
+    reference=None,
     **step,
 ):
+    """Of a model with these settings; ``reference`` are those of the model that autograd goes through, if others."""
     import megatron_models
     from reference import reference_step
 
     from megatron_moe_spec import SpecConfig, attach
 
     batches = megatron_models.micro_batches(3, **data)
-    plain = {k: v for k, v in settings.items() if k not in RECOMPUTE_FIELDS}
+    plain = {k: v for k, v in (reference or settings).items() if k not in RECOMPUTE_FIELDS}
     weights = coefficients or dict.fromkeys(names, 1.0)
     fields = {"kernels": "torch", **(options or {}), **{f"{name}_coeff": weight for name, weight in weights.items()}}
     config = SpecConfig(coupling_type=kind, extra_losses=extra_losses, **fields)

@@ -38,7 +38,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     device = _device()
     gpu = _gpu(device)
     _do_without_gpu()
-    _print_section("installed", [("GPU", gpu), *_installed()])
+    broken = _do_without_broken_library()
+    _print_section("installed", [("GPU", gpu), *_installed(broken)])
     missing = _missing(wants_training=bool(argv))
     if missing:
         return _print_verdict([missing])
@@ -80,6 +81,7 @@ def judge(argv: list[str]) -> Verdict:
     """
     device = _device()
     _do_without_gpu()
+    _do_without_broken_library()
     from megatron_moe_spec.integration.compat.assumed import training_machine
     from megatron_moe_spec.integration.compat.settings import training_modules
 
@@ -164,17 +166,22 @@ def _print_section(title: str, rows) -> None:
         print(f"  {name:<20} {value}")
 
 
-def _installed() -> Iterator[tuple[str, str]]:
+def _installed(broken: Optional[str]) -> Iterator[tuple[str, str]]:
+    """Rows; ``broken``: why transformer-engine cannot be imported, if so."""
     yield "python", platform.python_version()
     for package, why_not in (("torch", "needed"), ("triton", "megatron-core needs it on Linux")):
         yield package, _version(package) or f"not installed ({why_not})"
     yield "megatron-core", _megatron()
     yield "megatron.training", "found" if _found("megatron.training") else "not found (needed by the launcher alone)"
-    for package, why_not in (
-        ("transformer-engine", "not needed; Megatron's own layers are used"),
-        ("apex", "not needed"),
-    ):
-        yield package, _version(package) or f"not installed ({why_not})"
+    engine = _version("transformer-engine")
+    if broken:
+        yield "transformer-engine", f"{engine or 'installed'}, cannot be imported, nor Megatron with it ({broken})"
+    else:
+        yield (
+            "transformer-engine",
+            engine or "not installed (needed by models of --transformer-impl transformer_engine)",
+        )
+    yield "apex", _version("apex") or "not installed (not needed)"
 
 
 def _device():
@@ -194,14 +201,22 @@ def _do_without_gpu() -> None:
         enable()
 
 
+def _do_without_broken_library() -> Optional[str]:
+    """Lets Megatron be imported beside a broken transformer-engine, which is said; before its first import."""
+    from megatron_moe_spec.integration.compat.assumed import do_without_broken_transformer_engine
+
+    with _silence():
+        return do_without_broken_transformer_engine()
+
+
 def _megatron() -> str:
     from megatron_moe_spec.integration.compat.release import megatron_version
 
     try:
         with _silence():
             return megatron_version().partition("+")[0]
-    except ImportError as error:
-        return f"cannot be imported ({error})"
+    except Exception as error:  # of any kind, where a library that it imports is broken
+        return f"cannot be imported ({type(error).__name__}: {error})"
 
 
 def _version(package: str) -> Optional[str]:

@@ -258,6 +258,40 @@ def test_missing_megatron_is_named(megatron, monkeypatch, capsys):
     assert "pip install 'megatron-core" in capsys.readouterr().out
 
 
+@needs_training_loop
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error", ["RuntimeError('Found empty meta package')", "OSError('libcudnn.so.9: no such file')", "ImportError('a')"]
+)
+def test_a_broken_transformer_engine_is_named(tmp_path, error):
+    """Its import fails, and with it Megatron's; flags are judged as where it is missing."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"raise {error}\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from megatron_moe_spec import doctor; sys.exit(doctor.main())"
+    )
+    report = python("-W", "ignore", "-c", code, tmp_path, *MODEL, *LOSSES)
+    assert report.returncode == 0 and report.stdout.endswith("\nusable\n"), report.stdout + report.stderr
+    kind, text = error.rstrip("')").split("('")
+    assert f"cannot be imported, nor Megatron with it ({kind}: {text})" in report.stdout
+
+
+def test_any_failure_to_import_megatron_is_named(tmp_path):
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise OSError('libcuda.so.1: no such file')\n")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); from megatron_moe_spec import doctor; sys.exit(doctor.main())"
+    )
+    report = python("-W", "ignore", "-c", code, tmp_path)
+    assert report.returncode == 1, report.stderr
+    assert (
+        "megatron-core cannot be imported: OSError: libcuda.so.1" in report.stdout
+        and "pip install" not in report.stdout
+    )
+
+
 def test_missing_torch_is_named():
     """Without the site packages."""
     code = "import sys; from megatron_moe_spec import doctor; sys.exit(doctor.main([]))"

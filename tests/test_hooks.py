@@ -258,7 +258,9 @@ def _halve(module, args, outputs):
 def test_hooks_that_work_in_place_are_the_same_before_attach_and_after(mm, place, grouped):
     """The losses see what the module gets from the last hook, or returns by it, whoever registers first."""
     if HAS_TRANSFORMER_ENGINE and grouped and place == "outputs":
-        pytest.skip("autograd forbids to change what Transformer Engine's GroupedLinear returns, with or without losses")
+        pytest.skip(
+            "autograd forbids to change what Transformer Engine's GroupedLinear returns, with or without losses"
+        )
     config = SpecConfig(specialization_loss_coeff=1.0, orthogonality_loss_coeff=1.0, erc_loss_coeff=1.0)
     found = []
     for attached_first in (False, True):

@@ -228,7 +228,6 @@ def test_a_refused_model_was_never_attached(megatron, monkeypatch):
 @pytest.mark.parametrize(
     "config, field, value, flag",
     [
-        (ORTHOGONALITY, "use_transformer_engine_op_fuser", True, "--use-transformer-engine-op-fuser"),
         (VARIANCE, "cuda_graph_impl", "transformer_engine", "--cuda-graph-impl"),
         (ERC, "fp4_param", True, "--fp4-param-gather"),
         (ERC, "moe_latent_size", 8, "--moe-latent-size"),
@@ -253,8 +252,8 @@ def test_setting_unsupported_by_a_loss_is_refused(megatron, config, field, value
         attach(model, config)
 
 
-@pytest.mark.parametrize("name", [loss.name for loss in LOSSES if loss.reads not in (ACTIVATIONS, OUTPUTS)])
-def test_fused_experts_are_refused_by_losses_of_rows_alone(megatron, name):
+@pytest.mark.parametrize("name", [loss.name for loss in LOSSES if loss.reads != ACTIVATIONS])
+def test_fused_experts_are_refused_by_losses_of_activations_alone(megatron, name):
     """Before they run, fused experts call every pre-hook of their linear layers without an input."""
     import megatron_models
 
@@ -273,7 +272,7 @@ def test_fused_experts_are_refused_by_losses_of_rows_alone(megatron, name):
             experts._make_fused_impl_pre_forward_hook()(experts)
         for linear in (experts.linear_fc1, experts.linear_fc2):
             assert not any(module._forward_pre_hooks for module in linear.modules())
-    # What is measured besides needs rows, too.
+    # What is measured besides needs activations, too.
     with pytest.raises(ValueError, match="or set --moe-specialization-loss-coeff and --moe-spec-metrics-interval to 0"):
         attach(build(), SpecConfig(**coefficients([name]), metrics_interval=1))
 

@@ -6,7 +6,6 @@ of every step.
 """
 
 import pytest
-import torch
 from loss_names import BOTH, LOSS_NAMES, coefficients
 from test_gradients import FULL, SELECTIVE
 
@@ -17,7 +16,9 @@ GROUPED = dict(moe_grouped_gemm=True)
 MODELS = {
     "sequential": {},
     "grouped": GROUPED,
-    "grouped, moe_act recompute": dict(**GROUPED, **SELECTIVE, recompute_modules=["moe_act"], bias_activation_fusion=True),
+    "grouped, moe_act recompute": dict(
+        **GROUPED, **SELECTIVE, recompute_modules=["moe_act"], bias_activation_fusion=True
+    ),
     "grouped, moe recompute": dict(**GROUPED, **SELECTIVE, recompute_modules=["moe"]),
     "sequential, full recompute": dict(recompute_method="uniform", **FULL),
 }
@@ -37,19 +38,24 @@ def _train(mm, settings: dict, names, marks_every_step: bool, main_loss_weight: 
     return steps
 
 
+def check_accumulation(mm, plain: dict, fused: dict, names, marks_every_step: bool, main_loss_weight: float) -> None:
+    """That a model of the second settings gets the gradients and logged values of the first's."""
+    expected_steps = _train(mm, plain, names, marks_every_step, main_loss_weight)
+    found_steps = _train(mm, fused, names, marks_every_step, main_loss_weight)
+    for (expected, expected_values), (found, values) in zip(expected_steps, found_steps):
+        assert values == pytest.approx(expected_values, rel=1e-6)
+        scale = max(float(gradient.norm()) for gradient in expected.values())
+        assert scale > 1e-4
+        for name, gradient in expected.items():
+            assert float((found[name] - gradient).norm()) <= 1e-6 * scale, name
+
+
 @pytest.mark.parametrize("names", [[], ["erc_loss"], LOSS_NAMES], ids=["none", "ERC", "all"])
 @pytest.mark.parametrize("marks_every_step", [False, True], ids=["marked once", "marked every step"])
 @pytest.mark.parametrize("model", MODELS)
 def test_accumulated_gradients_are_those_of_autograd(mm, model, marks_every_step, names):
     settings, weight = MODELS[model], 0.0 if names == ["erc_loss"] else 0.1
-    plain = _train(mm, settings, names, marks_every_step, weight)
-    fused = _train(mm, {**settings, **FUSION}, names, marks_every_step, weight)
-    for (expected, expected_values), (found, values) in zip(plain, fused):
-        assert values == expected_values
-        scale = max(float(gradient.norm()) for gradient in expected.values())
-        assert scale > 1e-4
-        for name, gradient in expected.items():
-            assert float((found[name] - gradient).norm()) <= 1e-6 * scale, name
+    check_accumulation(mm, settings, {**settings, **FUSION}, names, marks_every_step, weight)
 
 
 def test_linear_layers_overwrite_in_the_first_micro_batch(mm):
@@ -71,13 +77,8 @@ def test_linear_layers_overwrite_in_the_first_micro_batch(mm):
 
 def test_backward_of_dispatch_overlapped_with_the_experts_weights(mm):
     """The experts' weight gradients come later, by a call of theirs. ERC, which adds to them, is refused there."""
-    names, settings = [*BOTH, "orthogonality_loss"], {**GROUPED, **FUSION}
+    settings = {**GROUPED, **FUSION}
     overlapped = dict(overlap_dispatch_backward_with_experts_wgrad=True, **settings)
-    steps = zip(_train(mm, settings, names, False, 0.1), _train(mm, overlapped, names, False, 0.1))
-    for (expected, expected_values), (found, values) in steps:
-        assert values == expected_values
-        assert found.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-6, atol=1e-7, msg=name)
+    check_accumulation(mm, settings, overlapped, [*BOTH, "orthogonality_loss"], False, 0.1)
     with pytest.raises(ValueError, match="ERC.*overlap-dispatch-backward-with-experts-wgrad"):
         _train(mm, overlapped, ["erc_loss"], False, 0.1)

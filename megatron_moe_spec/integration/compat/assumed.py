@@ -5,10 +5,12 @@ computes anything: of functions that are only there with transformer-engine, val
 """
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from typing import Optional
 from unittest import mock
 
 _TRANSFORMER_ENGINE = "transformer_engine"
@@ -18,6 +20,22 @@ _assumed: set[str] = set()
 def has_transformer_engine() -> bool:
     """Whether Megatron builds its layers from transformer-engine here, or would on the machine that is assumed."""
     return _TRANSFORMER_ENGINE in _assumed or _is_installed(_TRANSFORMER_ENGINE)
+
+
+def do_without_broken_transformer_engine() -> Optional[str]:
+    """Where transformer-engine is installed and cannot be imported, has it taken for missing; says why it cannot be.
+
+    Its errors, such as the RuntimeError of its package without libraries, are not all ImportError, the one after which
+    Megatron does without it. To be called before Megatron is imported.
+    """
+    if not _is_installed(_TRANSFORMER_ENGINE):
+        return None
+    try:
+        importlib.import_module(f"{_TRANSFORMER_ENGINE}.pytorch")
+    except Exception as error:
+        sys.modules[_TRANSFORMER_ENGINE] = None
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 @contextlib.contextmanager

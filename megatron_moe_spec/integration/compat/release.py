@@ -8,13 +8,18 @@ OLDEST_SUPPORTED = (0, 16, 1)
 
 
 def require_megatron() -> None:
-    """Raises ImportError where megatron-core is missing or too old, naming the remedy."""
+    """Raises ImportError where megatron-core is missing, broken or too old, naming the remedy."""
     oldest = ".".join(map(str, OLDEST_SUPPORTED))
     try:
         version = megatron_version()
-    except ImportError as error:
+    except Exception as error:  # of any kind, where a library that it imports is broken
+        if isinstance(error, ModuleNotFoundError) and error.name in ("megatron", "megatron.core"):
+            raise ImportError(
+                f"megatron-core is needed to attach the losses: pip install 'megatron-core>={oldest}'"
+            ) from error
         raise ImportError(
-            f"megatron-core is needed to attach the losses: pip install 'megatron-core>={oldest}'"
+            f"megatron-core cannot be imported: {type(error).__name__}: {error} (mend what it imports, until "
+            "python -c 'import megatron.core' succeeds)"
         ) from error
     if _release(version) < OLDEST_SUPPORTED:
         raise ImportError(f"megatron-core {version} is too old: {oldest} or newer is needed")

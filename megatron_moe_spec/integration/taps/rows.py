@@ -113,13 +113,7 @@ class RowsTap(Tap[RowsLoss]):
     @classmethod
     def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
         transformer_config, names = model.transformer_config, " and ".join(loss.title for loss in losses)
-        if getattr(transformer_config, "use_transformer_engine_op_fuser", False):
-            off = ", ".join(loss.off for loss in losses)
-            yield (
-                f"the fused experts do not hand out the rows for {names} "
-                f"({without_op_fuser(transformer_config)}, or set {off})"
-            )
-        elif getattr(transformer_config, "moe_use_legacy_grouped_gemm", False) or not all(
+        if getattr(transformer_config, "moe_use_legacy_grouped_gemm", False) or not all(
             map(expert_down_projections, model.moe_layers)
         ):
             yield (
@@ -360,6 +354,12 @@ class ActivationsTap(RowsTap):
     @classmethod
     def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
         yield from super().problems(losses, model)
+        if getattr(model.transformer_config, "use_transformer_engine_op_fuser", False):
+            names, off = " and ".join(loss.title for loss in losses), ", ".join(loss.off for loss in losses)
+            yield (
+                f"the fused experts do not hand out the activations for {names} "
+                f"({without_op_fuser(model.transformer_config)}, or set {off})"
+            )
         if model.expert_tensor_size > model.tensor_size:
             yield (
                 f"{losses[0].title} needs experts to be split over ranks that share their tokens: "

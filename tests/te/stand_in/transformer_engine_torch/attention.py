@@ -34,9 +34,7 @@ def fused_rope_forward(input, freqs, start_positions, qkv_format, interleaved, c
 
 
 @bound
-def fused_rope_backward(
-    output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank
-):
+def fused_rope_backward(output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, cp_rank):
     return _rotated(output_grads, freqs, start_positions, qkv_format, interleaved, cu_seqlens, cp_size, -1)
 
 

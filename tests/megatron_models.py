@@ -14,6 +14,7 @@ from megatron.core.distributed import (
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from processes import HAS_TRANSFORMER_ENGINE
 
@@ -78,12 +79,12 @@ def _decoder_spec(config: TransformerConfig, vp_stage):
         from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 
         return specs.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage)
-    return get_gpt_decoder_block_spec(
-        config,
-        use_transformer_engine=HAS_TRANSFORMER_ENGINE and config.transformer_impl == "transformer_engine",
-        normalization=config.normalization,
-        vp_stage=vp_stage,
-    )
+    engine = HAS_TRANSFORMER_ENGINE and config.transformer_impl == "transformer_engine"
+    spec = get_gpt_decoder_block_spec(config, engine, normalization=config.normalization, vp_stage=vp_stage)
+    if engine and config.context_parallel_size > 1:
+        for layer in spec.layer_specs:  # whose attention over ranks is fused kernels alone
+            layer.submodules.self_attention.submodules.core_attention = DotProductAttention
+    return spec
 
 
 def _build_gpt(config: TransformerConfig, seed: int, **stage) -> GPTModel:

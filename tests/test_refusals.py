@@ -12,7 +12,7 @@ from loss_names import coefficients
 from megatron_moe_spec import SpecConfig
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
 from megatron_moe_spec.losses import LOSSES, Specialization
-from megatron_moe_spec.losses.base import ACTIVATIONS, EXPERT_WEIGHTS, OUTPUTS, ROUTER_WEIGHT
+from megatron_moe_spec.losses.base import ACTIVATIONS, EXPERT_WEIGHTS, ROUTER_WEIGHT
 
 SPECIALIZATION = SpecConfig(specialization_loss_coeff=1.0)
 COUPLING = SpecConfig(coupling_loss_coeff=1.0)

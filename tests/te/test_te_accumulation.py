@@ -1,8 +1,8 @@
 """Gradient accumulation fusion, Megatron's default: linear layers write their weights' gradients into ``main_grad``.
 
-Transformer Engine's overwrite what is there in what they take for the first micro-batch, and add in the others; whatever
-else trains an expert's weight has to come after them. Megatron marks the first micro-batch of a run, and with fp8 or fp4
-of every step.
+Transformer Engine's overwrite what is there in what they take for the first micro-batch, and add in the others:
+whatever else trains an expert's weight has to come after them. Megatron marks the first micro-batch of a run, and with
+fp8 or fp4 of every step.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """What Megatron has with Transformer Engine alone: gradients and values equal autograd's through the pure losses.
 
-``make test-te`` runs ``test_gradients.py`` on models of the Transformer Engine spec as well: recomputation, dispatchers,
-capacity, padding, biases.
+``make test-te`` runs ``test_gradients.py`` on models of the Transformer Engine spec as well, for recomputation,
+dispatchers, capacity, padding and biases.
 """
 
 import contextlib

@@ -26,23 +26,30 @@ class Capture:
             experts = layer.experts
             many = hasattr(experts, "local_experts")
             modules = [e.linear_fc2 for e in experts.local_experts] if many else [experts.linear_fc2]
-            for module in modules:
-                self.handles.append(
-                    module.register_forward_pre_hook(
-                        lambda _, args, seen=seen: seen.setdefault("z", []).append(args[0])
-                    )
-                )
 
-            self.handles.append(
-                experts.register_forward_hook(lambda _, args, output, seen=seen: seen.update(p=args[2], y=output[0]))
-            )
+            def see_rows(module, args, seen=seen, modules=modules):
+                """What pads an expert's rows is left out."""
+                counts = seen["counts"] if len(modules) == 1 else [seen["counts"][modules.index(module)]]
+                splits = list(map(int, args[1])) if len(args) > 1 else [len(args[0])]
+                parts = zip(args[0].split(splits), counts, strict=True)
+                seen.setdefault("z", []).extend(part[:count] for part, count in parts)
+
+            def see_experts(module, args, output, seen=seen):
+                seen.update(p=args[2], y=output[0])
+
+            def see_counts(module, args, seen=seen):
+                seen["counts"] = list(map(int, args[1]))
+
+            self.handles += [module.register_forward_pre_hook(see_rows) for module in modules]
+            self.handles.append(experts.register_forward_pre_hook(see_counts))
+            self.handles.append(experts.register_forward_hook(see_experts))
 
     def _wrap_routing(self, router, seen):
         original = router.routing
 
         def routing(logits, *args, **kwargs):
             probs, routing_map = original(logits, *args, **kwargs)
-            seen.update(logits=logits, probs=probs, map=routing_map.clone())
+            seen.update(logits=logits, probs=probs, map=routing_map)
             return probs, routing_map
 
         router.routing = routing

@@ -93,3 +93,25 @@ def scaled_aligned_causal_masked_softmax_forward(input, scale_factor):
 @bound
 def scaled_aligned_causal_masked_softmax_backward(output_grads_, softmax_results_, scale_factor):
     return _softmax_gradient(output_grads_, softmax_results_, scale_factor)
+
+
+def _places(cu_seqlens, max_seq_len):
+    """For each token of [t], its place among [b * max_seq_len]."""
+    starts = cu_seqlens[:-1].long()
+    lengths = cu_seqlens[1:].long() - starts
+    sequence = torch.arange(len(lengths)).repeat_interleave(lengths)
+    return torch.arange(int(cu_seqlens[-1])) - starts[sequence] + sequence * max_seq_len
+
+
+@bound
+def convert_thd_to_bshd(tensor, cu_seqlens, b, max_seq_len):
+    dense = tensor.new_zeros(b * max_seq_len, *tensor.shape[1:])
+    dense[_places(cu_seqlens, max_seq_len)] = tensor[: int(cu_seqlens[-1])]
+    return dense.view(b, max_seq_len, *tensor.shape[1:])
+
+
+@bound
+def convert_bshd_to_thd(tensor, cu_seqlens, t):
+    packed = tensor.new_zeros(t, *tensor.shape[2:])
+    packed[: int(cu_seqlens[-1])] = tensor.flatten(0, 1)[_places(cu_seqlens, tensor.shape[1])]
+    return packed

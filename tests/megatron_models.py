@@ -11,7 +11,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.dot_product_attention import DotProductAttention
@@ -74,12 +74,16 @@ def transformer_config(**settings) -> TransformerConfig:
     return kind(**{**fields, **settings})
 
 
+def _uses_engine(config: TransformerConfig) -> bool:
+    return HAS_TRANSFORMER_ENGINE and config.transformer_impl == "transformer_engine"
+
+
 def _decoder_spec(config: TransformerConfig, vp_stage):
     if getattr(config, "experimental_attention_variant", None):
         from megatron.core.models.gpt import experimental_attention_variant_module_specs as specs
 
         return specs.get_transformer_block_with_experimental_attention_variant_spec(config, vp_stage)
-    engine = HAS_TRANSFORMER_ENGINE and config.transformer_impl == "transformer_engine"
+    engine = _uses_engine(config)
     spec = get_gpt_decoder_block_spec(config, engine, normalization=config.normalization, vp_stage=vp_stage)
     if engine and config.context_parallel_size > 1:
         for layer in spec.layer_specs:  # whose attention over ranks is fused kernels alone
@@ -89,6 +93,8 @@ def _decoder_spec(config: TransformerConfig, vp_stage):
 
 def _build_gpt(config: TransformerConfig, seed: int, **stage) -> GPTModel:
     spec = _decoder_spec(config, stage.get("vp_stage"))
+    if config.mtp_num_layers:
+        stage["mtp_block_spec"] = get_gpt_mtp_block_spec(config, spec, _uses_engine(config))
     model = GPTModel(
         config,
         spec,

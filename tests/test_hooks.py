@@ -222,19 +222,10 @@ def test_token_stride_rotates_over_steps(mm):
 
 
 def test_mtp_layers_are_left_out(mm):
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    plain = mm.build_model()
-    block = gpt_layer_specs.get_gpt_decoder_block_spec(plain.config, use_transformer_engine=False)
-    plain.config.mtp_num_layers = 1
-    mtp = gpt_layer_specs.get_gpt_mtp_block_spec(plain.config, block, use_transformer_engine=False)
-    model = GPTModel(
-        plain.config, block, mm.VOCABULARY, mm.SEQUENCE, position_embedding_type="rope", mtp_block_spec=mtp
-    )
+    model = mm.build_model(mtp_num_layers=1)
     assert any("mtp" in name and "router" in name for name, _ in model.named_modules())
     handle = _attach(model)
-    assert len(handle.recorder._num_experts) == plain.config.num_layers
+    assert len(handle.recorder._num_experts) == model.config.num_layers
     assert all("routing" not in vars(m) for name, m in model.named_modules() if "mtp" in name)
 
 

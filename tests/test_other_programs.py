@@ -247,16 +247,7 @@ def test_a_module_of_frozen_models_is_refused(mm):
 
 
 def test_mtp_layers_are_named_as_left_out(mm):
-    from megatron.core.models.gpt import gpt_layer_specs
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
-    config = mm.transformer_config()
-    block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False)
-    config.mtp_num_layers = 1
-    mtp = gpt_layer_specs.get_gpt_mtp_block_spec(config, block, use_transformer_engine=False)
-    handle = attach(
-        GPTModel(config, block, mm.VOCABULARY, mm.SEQUENCE, position_embedding_type="rope", mtp_block_spec=mtp)
-    )
+    handle = attach(mm.build_model(mtp_num_layers=1))
     assert len(handle.layers) == 3
     assert len(handle.left_out) == 1
     for name, reason in handle.left_out.items():

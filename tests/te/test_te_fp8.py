@@ -1,8 +1,8 @@
 """Training in fp8 with Transformer Engine's quantizers, one scale a tensor: its own padding, checkpoints and states.
 
 The forward pass is bitwise that of Megatron without the losses. Gradients are compared with autograd's through the same
-quantized model. A gradient that differs in its last bit may be rounded to another of fp8's few numbers, a quarter apart,
-so that they are compared to a hundredth; logged values, which are of the forward pass, as everywhere.
+quantized model, to a hundredth: one that differs in its last bit may be rounded to another of fp8's few numbers, which
+are a quarter apart. Logged values, which are of the forward pass, are compared as everywhere.
 """
 
 import pytest
@@ -37,7 +37,9 @@ def calls(megatron):
 
 
 # Megatron has no recomputation of moe_act with delayed scaling.
-CASES = [(recipe, model) for recipe in RECIPES for model in MODELS if (recipe, model) != ("delayed", "moe_act recompute")]
+CASES = [
+    (recipe, model) for recipe in RECIPES for model in MODELS if (recipe, model) != ("delayed", "moe_act recompute")
+]
 
 
 @pytest.mark.parametrize("recipe, model", CASES)

@@ -6,11 +6,11 @@ from .registry import bound
 
 
 @bound
-def multi_tensor_scale(chunk_size, is_infinite, tensor_lists, scale):
+def multi_tensor_scale(chunk_size, noop_flag, tensor_lists, scale):
     for source, target in zip(*tensor_lists):
         value = source.float() * float(scale)
         if not bool(value.isfinite().all()):
-            is_infinite.fill_(1)
+            noop_flag.fill_(1)
         target.copy_(value)
 
 
@@ -20,15 +20,15 @@ def multi_tensor_scale_tensor(chunk_size, is_infinite, tensor_lists, scale):
 
 
 @bound
-def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor=False):
+def multi_tensor_l2norm(chunk_size, noop_flag, tensor_lists, per_tensor_python=False):
     norms = torch.stack([tensor.float().norm() for tensor in tensor_lists[0]])
-    return norms.norm().reshape(1), norms if per_tensor else torch.empty(0)
+    return norms.norm().reshape(1), norms if per_tensor_python else torch.empty(0)
 
 
 @bound
-def multi_tensor_unscale_l2norm(chunk_size, noop_flag, tensor_lists, inv_scale, per_tensor=False):
+def multi_tensor_unscale_l2norm(chunk_size, noop_flag, tensor_lists, inv_scale, per_tensor_python=False):
     norms = torch.stack([(tensor.float() * inv_scale).norm() for tensor in tensor_lists[0]])
-    return norms.norm().reshape(1), norms if per_tensor else torch.empty(0)
+    return norms.norm().reshape(1), norms if per_tensor_python else torch.empty(0)
 
 
 @bound

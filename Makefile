@@ -2,6 +2,8 @@
 # for Python 3.14. The constraints make an environment the same on every machine and on every day.
 PRIMARY = .venv 3.12 3.13 megatron report test dev -- --constraint .ci/constraints-primary.txt
 OLDEST = .venv-oldest 3.11 3.10 megatron report test -- --constraint .ci/constraints-oldest.txt
+# What the first one has, and Transformer Engine's own Python code on CPU.
+ENGINE = .venv-te .venv
 # 0.16.1 runs in the second environment; 0.19.2 is what the first one has.
 VERSIONS ?= 0.16.1 0.17.1 0.18.2 0.19.2
 
@@ -15,7 +17,7 @@ GPU_ARGS ?=
 PEER_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare recipes environments lint test test-all test-primary test-oldest test-versions
+.PHONY: help quickstart compare recipes environments lint test test-all test-primary test-te test-oldest test-versions
 .PHONY: peer-tests gpu clean
 
 help:
@@ -26,10 +28,11 @@ help:
 	@echo "                   python -m examples.compare; interrupted, it goes on where it was"
 	@echo "make recipes       judge public training recipes: what takes the losses as it is (docs/recipes.md; 20 seconds)"
 	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes);"
-	@echo "                   WORKERS=8 sets the number of processes that run tests, here as in the next three"
-	@echo "make test-all      all tests, on the newest and on the oldest supported Megatron-Core"
-	@echo "make test-primary  the first half of it; PYTEST_ARGS=\"-k name\" goes to pytest"
-	@echo "make test-oldest   the second half: Python 3.10 or 3.11, Megatron-Core 0.16.1"
+	@echo "                   WORKERS=8 sets the number of processes that run tests, here as in the next four"
+	@echo "make test-all      all tests: the next three"
+	@echo "make test-primary  on the newest supported Megatron-Core; PYTEST_ARGS=\"-k name\" goes to pytest"
+	@echo "make test-te       on models of Transformer Engine's own Python code, on CPU"
+	@echo "make test-oldest   on the oldest supported Megatron-Core, 0.16.1, and Python 3.10 or 3.11"
 	@echo "make lint          ruff and mypy, as before a commit"
 	@echo "make test-versions the tests that need Megatron, on each release: $(VERSIONS)"
 	@echo "make peer-tests MEGATRON=path  Megatron's own tests of MoE layers, of a Megatron-LM checkout, without and with"
@@ -72,16 +75,23 @@ test:
 	$(call PYTEST,exec $$python) -m "not slow" $(PYTEST_ARGS)
 
 test-all:
-	@primary=0; oldest=0; \
-	$(MAKE) --no-print-directory test-primary || primary=$$?; \
-	$(MAKE) --no-print-directory test-oldest || oldest=$$?; \
-	[ $$primary -eq 0 ] || echo "FAILED: make test-primary"; \
-	[ $$oldest -eq 0 ] || echo "FAILED: make test-oldest"; \
-	[ $$primary -eq 0 ] && [ $$oldest -eq 0 ]
+	@status=0; \
+	for tests in test-primary test-te test-oldest; do \
+	    $(MAKE) --no-print-directory $$tests || { status=1; failed="$$failed $$tests"; }; \
+	done; \
+	for tests in $$failed; do echo "FAILED: make $$tests"; done; \
+	exit $$status
 
 test-primary:
 	@.ci/venv $(PRIMARY)
 	$(call PYTEST,.venv/bin/python) $(call junit,primary) $(PYTEST_ARGS)
+
+# Of the other tests, those that build models of many kinds.
+TE_TESTS = tests/te $(addsuffix .py,$(addprefix tests/test_,gradients hooks row_check graphs lost_losses programs other_programs))
+test-te:
+	@.ci/venv $(PRIMARY)
+	@.ci/transformer-engine $(ENGINE)
+	$(call PYTEST,.venv-te/bin/python) $(call junit,te) $(TE_TESTS) $(PYTEST_ARGS)
 
 oldest_tests = $(call PYTEST,.venv-oldest/bin/python) -m "not once" $(call junit,oldest) $(PYTEST_ARGS)
 test-oldest:
@@ -95,7 +105,7 @@ test-oldest:
 
 environments:
 	@.ci/venv $(OLDEST) & oldest=$$!; \
-	.ci/venv $(PRIMARY) || { kill $$oldest; exit 1; }; \
+	{ .ci/venv $(PRIMARY) && .ci/transformer-engine $(ENGINE); } || { kill $$oldest; exit 1; }; \
 	wait $$oldest || [ $$? -eq 3 ]
 
 lint:

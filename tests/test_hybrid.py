@@ -1,0 +1,62 @@
+"""HybridModel, which Megatron announces as the successor of GPTModel, trains with the losses as GPTModel does."""
+
+import pytest
+import torch
+from loss_names import LOSS_NAMES
+from processes import needs_hybrid_model
+
+from megatron_moe_spec import SpecConfig, attach
+
+pytestmark = needs_hybrid_model
+
+FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+MOE_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["moe"])
+
+
+def _key(name: str) -> str:
+    """Name of a GPTModel's parameter in the HybridModel that has an attention layer and an MoE layer for each."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        is_attention = parts[3] in ("input_layernorm", "self_attention")
+        parts[2] = str(2 * int(parts[2]) + (not is_attention))
+    return ".".join(parts).replace("decoder.final_layernorm", "decoder.final_norm")
+
+
+def _run(mm, model, config) -> tuple:
+    """Output before attach() and after it, gradients of the main loss and the losses, logged values."""
+    batches = mm.micro_batches(3)
+    outputs = [mm.run_model(model, batches[0]).detach()]
+    handle = attach(model, config)
+    outputs.append(mm.run_model(model, batches[0]).detach())
+    gradients = mm.train_step(model, batches, main_loss_weight=0.1)
+    return outputs, gradients, handle.end_step()
+
+
+@pytest.mark.parametrize("kind", ["mass", "pathway"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(moe_shared_expert_intermediate_size=16), MOE_RECOMPUTE, FULL_RECOMPUTE],
+    ids=["plain", "shared expert", "moe recompute", "full recompute"],
+)
+def test_equals_gpt_model_of_the_same_weights_to_the_last_bit(mm, settings, kind):
+    import hybrid_models
+
+    gpt, hybrid = mm.build_model(**settings), hybrid_models.build_model("*E*E*E", **settings)
+    weights = dict(hybrid.named_parameters())
+    assert weights.keys() == {_key(name) for name, _ in gpt.named_parameters()}
+    with torch.no_grad():
+        for name, weight in gpt.named_parameters():
+            weights[_key(name)].copy_(weight)
+    coefficients = {f"{name}_coeff": 0.1 for name in LOSS_NAMES}
+    config = SpecConfig(coupling_type=kind, metrics_interval=1, **coefficients)
+    plain = mm.train_step(gpt, mm.micro_batches(3), main_loss_weight=0.1)
+    expected_outputs, expected, expected_values = _run(mm, gpt, config)
+    outputs, gradients, values = _run(mm, hybrid, config)
+    assert all(torch.equal(output, expected_outputs[0]) for output in (*outputs, *expected_outputs))
+    assert {name for name, gradient in expected.items() if not torch.equal(gradients[_key(name)], gradient)} == set()
+    assert gradients.keys() == {_key(name) for name in expected}
+    assert not torch.equal(plain["decoder.layers.0.mlp.router.weight"], expected["decoder.layers.0.mlp.router.weight"])
+    # HybridModel numbers attention layers, too.
+    numbers = [[layer.pop("layer_number") for layer in v["diagnostics"]["layers"]] for v in (expected_values, values)]
+    assert numbers == [[0, 1, 2], [1, 3, 5]]
+    assert values == expected_values and values.keys() == {*LOSS_NAMES, "diagnostics"}

@@ -6,8 +6,11 @@ from loss_names import LOSS_NAMES
 from processes import needs_hybrid_model
 
 from megatron_moe_spec import SpecConfig, attach
+from megatron_moe_spec.integration.stages import Stages
 
 pytestmark = needs_hybrid_model
+
+SPECIALIZATION = SpecConfig(specialization_loss_coeff=1.0)
 
 FULL_RECOMPUTE = dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 MOE_RECOMPUTE = dict(recompute_granularity="selective", recompute_modules=["moe"])
@@ -60,3 +63,28 @@ def test_equals_gpt_model_of_the_same_weights_to_the_last_bit(mm, settings, kind
     numbers = [[layer.pop("layer_number") for layer in v["diagnostics"]["layers"]] for v in (expected_values, values)]
     assert numbers == [[0, 1, 2], [1, 3, 5]]
     assert values == expected_values and values.keys() == {*LOSS_NAMES, "diagnostics"}
+
+
+@pytest.mark.parametrize("pattern, remedy", [("*-M", "*-ME"), ("*-/*E", "*E/*E")])
+def test_pattern_without_moe_layers_is_refused(mm, pattern, remedy):
+    """MTP layers take no part."""
+    import hybrid_models
+
+    message = "--hybrid-layer-pattern has no MoE layer .E. in its main part, before the first / .add an E there"
+    with pytest.raises(ValueError, match=message):
+        attach(hybrid_models.build_model(pattern), SPECIALIZATION)
+    assert len(attach(hybrid_models.build_model(remedy), SPECIALIZATION).layers) == 1
+
+
+def test_virtual_stages_given_one_by_one_are_refused_by_what_makes_them(mm):
+    import hybrid_models
+
+    for model, expected, other in (
+        (hybrid_models.build_model("*E*E"), "--hybrid-layer-pattern", "--num-layers-per-virtual-pipeline-stage"),
+        (mm.build_model(), "--num-layers-per-virtual-pipeline-stage", "--hybrid-layer-pattern"),
+    ):
+        model.config.pipeline_model_parallel_size = model.config.virtual_pipeline_model_parallel_size = 2
+        with pytest.raises(ValueError, match=f"all model chunks.*got 1 of 2.*{expected}") as refused:
+            attach(model, SPECIALIZATION)
+        assert other not in str(refused.value)
+        Stages.check_chunks([model, model], model.config)

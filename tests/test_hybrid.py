@@ -3,10 +3,12 @@
 import pytest
 import torch
 from loss_names import LOSS_NAMES
-from processes import needs_hybrid_model
+from processes import needs_hybrid_model, needs_training_loop
+from test_pretrain import LOSSES, MEASURE, TRACE, launch, scalars
 
 from megatron_moe_spec import SpecConfig, attach
 from megatron_moe_spec.integration.stages import Stages
+from megatron_moe_spec.metrics.trace_files import read_trace
 
 pytestmark = needs_hybrid_model
 
@@ -88,3 +90,19 @@ def test_virtual_stages_given_one_by_one_are_refused_by_what_makes_them(mm):
             attach(model, SPECIALIZATION)
         assert other not in str(refused.value)
         Stages.check_chunks([model, model], model.config)
+
+
+@needs_training_loop
+@pytest.mark.slow
+def test_a_script_for_hybrid_models_is_launched(tmp_path):
+    from megatron.training import argument_utils
+
+    if not hasattr(argument_utils, "gpt_config_from_args"):
+        pytest.skip("examples/pretrain_hybrid.py needs megatron-core >= 0.19")
+    flags = ["--train-iters", 2, "--hybrid-layer-pattern", "*E|ME/*E", "--spec", "hybrid_models", "stack_spec"]
+    flags += ["--pipeline-model-parallel-size", 2, "--tensorboard-dir", tmp_path, *MEASURE, *TRACE, tmp_path / "traces"]
+    launch(*flags, *LOSSES, processes=2, script="pretrain_hybrid.py")
+    logged = scalars(tmp_path)
+    assert list(logged["lm loss"]) == list(logged["specialization_loss"]) == list(logged["coupling_loss"]) == [1, 2]
+    trace = read_trace(tmp_path / "traces")
+    assert (trace.layers, trace.num_layers, trace.num_experts) == ((1, 3), 4, 4)

@@ -125,12 +125,13 @@ def model_provider(pre_process=True, post_process=True, vp_stage=None, config=No
     )
 
 
-def train(step=forward_step, extra_args_provider=None):
+def train(step=forward_step, extra_args_provider=None, model_config=None):
     """Parse the flags and train.
 
     Args:
         step: runs the model on one micro-batch.
         extra_args_provider: adds flags of a script's own to Megatron's parser.
+        model_config: makes the model's settings of the arguments, from 0.19; by default a GPT model's.
     """
     use_shipped_helpers()
     parts = (train_valid_test_datasets_provider, model_provider, ModelType.encoder_or_decoder, step)
@@ -142,7 +143,8 @@ def train(step=forward_step, extra_args_provider=None):
     if not hasattr(argument_utils, "gpt_config_from_args"):  # 0.18
         pretrain(argument_utils.pretrain_cfg_container_from_args(args), *parts)
     else:
-        settings = argument_utils.pretrain_cfg_container_from_args(args, argument_utils.gpt_config_from_args(args))
+        model_config = model_config or argument_utils.gpt_config_from_args
+        settings = argument_utils.pretrain_cfg_container_from_args(args, model_config(args))
         pretrain(settings, parts[0], *parts[2:])
 
 

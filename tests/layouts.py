@@ -72,6 +72,18 @@ def whole_gradients(chunks: list, gradients: list[dict]) -> dict:
     return whole
 
 
+def build_chunks(pattern, settings: dict) -> list:
+    """This rank's chunks of a GPT, or of a HybridModel of a pattern in as many segments as the layout has stages."""
+    if pattern is None:
+        import megatron_models
+
+        return megatron_models.build_chunks(**{"num_layers": 4, **settings})
+    import hybrid_models
+
+    ranks, chunks = (settings.get(f"{kind}_model_parallel_size") or 1 for kind in ("pipeline", "virtual_pipeline"))
+    return hybrid_models.build_chunks(hybrid_models.of_stages(pattern, ranks * chunks), **settings)
+
+
 def run(sizes: dict, case: dict) -> dict:
     import megatron_models
     from megatron.core import parallel_state
@@ -80,12 +92,12 @@ def run(sizes: dict, case: dict) -> dict:
 
     from megatron_moe_spec import SpecConfig, attach
 
-    settings = dict(sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1, num_layers=4, **sizes)
+    settings = dict(sequence_parallel=sizes.get("tensor_model_parallel_size", 1) > 1, **sizes)
     settings.update(case["model"])
     settings.update(graph_settings(case.get("graphs", [])))
     if case["bf16"]:
         settings.update(bf16=True, params_dtype=torch.bfloat16)
-    chunks = megatron_models.build_chunks(**settings)
+    chunks = build_chunks(case.get("pattern"), settings)
     for chunk in chunks:
         draw_weights(chunk)
     if case["pads_rows"]:

@@ -26,8 +26,13 @@ def build_model(seed: int = 0, **settings) -> GPTModel:
     return _build_gpt(transformer_config(**settings), seed)
 
 
-def build_chunks(**settings) -> list[GPTModel]:
-    """The same as this rank's chunks of a pipeline of one or more stages, without and with virtual stages."""
+def build_chunks(build=None, **settings) -> list:
+    """The same as this rank's chunks of a pipeline of one or more stages, without and with virtual stages.
+
+    Args:
+        build: (TransformerConfig, seed, what is special to the stage) -> one chunk; by default of a GPT.
+    """
+    build = build or _build_gpt
     stages = settings.get("pipeline_model_parallel_size", 1)
     chunks = settings.get("virtual_pipeline_model_parallel_size")
     # On gloo, messages of interleaved schedules are told apart only without batching.
@@ -36,7 +41,7 @@ def build_chunks(**settings) -> list[GPTModel]:
     config = transformer_config(pipeline_dtype=dtype, **interleaved, **settings)
     rank = parallel_state.get_pipeline_model_parallel_rank()
     return [
-        _build_gpt(
+        build(
             config,
             0,
             pre_process=rank == 0 and chunk == 0,
@@ -104,10 +109,11 @@ def _build_gpt(config: TransformerConfig, seed: int, **stage) -> GPTModel:
         share_embeddings_and_output_weights=False,
         **stage,
     )
-    return _set_weights(model, seed)
+    return set_weights(model, seed)
 
 
-def _set_weights(model, seed: int):
+def set_weights(model, seed: int):
+    """Draws a model's weights; returns the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
@@ -122,39 +128,6 @@ def _set_weights(model, seed: int):
                 bias.copy_(torch.randn(bias.shape, generator=generator))
     model.model_type = None
     return model
-
-
-def build_hybrid_model(seed: int = 0, **settings):
-    """A HybridModel of attention layers and MoE layers, without the kernels that Mamba layers need."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-
-    donor = build_model(**settings)
-    parts = get_gpt_layer_local_spec(num_experts=donor.config.num_moe_experts, normalization="RMSNorm").submodules
-    attention = TransformerLayerSubmodules(
-        input_layernorm=parts.input_layernorm,
-        self_attention=parts.self_attention,
-        self_attn_bda=parts.self_attn_bda,
-    )
-    experts = TransformerLayerSubmodules(
-        pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda
-    )
-    stack = HybridStackSubmodules(
-        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
-        moe_layer=ModuleSpec(module=TransformerLayer, submodules=experts),
-    )
-    model = HybridModel(
-        donor.config,
-        ModuleSpec(module=HybridStack, submodules=stack, params={"post_layer_norm": False}),
-        VOCABULARY,
-        SEQUENCE,
-        hybrid_layer_pattern="*E*EE",
-        position_embedding_type="rope",
-    )
-    return _set_weights(model, seed)
 
 
 def micro_batches(number: int, padding: bool = False, seed: int = 1) -> list[dict]:

@@ -24,6 +24,13 @@ needs_training_loop = pytest.mark.skipif(
     not HAS_TRAINING_LOOP,
     reason="megatron.training is not installed (it comes with megatron-core >= 0.17)",
 )
+# By its folder: looking for the module itself would import megatron.core.
+_FOLDERS = importlib.util.find_spec("megatron").submodule_search_locations if HAS_MEGATRON else []
+_CORE = next((core for folder in _FOLDERS if (core := Path(folder) / "core").exists()), Path())
+HAS_HYBRID_MODEL = (_CORE / "models" / "hybrid").exists()
+needs_hybrid_model = pytest.mark.skipif(
+    not HAS_HYBRID_MODEL, reason="this Megatron has no HybridModel (megatron-core >= 0.18 has)"
+)
 
 # Seconds that each job took: forked ones until they began, the others, which start an interpreter, until they ended.
 starts: dict[str, list[float]] = {"forks": [], "torchrun": [], "interpreters": []}

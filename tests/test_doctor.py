@@ -190,6 +190,8 @@ def test_dense_model(diagnose):
     dense = MODEL[: MODEL.index("--num-experts")] + MODEL[MODEL.index("--transformer-impl") :]
     status, report, _ = diagnose(*dense)
     assert status == 1 and "set --num-experts" in report and "would be used" not in report
+    status, report, _ = diagnose(*dense, "--moe-specialization-loss-coeff", 0)
+    assert status == 0 and "would be used" not in report
 
 
 @needs_training_loop
@@ -208,24 +210,38 @@ def test_moe_layers_of_pipeline_stages(diagnose, flags, numbers):
     status, report, rows = diagnose(*MODEL, *LOSSES, "--num-layers", 4, *flags)
     assert status == 0, report
     assert rows["MoE layers"].endswith(f"by pipeline stage {numbers}")
+    number, within = sum(numbers) - 1, sum(max(layers - 1, 0) for layers in numbers)
+    assert rows["pairs"] == f"{number} of consecutive MoE layers, {number - within} of them across pipeline stages"
 
 
 @needs_training_loop
 @pytest.mark.parametrize(
-    "pattern, ranks, number",
-    [("*E*E", 1, "2 of 4"), ("*E|*E*E", 2, "3 of 6"), ("*E*E*E*E", 2, "4 of 8"), ("*E*-", 1, "1 of 4")],
+    "pattern, ranks, layers, stages, pairs",
+    [
+        ("*E*E", 1, "2 of 4", None, "1 of consecutive MoE layers"),
+        ("*E*-", 1, "1 of 4", None, None),
+        ("*E|*E*E", 2, "3 of 6", [1, 2], "2 of consecutive MoE layers, 1 of them across pipeline stages"),
+        ("*E*E*E*E", 2, "4 of 8", [2, 2], "3 of consecutive MoE layers, 1 of them across pipeline stages"),
+        ("*E|M-|*EE|E", 2, "4 of 8", [1, 0, 2, 1], "3 of consecutive MoE layers, 2 of them across pipeline stages"),
+        ("*EE/*E/*E", 1, "2 of 3", None, "1 of consecutive MoE layers"),  # MTP layers take no part
+    ],
 )
-def test_moe_layers_of_a_hybrid_model(diagnose, pattern, ranks, number):
+def test_moe_layers_of_a_hybrid_model(diagnose, pattern, ranks, layers, stages, pairs):
     flags = MODEL[2:] if MODEL[0] == "--num-layers" else MODEL
-    status, report, rows = diagnose(
-        *flags, "--hybrid-layer-pattern", pattern, "--pipeline-model-parallel-size", ranks, *LOSSES[:2]
-    )
+    losses = LOSSES if pairs else LOSSES[:2]
+    pipeline = ["--pipeline-model-parallel-size", ranks]
+    status, report, rows = diagnose(*flags, "--hybrid-layer-pattern", pattern, *pipeline, *losses)
     if "unrecognized arguments: --hybrid-layer-pattern" in report:
         pytest.skip("this Megatron describes hybrid models by other flags")
     assert status == 0, report
-    assert rows["MoE layers"].startswith(f"{number}, ")
-    if pattern == "*E|*E*E":
-        assert rows["MoE layers"].endswith("by pipeline stage [1, 2]")
+    assert rows["MoE layers"].startswith(f"{layers}, ")
+    assert stages is None or rows["MoE layers"].endswith(f"by pipeline stage {stages}")
+    assert rows.get("pairs") == pairs
+    if ranks > 1:
+        status, report, rows = diagnose(
+            *flags, "--hybrid-layer-pattern", pattern, *pipeline, *losses, "--moe-coupling-across-stages", "drop"
+        )
+        assert rows["pairs"] == f"{pairs} (dropped)"
 
 
 @needs_training_loop

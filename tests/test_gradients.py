@@ -1,12 +1,13 @@
 """The hooks' gradients and logged values equal autograd's through the pure losses, in every supported mode."""
 
-import importlib.util
 import inspect
+from functools import partial
 
 import pytest
 import torch
 from loss_names import BOTH, LOSS_NAMES, PEERS
 from other_losses import losses_of_ones_own
+from processes import needs_hybrid_model
 
 FULL = dict(recompute_granularity="full", recompute_num_layers=1)
 SELECTIVE = dict(recompute_granularity="selective")
@@ -122,7 +123,7 @@ def _compare(
     data: dict,
     kind: str = "mass",
     names=BOTH,
-    build="build_model",
+    build=None,
     coefficients=None,
     extra_losses=(),
     options=None,
@@ -136,13 +137,14 @@ def _compare(
 
     from megatron_moe_spec import SpecConfig, attach
 
+    build = build or megatron_models.build_model
     batches = megatron_models.micro_batches(3, **data)
     plain = {k: v for k, v in (reference or settings).items() if k not in RECOMPUTE_FIELDS}
     weights = coefficients or dict.fromkeys(names, 1.0)
     fields = {"kernels": "torch", **(options or {}), **{f"{name}_coeff": weight for name, weight in weights.items()}}
     config = SpecConfig(coupling_type=kind, extra_losses=extra_losses, **fields)
-    expected, expected_values = reference_step(getattr(megatron_models, build)(**plain), batches, config)
-    model = getattr(megatron_models, build)(**settings)
+    expected, expected_values = reference_step(build(**plain), batches, config)
+    model = build(**settings)
     handle = attach(model, config)
     found = megatron_models.train_step(model, batches, **step)
     values = handle.end_step()
@@ -226,9 +228,10 @@ def test_gradient_scaler_is_read_in_backward(megatron):
     _compare({}, {}, names=LOSS_NAMES, scale=1024.0)
 
 
+@needs_hybrid_model
 @pytest.mark.parametrize("kind", ["mass", "pathway"])
 @pytest.mark.parametrize("settings", [{}, dict(recompute_method="uniform", **FULL)])
 def test_hybrid_model(megatron, kind, settings):
-    if importlib.util.find_spec("megatron.core.models.hybrid") is None:
-        pytest.skip("this Megatron has no HybridModel")
-    _compare(settings, {}, kind, build="build_hybrid_model")
+    import hybrid_models
+
+    _compare(settings, {}, kind, build=partial(hybrid_models.build_model, "*EME-E"))

@@ -9,7 +9,7 @@ import torch
 from forks import ranks
 from loss_names import BOTH, PEERS, PEERS_WITHOUT_OUTPUTS, coefficients
 from other_losses import losses_of_ones_own
-from processes import HAS_MEGATRON, needs_megatron
+from processes import HAS_HYBRID_MODEL, HAS_MEGATRON, needs_megatron
 
 from megatron_moe_spec import SpecConfig
 
@@ -76,7 +76,8 @@ ONE_OF_EACH = ("one process", "DP2", "EP2", "TP2+SP, ETP2", "CP2", "PP2+VPP2", "
 FLEX_LAYOUTS = ("EP2", "EP4", "TP2+SP, ETP1, EP2", "CP2+EP2", "PP2+EP2", "PP2+VPP2, TP2+SP, ETP1, EP2")
 # name -> what the model and its data are like; compared with one process, of the model "like" where one is named.
 # "without": another model that, trained without losses, shows Megatron's own error of this one as well.
-# "layouts": where to run it, if not everywhere. "traced": its routing is compared, too.
+# "layouts": where to run it, if not everywhere. "traced": its routing is compared, too. "pattern": of a HybridModel, in
+# the most segments; a layout with fewer stages joins them.
 MODELS = {
     "plain": dict(traced=True),
     "allgather dispatcher": dict(model=dict(moe_token_dispatcher_type="allgather")),
@@ -196,6 +197,21 @@ MODELS = {
         layouts=LOCAL_LAYOUTS,
     ),
 }
+HYBRID_LAYOUTS = ("one process", "EP2", "TP2+SP, ETP2", "PP2", "PP2+VPP2")
+HYBRID_MODELS = {
+    # With PP2+VPP2, a segment has no experts, and in the other pattern no layers.
+    "hybrid": dict(pattern="*E|M-|*E*|E", traced=True),
+    "hybrid, moe recompute": dict(pattern="*E|M-|*E*|E", model=MOE_RECOMPUTE, like="hybrid"),
+    "hybrid, MTP, pathway": dict(pattern="ME*||E*|E/*E", coupling_type="pathway", traced=True),
+    "hybrid, MTP, pathway, full recompute": dict(
+        pattern="ME*||E*|E/*E", coupling_type="pathway", model=FULL_RECOMPUTE, like="hybrid, MTP, pathway"
+    ),
+}
+if HAS_MEGATRON and version("megatron-core").startswith("0.18."):
+    # There MTP layers give their checkpoint a padding mask, which it does not take.
+    del HYBRID_MODELS["hybrid, MTP, pathway, full recompute"]
+if HAS_HYBRID_MODEL:
+    MODELS.update({name: dict(layouts=HYBRID_LAYOUTS, **properties) for name, properties in HYBRID_MODELS.items()})
 
 
 def _case(properties: dict, coefficient: float) -> dict:
@@ -208,6 +224,7 @@ def _case(properties: dict, coefficient: float) -> dict:
         metrics_interval=1,
     )
     return dict(
+        pattern=properties.get("pattern"),
         model=properties.get("model", {}),
         padding=properties.get("padding", False),
         one_sequence=properties.get("one_sequence", False),

@@ -29,8 +29,8 @@ MEASURE = ["--moe-spec-metrics-interval", "2"]
 TRACE = ["--moe-spec-trace-interval", "2", "--moe-spec-trace-path"]
 
 
-def launch(*flags, processes=1) -> str:
-    launcher = ["-m", "megatron_moe_spec.launch", "--cpu", ROOT / "examples" / "pretrain_gpt.py"]
+def launch(*flags, processes=1, script="pretrain_gpt.py") -> str:
+    launcher = ["-m", "megatron_moe_spec.launch", "--cpu", ROOT / "examples" / script]
     return ranks(processes, *launcher, *MODEL, *flags)
 
 

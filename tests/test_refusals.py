@@ -98,6 +98,7 @@ def test_parser_refuses_an_unknown_coupling_type(capsys):
         (dict(moe_router_topk=1, moe_router_pre_softmax=True), SPECIALIZATION, "--moe-router-topk"),
         (dict(num_layers=1), COUPLING, "--moe-coupling-loss-coeff"),
         (dict(moe_layer_freq=[0, 0, 1]), COUPLING, "--moe-coupling-loss-coeff"),
+        (dict(moe_layer_freq=[0, 0, 0]), SPECIALIZATION, "--moe-layer-freq selects none .set --moe-layer-freq to 1"),
         (dict(moe_router_dtype="fp64"), SpecConfig(coupling_loss_coeff=1.0, kernels="triton"), "--moe-router-dtype"),
         (dict(moe_router_topk=1, moe_router_pre_softmax=True), ORTHOGONALITY, "--moe-router-topk"),
         (dict(gated_linear_unit=False), ERC, "--swiglu"),

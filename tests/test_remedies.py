@@ -16,6 +16,8 @@ OVERLAP = ["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"]
 SINGLES = ["--num-layers", 2, "--pipeline-model-parallel-size", 2]
 FUSED = ["--use-transformer-engine-op-fuser"]
 TOP_1 = ["--moe-router-topk", 1, "--moe-router-pre-softmax"]
+PATTERN = ["--hybrid-layer-pattern", "*-*-/*E"]
+DENSE = ["no --num-experts", "no --expert-model-parallel-size", "no --moe-grouped-gemm", "no --moe-ffn-hidden-size"]
 OFF = {"--moe-spec-metrics-interval": 0}
 WITHOUT_OVERLAP = {flag: None for flag in OVERLAP}
 
@@ -99,10 +101,11 @@ CASES = [
         COUPLING + [*GRAPHS, "--cuda-graph-scope", "moe_router", "--moe-input-jitter-eps", 0.1],
         {"--cuda-graph-scope": "attn"},
     ),
-    (
-        ["no --num-experts", "no --expert-model-parallel-size", "no --moe-grouped-gemm", "no --moe-ffn-hidden-size"],
-        {"--num-experts": 8},
-    ),
+    (DENSE, {"--num-experts": 8}),
+    ([*SPECIALIZATION, "--moe-layer-freq", "[0,0,0,0]"], {"--moe-layer-freq": "[0,1,0,1]"}),
+    (SPECIALIZATION + PATTERN, {"--hybrid-layer-pattern": "*E*-/*E"}),
+    (["--hybrid-override-pattern", "*-*-"], {"--hybrid-override-pattern": "*E*E"}),
+    (SPECIALIZATION + PATTERN + DENSE, {"--hybrid-layer-pattern": "*E*-", "--num-experts": 8}),
 ]
 
 

@@ -8,7 +8,8 @@ import torch
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import column_group, process_groups
-from megatron_moe_spec.integration.compat.models import router_of, shards_weights
+from megatron_moe_spec.integration.compat.models import layer_pattern, router_of, shards_weights, stage_module
+from megatron_moe_spec.integration.compat.remedies import with_moe_layers
 from megatron_moe_spec.integration.compat.settings import (
     global_arguments,
     graphs_inference_alone,
@@ -48,6 +49,7 @@ def check_supported(chunks: list, transformer_config, moe_layers: list, stages: 
         kernels=spec.kernels,
         tensor_size=process_groups(chunks[0]).tp.size() if moe_layers else 1,
         expert_tensor_size=max(sizes, default=1),
+        layer_pattern=layer_pattern(stage_module(chunks[0])),
         shards_weights=any(map(shards_weights, chunks)),
         graphs_inference_alone=graphs_inference_alone(global_arguments()),
     )
@@ -80,6 +82,7 @@ def facts_of_flags(args, transformer_config, stages: Stages, spec: SpecConfig) -
         kernels=spec.kernels,
         tensor_size=tensor_size,
         expert_tensor_size=transformer_config.expert_tensor_parallel_size or tensor_size,
+        layer_pattern=layer_pattern(args),
         shards_weights=will_shard_weights(args),
         graphs_inference_alone=graphs_inference_alone(args),
     )
@@ -113,7 +116,10 @@ def _kernels_problem(spec: SpecConfig, device: Optional[torch.device]) -> Iterat
 def _problems(facts: ModelFacts, spec: SpecConfig) -> Iterator[str]:
     transformer_config = facts.transformer_config
     if not any(facts.stages.num_layers):
-        yield "the model has no MoE layer (set --num-experts, or leave the losses' coefficients at 0)"
+        if spec.enabled:
+            cause, remedy = with_moe_layers(facts.layer_pattern, transformer_config)
+            text = "the model has no MoE layer" + (f": {cause}" if cause else "")
+            yield f"{text} ({remedy}, or leave the losses' coefficients at 0)"
         return
     if getattr(transformer_config, "transformer_impl", None) == "inference_optimized":
         yield "inference layers are not for training (set --transformer-impl transformer_engine)"

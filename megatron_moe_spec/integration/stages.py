@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import pipeline_group
-from megatron_moe_spec.integration.compat.models import layer_number
+from megatron_moe_spec.integration.compat.models import layer_number, layer_pattern, stage_module
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,11 @@ class Stages:
             return
         expected = transformer_config.virtual_pipeline_model_parallel_size or 1
         if len(chunks) != expected:
+            flag, _ = layer_pattern(stage_module(chunks[0]))
+            by_number = "--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank"
             raise ValueError(
                 f"attach() takes all model chunks of a rank at once, as get_model returns them: got {len(chunks)} of "
-                f"{expected} (--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank)"
+                f"{expected} ({f'the | in {flag}' if flag else by_number})"
             )
 
     @classmethod

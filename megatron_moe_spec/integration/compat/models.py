@@ -180,6 +180,24 @@ def called_module(chunk: nn.Module) -> nn.Module:
     return stage
 
 
+def layer_pattern(owner) -> tuple[str, str]:
+    """(flag, value) of the layer pattern that a model is built of; two empty strings where it is built without one.
+
+    Args:
+        owner: the model inside the wrappers of a chunk, or the arguments of Megatron's training program.
+    """
+    # Newer releases still take the older flag, and not both.
+    for name in ("hybrid_override_pattern", "hybrid_layer_pattern"):
+        if pattern := getattr(owner, name, None):
+            return f"--{name.replace('_', '-')}", pattern
+    return "", ""
+
+
+def main_part(pattern: str) -> str:
+    """The decoder's layers in a layer pattern; those of MTP follow it."""
+    return pattern.split("/")[0]
+
+
 def shards_weights(chunk: nn.Module) -> bool:
     """Whether each rank holds a shard of each weight (FSDP), and whole weights come and go."""
     names = ("FullyShardedDataParallel", "TorchFullyShardedDataParallel", "FSDPModule")

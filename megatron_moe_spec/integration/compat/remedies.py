@@ -1,5 +1,25 @@
 """Remedies for what a loss cannot do with: all the flags to change, as Megatron refuses some of them without others."""
 
+from megatron_moe_spec.integration.compat.models import main_part
+
+
+def with_moe_layers(layer_pattern: tuple[str, str], transformer_config) -> tuple[str, str]:
+    """(cause, remedy) of a model without MoE layers; the cause is empty where the remedy is all there is to name.
+
+    Args:
+        layer_pattern: flag and value, see ``compat.models.layer_pattern``.
+    """
+    has_experts = bool(getattr(transformer_config, "num_moe_experts", None))
+    cause, remedies = "", [] if has_experts else ["set --num-experts"]
+    (flag, pattern), frequency = layer_pattern, getattr(transformer_config, "moe_layer_freq", 1)
+    if flag and "E" not in main_part(pattern):
+        cause = f"{flag} has no MoE layer (E) in its main part, before the first /"
+        remedies.append("add an E there")
+    elif not flag and not isinstance(frequency, int) and not any(frequency):
+        cause = "--moe-layer-freq selects none"
+        remedies.append("set --moe-layer-freq to 1 or to a list with a 1")
+    return cause, " and ".join(remedies or ["set --num-experts"])
+
 
 def without_overlap(transformer_config) -> str:
     needing = {

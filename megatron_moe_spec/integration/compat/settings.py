@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Union
 
 from megatron_moe_spec.integration.compat.assumed import set_connections
+from megatron_moe_spec.integration.compat.models import layer_pattern, main_part
 
 
 def graphed_modules(transformer_config) -> Union[list[str], str]:
@@ -138,12 +139,12 @@ def moe_layers_of_stages(args, transformer_config) -> list[int]:
 
     if not transformer_config.num_moe_experts:
         return [0]
-    pattern = getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
-    if pattern and "|" in pattern:
-        return [stage.count("E") for stage in pattern.split("/")[0].split("|")]
+    pattern = main_part(layer_pattern(args)[1])
+    if "|" in pattern:
+        return [stage.count("E") for stage in pattern.split("|")]
     frequency = transformer_config.moe_layer_freq
     if pattern:
-        has_experts = [layer == "E" for layer in pattern.split("/")[0]]
+        has_experts = [layer == "E" for layer in pattern]
     elif isinstance(frequency, int):
         has_experts = [layer % frequency == 0 for layer in range(transformer_config.num_layers)]
     else:

@@ -85,6 +85,7 @@ class ModelFacts:
         stages: the MoE layers of all pipeline stages.
         kernels: ``SpecConfig.kernels``.
         tensor_size, expert_tensor_size: numbers of tensor-parallel and of expert-tensor-parallel ranks.
+        layer_pattern: flag and value of the pattern that it is built of, see ``compat.models.layer_pattern``.
         shards_weights: whether FSDP leaves a rank shards of the weights.
         graphs_inference_alone: whether its CUDA graphs are switched off in training.
     """
@@ -95,6 +96,7 @@ class ModelFacts:
     kernels: str
     tensor_size: int
     expert_tensor_size: int
+    layer_pattern: tuple[str, str] = ("", "")
     shards_weights: bool = False
     graphs_inference_alone: bool = False
 

@@ -49,15 +49,22 @@ class PairsTap(Tap[Coupling]):
 
     @classmethod
     def notices(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[str]:
-        stages = model.stages
-        number = sum(stages.num_layers) - 1
-        dropped = number - sum(max(length - 1, 0) for length in stages.num_layers)
-        if stages.several_ranks and dropped and not any(loss.carries_messages for loss in losses):
+        number, across = _pairs(model.stages)
+        if model.stages.several_ranks and across and not any(loss.carries_messages for loss in losses):
             reasons = [why for why, _ in _no_messages(model.transformer_config)]
             yield (
-                f"pairs of MoE layers in different pipeline stages ({dropped} of {number}) are neither trained on nor "
+                f"pairs of MoE layers in different pipeline stages ({across} of {number}) are neither trained on nor "
                 f"measured{': ' if reasons else ''}{'; '.join(reasons)}"
             )
+
+    @classmethod
+    def describe(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[tuple[str, str]]:
+        number, across = _pairs(model.stages)
+        text = f"{number} of consecutive MoE layers"
+        if across:
+            text += f", {across} of them across pipeline stages"
+            text += "" if any(loss.carries_messages for loss in losses) else " (dropped)"
+        yield cls.title, text
 
     def records(self) -> set[tuple[str, int]]:
         from_before = self._loss.carries_messages and self.layer.global_index > 0
@@ -144,6 +151,12 @@ def resolve_across_stages(spec: SpecConfig, stages: Stages, transformer_config) 
     drops = stages.several_ranks and any(_no_messages(transformer_config))
     across_stages = "drop" if drops else "exact"
     return replace(spec, coupling_across_stages=across_stages)  # type: ignore[call-arg]
+
+
+def _pairs(stages: Stages) -> tuple[int, int]:
+    """Numbers of pairs of consecutive MoE layers: all of them, and those in different (virtual) pipeline stages."""
+    number = max(sum(stages.num_layers) - 1, 0)
+    return number, number - sum(max(length - 1, 0) for length in stages.num_layers)
 
 
 def _layer_problems(loss: Coupling, model: ModelFacts) -> Iterator[str]:

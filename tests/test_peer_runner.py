@@ -147,14 +147,14 @@ def test_nothing_is_concluded_from_a_test_over_the_time_limit_without_the_losses
     assert not result.problems and result.counts["attached"] == 0
     outcomes = ("over the time limit", "over the time limit" if in_both else "passed")
     assert result.outcomes == {("passed", "passed"): 1, ("skipped", "skipped"): 1, outcomes: 1}
-    assert result.over_time == ["without and with the losses: moe" if in_both else "without the losses: moe"]
+    assert result.killed == [f"over the time limit {'without and with' if in_both else 'without'} the losses: moe"]
 
 
 def test_a_skipped_test_over_the_time_limit_with_the_losses_is_a_problem(peer, runs):
     without, attached = runs
     _exceed_time(attached["fp8"])
     result = peer("records").compare(without, attached, min_attached=1)
-    assert result.over_time == ["with the losses: fp8"]
+    assert result.killed == ["over the time limit with the losses: fp8"]
     assert [p.strip() for p in result.problems] == ["fp8: skipped without the losses, over the time limit with them"]
 
 
@@ -258,14 +258,14 @@ def main(peer, tmp_path, monkeypatch, capsys):
 def test_a_test_over_the_time_limit_is_named_and_the_run_continues(main):
     status, output, row = main("first", "hang-hang", "last")
     assert status == 0
-    assert "over the time limit, without and with the losses: hang-hang\n" in output
+    assert "over the time limit without and with the losses: hang-hang\n" in output
     assert row[1:5] == ["3", "2", "2", "2"]
 
 
 def test_a_test_over_the_time_limit_with_the_losses_fails(main):
     status, output, row = main("pass-hang", "last")
     assert status == 1
-    assert "over the time limit, with the losses: pass-hang\n" in output
+    assert "over the time limit with the losses: pass-hang\n" in output
     assert "FAILED pass-hang: passes without the losses, over the time limit with them\n" in output
     assert row[1:5] == ["2", "2", "1", "1"]
 
@@ -273,7 +273,7 @@ def test_a_test_over_the_time_limit_with_the_losses_fails(main):
 def test_a_test_over_the_time_limit_without_the_losses_does_not_fail(main):
     status, output, row = main("hang-pass", "last")
     assert status == 0
-    assert "over the time limit, without the losses: hang-pass\n" in output
+    assert "over the time limit without the losses: hang-pass\n" in output
     assert row[1:5] == ["2", "1", "2", "1"]
 
 
@@ -281,7 +281,7 @@ def test_a_killed_process_is_survived(main):
     """As by the system when the memory is used up."""
     status, output, row = main("first", "die-die", "last")
     assert status == 0
-    assert "1 tests: crashed without the losses, crashed with them\n" in output
+    assert "crashed without and with the losses: die-die\n" in output
     assert row[1:5] == ["3", "2", "2", "2"]
 
 
@@ -318,7 +318,11 @@ def test_the_table_is_printed_after_an_interruption(main, name):
 UPSTREAM_TESTS = """
 import ctypes, torch
 def test_hangs(): ctypes.PyDLL(None).sleep(600)
-def test_passes(): torch.nn.Linear(1, 1)(torch.ones(1)).backward()
+def test_passes():
+    layer, x = torch.nn.Linear(1, 1), torch.ones(1, requires_grad=True)
+    inner, outer = layer(x), layer(x)
+    outer.register_hook(lambda gradient: torch.autograd.backward(inner))
+    outer.backward()
 """
 
 
@@ -344,13 +348,16 @@ def test_torchrun_is_ended_and_started_again(peer, tmp_path):
         file.write_text(text)
     (tmp_path / "test_upstream.py").write_text(UPSTREAM_TESTS)
     runner, records = peer("run"), peer("records")
-    options = runner.parse([str(tmp_path), "--tests", "test_upstream.py", "--seconds-per-test", "3"])
+    options = runner.parse([str(tmp_path), "--tests", "test_upstream.py", "--seconds-per-test", "10"])
     folder = tmp_path / "records"
     runner.run(options, 2, folder)
     tests = {name.partition("::")[2]: test for name, test in records.read(folder).items()}
     outcomes = {name: records.outcome(test) for name, test in tests.items()}
     assert outcomes == {"test_hangs": "over the time limit", "test_passes": "passed"}
-    assert [len(record["forwards"]) for record in tests["test_passes"]] == [1, 1]
+    for record in tests["test_passes"]:
+        assert [name for name, _ in record["forwards"]] == ["Linear"] * 2
+        # Once for each backward pass, the inner and the outer.
+        assert [name for name, _ in record["gradients"]] == ["Linear", "inputs"] * 2
     assert (folder / "ended").exists()
 
 

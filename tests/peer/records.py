@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # The outcome of a test is the worst of its ranks'.
-OVER_TIME = "over the time limit"
-OUTCOMES = ("passed", "skipped", "failed", "crashed", OVER_TIME)
+CRASHED, OVER_TIME = "crashed", "over the time limit"
+OUTCOMES = ("passed", "skipped", "failed", CRASHED, OVER_TIME)
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Comparison:
         losses: number of tests by loss that was computed.
         refusals: number of models by what attach() said of a loss.
         reasons: number of tests by why they do not pass without the losses.
-        over_time: the tests that exceed the time limit and in which run, one line each.
+        killed: the tests that crashed or exceeded the time limit, and in which run, one line each.
         problems: what makes the comparison fail, one line each.
     """
 
@@ -30,7 +30,7 @@ class Comparison:
     losses: Counter = field(default_factory=Counter)
     refusals: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
-    over_time: list = field(default_factory=list)
+    killed: list = field(default_factory=list)
     problems: list = field(default_factory=list)
 
 
@@ -41,7 +41,7 @@ def read(folder: Path) -> dict[str, list[dict]]:
     for rank in ranks:
         for record in filter(None, map(_parse, (folder / f"{rank}.jsonl").read_text().splitlines())):
             tests.setdefault(record["test"], {})[rank] = record
-    crashed = {"outcome": "crashed", "text": "", "forwards": [], "gradients": [], "random": None}
+    crashed = {"outcome": CRASHED, "text": "", "forwards": [], "gradients": [], "random": None}
     crashed |= {"losses": {}, "refusals": [], "errors": []}
     return {
         name: [{**crashed, **records.get(rank, {"test": name})} for rank in ranks] for name, records in tests.items()
@@ -92,10 +92,11 @@ def compare(without: dict, attached: dict, min_attached: int, gradients: bool = 
         result.outcomes[before, after] += 1
         counts["passed without"] += before == "passed"
         counts["passed with"] += after == "passed"
-        if OVER_TIME in (before, after):
-            runs = [run for run, ended in (("without", before), ("with", after)) if ended == OVER_TIME]
-            result.over_time.append(f"{' and '.join(runs)} the losses: {name}")
-        if before not in ("passed", OVER_TIME):
+        for kind in (CRASHED, OVER_TIME):
+            runs = [run for run, ended in (("without", before), ("with", after)) if ended == kind]
+            if runs:
+                result.killed.append(f"{kind} {' and '.join(runs)} the losses: {name}")
+        if before not in ("passed", CRASHED, OVER_TIME):
             result.reasons[f"{before}: {_reason(without.get(name, []))}"] += 1
         if after != "passed" and before == "passed" or after == OVER_TIME != before:
             text = next((r["text"] for r in attached.get(name, []) if r["text"]), "")

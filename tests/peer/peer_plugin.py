@@ -10,11 +10,14 @@ as hashes of all bits:
 With ``--peer-coefficient``, every module with MoE layers gets all losses that it takes when it is first called.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import math
 import os
 import random
+import signal
 import sys
 import types
 import weakref
@@ -39,6 +42,8 @@ download.download_and_extract_asset = lambda assets_dir=None: False
 sys.modules[download.__name__] = download
 
 RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+# Of prctl(2): the signal that a process gets when its parent dies.
+PR_SET_PDEATHSIG = 1
 # The losses in the order in which they are tried; the diagnostics are measured with the first.
 PARTS = tuple(loss.name for loss in LOSSES)
 
@@ -52,6 +57,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     from megatron.core import parallel_state
 
+    _die_first()
     groups.forget_with_model_parallelism(parallel_state)
     config.pluginmanager.register(Recorder(config.option), "peer-recorder")
 
@@ -83,8 +89,9 @@ class Recorder:
             record = {"test": report.nodeid, "outcome": "failed", "text": report.longreprtext}
             self._file.write(json.dumps(record) + "\n")
 
-    def pytest_sessionfinish(self):
-        if RANK == 0:
+    def pytest_sessionfinish(self, exitstatus):
+        complete = (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.NO_TESTS_COLLECTED)
+        if RANK == 0 and exitstatus in complete:
             open(self._ended, "w").close()
 
     @pytest.hookimpl(hookwrapper=True)
@@ -214,6 +221,14 @@ class Ranks:
             return len({self._store.get(f"{self._number}/{rank}") for rank in range(PROCESSES)}) == 1
         except RuntimeError:  # a rank has gone, or hangs
             os._exit(1)
+
+
+def _die_first() -> None:
+    """Makes Linux kill this process when torchrun has ended, and before any other when the memory is used up."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        with open("/proc/self/oom_score_adj", "w") as score:
+            score.write("1000")
 
 
 def _random_hash() -> str:

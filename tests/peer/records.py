@@ -1,12 +1,14 @@
 """Records of two runs of Megatron's tests, without and with the losses, and their differences."""
 
 import json
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 # The outcome of a test is the worst of its ranks'.
-OUTCOMES = ("passed", "skipped", "failed", "crashed")
+CRASHED, OVER_TIME = "crashed", "over the time limit"
+OUTCOMES = ("passed", "skipped", "failed", CRASHED, OVER_TIME)
 
 
 @dataclass
@@ -19,6 +21,7 @@ class Comparison:
         losses: number of tests by loss that was computed.
         refusals: number of models by what attach() said of a loss.
         reasons: number of tests by why they do not pass without the losses.
+        killed: the tests that crashed or exceeded the time limit, and in which run, one line each.
         problems: what makes the comparison fail, one line each.
     """
 
@@ -27,6 +30,7 @@ class Comparison:
     losses: Counter = field(default_factory=Counter)
     refusals: Counter = field(default_factory=Counter)
     reasons: Counter = field(default_factory=Counter)
+    killed: list = field(default_factory=list)
     problems: list = field(default_factory=list)
 
 
@@ -35,14 +39,42 @@ def read(folder: Path) -> dict[str, list[dict]]:
     tests: dict[str, dict[int, dict]] = {}
     ranks = sorted(int(file.stem) for file in folder.glob("*.jsonl"))
     for rank in ranks:
-        for line in (folder / f"{rank}.jsonl").read_text().splitlines():
-            record = json.loads(line)
+        for record in filter(None, map(_parse, (folder / f"{rank}.jsonl").read_text().splitlines())):
             tests.setdefault(record["test"], {})[rank] = record
-    crashed = {"outcome": "crashed", "text": "", "forwards": [], "gradients": [], "random": None}
+    crashed = {"outcome": CRASHED, "text": "", "forwards": [], "gradients": [], "random": None}
     crashed |= {"losses": {}, "refusals": [], "errors": []}
     return {
         name: [{**crashed, **records.get(rank, {"test": name})} for rank in ranks] for name, records in tests.items()
     }
+
+
+def _parse(line: str) -> dict | None:
+    """The record of a line; None for a line that is empty or was cut off when the rank was killed."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def running(folder: Path, seconds: float = 0) -> dict[int, str]:
+    """The test that each rank is in, for ranks that have been in it for at least so many seconds."""
+    tests = {}
+    for file in folder.glob("*.jsonl"):
+        if time.time() - file.stat().st_mtime >= seconds:
+            record = _parse("".join(file.read_text().splitlines()[-1:]))
+            if record and "outcome" not in record:
+                tests[int(file.stem)] = record["test"]
+    return tests
+
+
+def end(folder: Path, over_time: dict[int, str]) -> None:
+    """Completes the records of ranks that have ended, of which some were killed in the test given."""
+    for file in folder.glob("*.jsonl"):
+        test = over_time.get(int(file.stem))
+        record = "" if test is None else json.dumps({"test": test, "outcome": OVER_TIME})
+        with open(file, "a") as records:
+            # The line break completes a line that was cut off. The empty line means that no test is running.
+            records.write(f"\n{record}\n\n")
 
 
 def compare(without: dict, attached: dict, min_attached: int, gradients: bool = True) -> Comparison:
@@ -60,12 +92,17 @@ def compare(without: dict, attached: dict, min_attached: int, gradients: bool = 
         result.outcomes[before, after] += 1
         counts["passed without"] += before == "passed"
         counts["passed with"] += after == "passed"
-        if before != "passed":
+        for kind in (CRASHED, OVER_TIME):
+            runs = [run for run, ended in (("without", before), ("with", after)) if ended == kind]
+            if runs:
+                result.killed.append(f"{kind} {' and '.join(runs)} the losses: {name}")
+        if before not in ("passed", CRASHED, OVER_TIME):
             result.reasons[f"{before}: {_reason(without.get(name, []))}"] += 1
-            continue
-        if after != "passed":
+        if after != "passed" and before == "passed" or after == OVER_TIME != before:
             text = next((r["text"] for r in attached.get(name, []) if r["text"]), "")
-            result.problems.append(f"{name}: passes without the losses, {after} with them\n{text}")
+            expected = "passes" if before == "passed" else before
+            result.problems.append(f"{name}: {expected} without the losses, {after} with them\n{text}")
+        if before != "passed" or after != "passed":
             continue
         losses = {loss for record in attached[name] for loss in record["losses"]}
         result.losses.update(losses)

@@ -87,7 +87,7 @@ test-primary:
 	$(call PYTEST,.venv/bin/python) $(call junit,primary) $(PYTEST_ARGS)
 
 # Of the other tests, those that build models of many kinds.
-TE_TESTS = tests/te $(addsuffix .py,$(addprefix tests/test_,gradients hooks row_check graphs lost_losses programs other_programs))
+TE_TESTS = tests/te $(addsuffix .py,$(addprefix tests/test_,gradients hooks hybrid row_check graphs lost_losses programs other_programs))
 test-te:
 	@.ci/venv $(PRIMARY)
 	@.ci/transformer-engine $(ENGINE)

@@ -1,9 +1,11 @@
-"""Small HybridModels of a layer pattern in plain torch, without Transformer Engine and mamba-ssm.
+"""Small HybridModels of a layer pattern, without mamba-ssm: of Megatron's own specification where Transformer Engine is
+there, else in plain torch.
 
 ``--spec hybrid_models stack_spec`` gives Megatron's training program the same layers. Import only after the CPU backend
 is enabled, and where Megatron has HybridModel (``processes.needs_hybrid_model``).
 """
 
+from dataclasses import replace
 from functools import partial
 
 import megatron_models
@@ -12,6 +14,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid import hybrid_block
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mlp_layer import MLPLayer
@@ -30,8 +33,10 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
+from processes import HAS_TRANSFORMER_ENGINE
 
-hybrid_block.TENorm = WrappedTorchNorm  # of the final norm, which HybridStack takes from no spec
+if not HAS_TRANSFORMER_ENGINE:
+    hybrid_block.TENorm = WrappedTorchNorm  # of the final norm, which HybridStack takes from no spec
 
 
 def build_model(pattern: str, seed: int = 0, **settings) -> HybridModel:
@@ -148,4 +153,9 @@ def _stack_spec() -> ModuleSpec:
     )
 
 
-stack_spec = _stack_spec()
+def _with_torch_mixer(spec: ModuleSpec) -> ModuleSpec:
+    submodules = replace(spec.submodules, mamba_layer=_stack_spec().submodules.mamba_layer)
+    return replace(spec, submodules=submodules)
+
+
+stack_spec = _with_torch_mixer(hybrid_stack_spec) if HAS_TRANSFORMER_ENGINE else _stack_spec()

@@ -1,5 +1,6 @@
 """No layer loses its losses in silence: it trains with them, or is named with the cause and the remedy."""
 
+import math
 import types
 import warnings
 
@@ -231,11 +232,22 @@ def test_decisions_that_are_not_the_routers_are_said_once(mm, step, monkeypatch)
     assert len(messages) == 1 and "decoder.layers.0.mlp, most tokens" in messages[0]
 
 
+@pytest.mark.parametrize("not_a_number", [False, True], ids=["", "NaN"])
 @pytest.mark.parametrize(
-    "settings", [{}, dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)]
+    "settings",
+    [
+        {},
+        dict(moe_expert_capacity_factor=0.7),
+        dict(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+        dict(moe_expert_capacity_factor=1.2, moe_pad_expert_input_to_capacity=True),
+    ],
+    ids=["softmax", "dropped tokens", "sigmoid with bias", "filled up to capacity"],
 )
-def test_decisions_of_routers_are_not_warned_of(mm, step, settings):
-    model = mm.build_model(moe_expert_capacity_factor=0.7, **settings)
+def test_decisions_of_routers_are_not_warned_of(mm, step, settings, not_a_number):
+    model = mm.build_model(**settings)
+    if not_a_number:
+        with torch.no_grad():
+            model.decoder.layers[1].mlp.router.weight.fill_(math.nan)
     handle = _attach(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

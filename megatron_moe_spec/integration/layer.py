@@ -165,7 +165,7 @@ class LayerTaps:
         if self._is_first:
             self._is_first = False
             logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
-            self.follows_scores = follows_scores(layer.router, logits_TE, call.routing_map_TE)
+            self.follows_scores = follows_scores(layer.router, logits_TE, routing.active_TE)
         if self._recorder.measuring:
             scores_TE = token_scores(call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask)
             what = layer.global_index, scores_TE, routing.active_TE, routing.tokens.local

@@ -35,6 +35,7 @@ MODELS = {
         layouts=(EP2, ETP1, ETP2),
     ),
     "top-3 of 12, sigmoid with bias, shared expert": dict(model={**ODD, **GROUPED}, layouts=(EP2, VPP2)),
+    "HybridModel": dict(pattern="*E|M-|*E*|E", model=FUSION, layouts=(EP2, ETP1, PP2, VPP2)),
     "DeepEP": dict(model={**GROUPED, **DEEPEP}, like="grouped", layouts=(EP2,)),
     "HybridEP": dict(model={**GROUPED, **HYBRIDEP}, like="grouped", layouts=(EP2,)),
     "grouped": dict(model=GROUPED, layouts=()),

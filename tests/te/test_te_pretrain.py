@@ -19,6 +19,7 @@ MORE = [
     2,
 ]
 FP8 = ["--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--bf16", "--moe-grouped-gemm"]
+FP8 += ["--expert-model-parallel-size", 2]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def run(megatron, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("flags, processes", [([], 1), (MORE, 2), (FP8, 1)], ids=["sequential", "EP2", "fp8"])
+@pytest.mark.parametrize("flags, processes", [([], 1), (MORE, 2), (FP8, 2)], ids=["sequential", "EP2", "EP2, fp8"])
 def test_a_run_by_the_launcher(run, flags, processes):
     keys, plain = run("plain", *flags, processes=processes)
     assert run("zero", *flags, "--moe-coupling-loss-coeff", "0", processes=processes) == (keys, plain)

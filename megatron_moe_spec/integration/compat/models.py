@@ -124,8 +124,11 @@ def router_of(moe_layer: nn.Module) -> nn.Module:
     return unwrapped(moe_layer.router)
 
 
-def follows_scores(router: nn.Module, logits_TE: Tensor, routing_map_TE: Tensor) -> Optional[Tensor]:
-    """Share of tokens whose experts are among the best by the router's own scores; None where others may be, too."""
+def follows_scores(router: nn.Module, logits_TE: Tensor, active_TE: Tensor) -> Optional[Tensor]:
+    """Share of tokens whose experts are among the best by the router's own scores; None where others may be, too.
+
+    What no number says anything of (NaN) counts as following.
+    """
     transformer_config = router.config
     others = ("moe_router_num_groups", "moe_router_topk_limited_devices")
     balancing = transformer_config.moe_router_load_balancing_type
@@ -137,7 +140,7 @@ def follows_scores(router: nn.Module, logits_TE: Tensor, routing_map_TE: Tensor)
             return None
         scores_TE = scores_TE.sigmoid() + router.expert_bias
     worst_T1 = scores_TE.topk(transformer_config.moe_router_topk, dim=1).values[:, -1:]
-    return (~routing_map_TE | (scores_TE >= worst_T1)).all(dim=1).float().mean()
+    return 1.0 - (active_TE & (scores_TE < worst_T1)).any(dim=1).float().mean()
 
 
 def layer_number(moe_layer: nn.Module) -> Optional[int]:

@@ -16,8 +16,9 @@ ROOT = TESTS.parent
 
 # Found, not imported: the CPU backend has to come before Megatron.
 HAS_MEGATRON = importlib.util.find_spec("megatron") is not None
-# Where it is, models are of Megatron's Transformer Engine spec. .ci/transformer-engine makes such an environment.
-HAS_TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+# Whether Transformer Engine runs here on CPU, as in the environment that .ci/transformer-engine makes: models then have
+# its layers. Where it is installed for a GPU, they do not.
+HAS_TRANSFORMER_ENGINE = "engine_on_cpu" in sys.modules
 needs_megatron = pytest.mark.skipif(not HAS_MEGATRON, reason="megatron-core is not installed")
 HAS_TRAINING_LOOP = HAS_MEGATRON and importlib.util.find_spec("megatron.training") is not None
 needs_training_loop = pytest.mark.skipif(

@@ -37,6 +37,8 @@ def test_usable_model(diagnose):
     assert rows["dispatcher"] == "alltoall; rows are returned from 2 expert-parallel ranks"
     assert rows["kernels"].startswith("Triton on the GPU; here eager PyTorch (Triton cannot run: they need an NVIDIA")
     assert rows["assumed"] == "a GPU of capability 9.0 (not installed here)"
+    if importlib.util.find_spec("transformer_engine") is None:
+        assert "needed by models of --transformer-impl transformer_engine" in rows["transformer-engine"]
 
 
 @needs_training_loop
@@ -155,6 +157,7 @@ def test_notices(diagnose):
         (["--moe-router-topk", 1, "--moe-router-pre-softmax"], "--moe-router-topk is 1"),
         (["--num-layers", 1], "--moe-coupling-loss-coeff to 0"),
         (["--moe-layer-freq", "[0,1]"], "--moe-coupling-loss-coeff to 0"),
+        (["--moe-layer-freq", 0], "--moe-layer-freq is 0"),
         (["--moe-specialization-loss-coeff", -1], "--moe-specialization-loss-coeff"),
         (["--expert-tensor-parallel-size", 2], "--expert-tensor-parallel-size 2 is larger"),
     ],
@@ -192,6 +195,9 @@ def test_dense_model(diagnose):
     assert status == 1 and "set --num-experts" in report and "would be used" not in report
     status, report, _ = diagnose(*dense, "--moe-specialization-loss-coeff", 0)
     assert status == 0 and "would be used" not in report
+    measured = ["--moe-spec-metrics-interval", 1, "--moe-spec-trace-path", "traces"]
+    status, report, _ = diagnose(*dense, "--moe-specialization-loss-coeff", 0, *measured)
+    assert status == 1 and "or leave out --moe-spec-metrics-interval and --moe-spec-trace-path)" in report
 
 
 @needs_training_loop

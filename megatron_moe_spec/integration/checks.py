@@ -113,13 +113,21 @@ def _kernels_problem(spec: SpecConfig, device: Optional[torch.device]) -> Iterat
         yield str(error)
 
 
+def _switched_on(spec: SpecConfig) -> str:
+    """What there is to hook for."""
+    measures = ["--moe-spec-metrics-interval"] if spec.metrics_interval else []
+    traces = ["--moe-spec-trace-path"] if spec.trace_path else []
+    losses = ["the losses' coefficients"] if spec.trained_losses else []
+    return " and ".join([*losses, *measures, *traces])
+
+
 def _problems(facts: ModelFacts, spec: SpecConfig) -> Iterator[str]:
     transformer_config = facts.transformer_config
     if not any(facts.stages.num_layers):
         if spec.enabled:
             cause, remedy = with_moe_layers(facts.layer_pattern, transformer_config)
             text = "the model has no MoE layer" + (f": {cause}" if cause else "")
-            yield f"{text} ({remedy}, or leave the losses' coefficients at 0)"
+            yield f"{text} ({remedy}, or leave out {_switched_on(spec)})"
         return
     if getattr(transformer_config, "transformer_impl", None) == "inference_optimized":
         yield "inference layers are not for training (set --transformer-impl transformer_engine)"

@@ -170,16 +170,22 @@ def test_kernels(calls, recompute):
 
 
 @pytest.mark.slow
-def test_fused_permutation(calls):
+@pytest.mark.parametrize("pads", [False, True], ids=["", "with padding for fp8"])
+def test_fused_permutation(calls, pads):
     """Transformer Engine's own Triton kernels, in the interpreter."""
+    from test_te_fp8 import F8, TOLERANCE
     from transformer_engine.pytorch.triton import permutation
 
+    settings = dict(num_layers=2, **GROUPED)
+    if pads:
+        settings |= dict(fp8_recipe="tensorwise", moe_router_padding_for_quantization=True, **F8)
     with mock.patch.object(permutation, "permute_with_mask_map", wraps=permutation.permute_with_mask_map) as kernel:
         _compare(
-            dict(moe_permute_fusion=True, num_layers=2, **GROUPED),
+            dict(moe_permute_fusion=True, **settings),
             {},
             names=[*BOTH, "orthogonality_loss"],
-            reference=dict(num_layers=2, **GROUPED),
+            reference=settings,
+            tolerance=TOLERANCE if pads else 1e-5,
         )
     assert kernel.call_count
 

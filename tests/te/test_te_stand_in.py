@@ -3,6 +3,7 @@
 import enum
 import inspect
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache, partial
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 SOURCE = Path(sys.prefix) / "source"
 BINDINGS = SOURCE / "csrc" / "extensions" / "pybind.cpp"
@@ -128,3 +130,19 @@ def test_megatron_takes_it_for_transformer_engine(mm):
     kinds = {type(module).__name__ for module in model.decoder.modules()}
     assert {"TEGroupedMLP", "TELayerNormColumnParallelLinear", "TERowParallelLinear", "TEDotProductAttention"} <= kinds
     assert not kinds & {"ColumnParallelLinear", "RowParallelLinear", "SequentialMLP", "TorchGroupedLinear"}
+
+
+def _make(*arguments) -> tuple[int, str]:
+    made = subprocess.run([ROOT / ".ci" / "transformer-engine", *arguments], capture_output=True, text=True)
+    return made.returncode, made.stdout + made.stderr
+
+
+def test_environment_is_made_once_and_of_its_own(tmp_path):
+    base = ROOT / ".venv"
+    assert _make(sys.prefix, base) == (0, "")
+    look = "import importlib.util, sys; sys.exit(importlib.util.find_spec('transformer_engine') is not None)"
+    assert subprocess.run([base / "bin" / "python", "-c", look]).returncode == 0
+    (tmp_path / "something").touch()
+    status, message = _make(tmp_path, base)
+    assert status == 1 and "is not a virtual environment" in message and (tmp_path / "something").exists()
+    assert _make(tmp_path)[0] == 2

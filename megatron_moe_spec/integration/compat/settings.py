@@ -146,6 +146,8 @@ def moe_layers_of_stages(args, transformer_config) -> list[int]:
     if pattern:
         has_experts = [layer == "E" for layer in pattern]
     elif isinstance(frequency, int):
+        if frequency < 1:
+            raise ValueError(f"--moe-layer-freq is {frequency} (set it to 1 or more, or to a list of 0 and 1)")
         has_experts = [layer % frequency == 0 for layer in range(transformer_config.num_layers)]
     else:
         has_experts = list(map(bool, frequency))

@@ -170,23 +170,16 @@ def test_kernels(calls, recompute):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pads", [False, True], ids=["", "with padding for fp8"])
-def test_fused_permutation(calls, pads):
-    """Transformer Engine's own Triton kernels, in the interpreter."""
-    from test_te_fp8 import F8, TOLERANCE
+@pytest.mark.parametrize("pads", [{}, dict(fp8="hybrid"), dict(fp8="hybrid", moe_router_padding_for_quantization=True)])
+def test_fused_permutation(calls, pads, monkeypatch):
+    """Transformer Engine's own Triton kernels, in the interpreter; with rows padded as for fp8, without quantizers."""
+    from megatron.core.transformer import transformer_block
     from transformer_engine.pytorch.triton import permutation
 
-    settings = dict(num_layers=2, **GROUPED)
-    if pads:
-        settings |= dict(fp8_recipe="tensorwise", moe_router_padding_for_quantization=True, **F8)
+    monkeypatch.setattr(transformer_block, "get_fp8_context", lambda *args, **kwargs: contextlib.nullcontext())
+    settings, names = dict(num_layers=2, moe_ffn_hidden_size=32, **GROUPED), [*BOTH, "orthogonality_loss"]
     with mock.patch.object(permutation, "permute_with_mask_map", wraps=permutation.permute_with_mask_map) as kernel:
-        _compare(
-            dict(moe_permute_fusion=True, **settings),
-            {},
-            names=[*BOTH, "orthogonality_loss"],
-            reference=settings,
-            tolerance=TOLERANCE if pads else 1e-5,
-        )
+        _compare(dict(moe_permute_fusion=True, **settings, **pads), {}, names=names, reference=settings)
     assert kernel.call_count
 
 

@@ -33,7 +33,7 @@ COLUMNS = (
 )  # fmt: skip
 FOLDER = "tests/unit_tests/transformer/moe"
 # Without any of Megatron's layers: products of large bf16 matrices, which take minutes on a CPU and, in the last file,
-# some 10 GB in each process; and kernels, which need a GPU.
+# used up 24 GB with two processes; and kernels, which need a GPU.
 LEFT_OUT = [
     f"{FOLDER}/test_routers.py::test_router_gating_linear",
     f"{FOLDER}/test_multihot_indices_converter.py",

@@ -7,7 +7,8 @@ fp8 or fp4 of every step.
 
 import pytest
 from loss_names import BOTH, LOSS_NAMES, coefficients
-from test_gradients import FULL, SELECTIVE
+from test_gradients import SELECTIVE
+from test_layouts import FULL_RECOMPUTE
 
 from megatron_moe_spec import SpecConfig, attach
 
@@ -20,7 +21,7 @@ MODELS = {
         **GROUPED, **SELECTIVE, recompute_modules=["moe_act"], bias_activation_fusion=True
     ),
     "grouped, moe recompute": dict(**GROUPED, **SELECTIVE, recompute_modules=["moe"]),
-    "sequential, full recompute": dict(recompute_method="uniform", **FULL),
+    "sequential, full recompute": FULL_RECOMPUTE,
 }
 
 

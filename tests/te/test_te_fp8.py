@@ -7,8 +7,9 @@ are a quarter apart. Logged values, which are of the forward pass, are compared 
 
 import pytest
 import torch
-from loss_names import BOTH, LOSS_NAMES
-from test_gradients import FULL, SELECTIVE, _compare
+from loss_names import BOTH, LOSS_NAMES, coefficients
+from test_gradients import SELECTIVE, _compare
+from test_layouts import FULL_RECOMPUTE
 
 # Rows are padded to multiples of 16, as on Hopper.
 F8 = dict(fp8="hybrid", moe_ffn_hidden_size=32, num_layers=2)
@@ -20,18 +21,15 @@ MODELS = {
     "sequential": {},
     "moe_act recompute": dict(**GROUPED, **SELECTIVE, recompute_modules=["moe_act"]),
     "moe recompute": dict(**GROUPED, **SELECTIVE, recompute_modules=["moe"]),
-    "full recompute": dict(**GROUPED, recompute_method="uniform", **FULL),
-    "full recompute, sequential": dict(recompute_method="uniform", **FULL),
+    "full recompute": dict(**GROUPED, **FULL_RECOMPUTE),
+    "full recompute, sequential": FULL_RECOMPUTE,
     "rows padded by the router": dict(**GROUPED, moe_router_padding_for_quantization=True),
     "its activation": dict(**GROUPED, use_te_activation_func=True),
 }
 
 
 @pytest.fixture
-def calls(megatron):
-    from transformer_engine_torch import calls
-
-    calls.clear()
+def calls(calls):
     yield calls
     assert calls["quantize"] and calls["split_quantize"] + calls["generic_gemm"], "nothing was quantized"
 
@@ -74,7 +72,7 @@ def test_a_step_in_bf16_is_megatrons(calls, mm, recipe, model):
     found = []
     for names in ([], LOSS_NAMES):
         built = mm.build_model(**settings)
-        attach(built, SpecConfig(**{f"{name}_coeff": 1e-3 for name in names}))
+        attach(built, SpecConfig(**coefficients(names, 1e-3)))
         output, histories = mm.run_model(built, mm.micro_batches(1)[0]), _histories(built)
         gradients = mm.train_step(built, mm.micro_batches(2), main_loss_weight=0.1)
         assert all(gradient.isfinite().all() for gradient in gradients.values())

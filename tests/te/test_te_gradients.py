@@ -9,18 +9,15 @@ from unittest import mock
 
 import pytest
 import torch
-from loss_names import BOTH, LOSS_NAMES, PEERS
+from loss_names import BOTH, LOSS_NAMES, PEERS, coefficients
 from test_gradients import FULL, SELECTIVE, _compare
+from test_layouts import FULL_RECOMPUTE, SIGMOID
 
 GROUPED = dict(moe_grouped_gemm=True)
 ROUTER = dict(moe_router_fusion=True)
-SIGMOID = dict(
-    moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_bias_update_rate=1e-3
-)
 GROUPS = dict(num_moe_experts=8, moe_router_num_groups=4, moe_router_group_topk=2)
 SHARED = dict(moe_shared_expert_intermediate_size=16)
 ACTIVATION = dict(use_te_activation_func=True)
-FULL_UNIFORM = dict(recompute_method="uniform", **FULL)
 MLA = dict(
     multi_latent_attention=True, q_lora_rank=8, kv_lora_rank=8, qk_head_dim=8, qk_pos_emb_head_dim=4, v_head_dim=8
 )
@@ -65,14 +62,6 @@ MODES = {
 WITHOUT_ERC = {"latent experts"}
 
 
-@pytest.fixture
-def calls(megatron):
-    from transformer_engine_torch import calls
-
-    calls.clear()
-    return calls
-
-
 def _forward_is_the_same(settings: dict, names) -> None:
     import megatron_models
 
@@ -81,7 +70,7 @@ def _forward_is_the_same(settings: dict, names) -> None:
     (batch,) = megatron_models.micro_batches(1)
     plain, model = megatron_models.build_model(**settings), megatron_models.build_model(**settings)
     keys = list(model.state_dict())
-    attach(model, SpecConfig(kernels="torch", **{f"{name}_coeff": 1.0 for name in names}))
+    attach(model, SpecConfig(kernels="torch", **coefficients(names)))
     assert torch.equal(megatron_models.run_model(plain, batch), megatron_models.run_model(model, batch))
     assert list(model.state_dict()) == keys
 
@@ -103,9 +92,9 @@ def test_gradients_equal_autograd(calls, mode, monkeypatch):
     settings, expected = MODES[mode]
     if settings is GATED_DELTA_NET:
         _stand_in_for_flash_linear_attention(monkeypatch)
-    peers = [name for name in PEERS if not (name == "erc_loss" and mode in WITHOUT_ERC)]
-    _forward_is_the_same(settings, [*BOTH, *peers])
-    _compare(settings, {}, names=[*BOTH, *peers])
+    names = [name for name in LOSS_NAMES if not (name == "erc_loss" and mode in WITHOUT_ERC)]
+    _forward_is_the_same(settings, names)
+    _compare(settings, {}, names=names)
     assert calls.keys() >= set(expected)
 
 
@@ -147,8 +136,8 @@ def _checkpoints_of_transformer_engine():
 @pytest.mark.parametrize(
     "recompute",
     [
-        dict(**GROUPED, **FULL_UNIFORM),
-        FULL_UNIFORM,
+        dict(**GROUPED, **FULL_RECOMPUTE),
+        FULL_RECOMPUTE,
         dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2, num_layers=4),
         dict(recompute_method="block", **FULL),
         dict(**GROUPED, **SELECTIVE, recompute_modules=["moe"]),
@@ -161,7 +150,7 @@ def test_recomputation_by_transformer_engine(calls, recompute, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", [dict(**FULL_UNIFORM), {}], ids=["full", "none"])
+@pytest.mark.parametrize("recompute", [FULL_RECOMPUTE, {}], ids=["full", "none"])
 def test_kernels(calls, recompute):
     """Under Triton's interpreter, with the SwiGLU's gradient in them."""
     settings = dict(bias_activation_fusion=True, **GROUPED, **recompute)
@@ -185,7 +174,7 @@ def test_fused_permutation(calls, pads, monkeypatch):
 
 SWIGLU_MODES = {
     "plain": ({}, True),
-    "full recompute": (FULL_UNIFORM, True),
+    "full recompute": (FULL_RECOMPUTE, True),
     "moe_act recompute": (dict(**SELECTIVE, recompute_modules=["moe_act"]), False),
     "Transformer Engine's activation": (dict(bias_activation_fusion=False, **ACTIVATION), False),
     "biases": (dict(add_bias_linear=True), True),  # which its linear layer has added
@@ -213,7 +202,3 @@ def test_where_the_swiglu_is_replaced(megatron, mode, monkeypatch):
     _compare(settings, {}, names=["specialization_loss"], reference=reference, options=dict(kernels="triton"))
     layers, micro_batches = 2, 3
     assert len(seen) == (layers * micro_batches if replaced else 0)
-
-
-def test_every_loss_has_been_here():
-    assert set(LOSS_NAMES) == {*BOTH, *PEERS}

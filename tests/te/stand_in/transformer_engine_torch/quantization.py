@@ -18,10 +18,6 @@ _TORCH = {
 }
 
 
-def is_plain(tensor) -> bool:
-    return type(tensor) in (torch.Tensor, torch.nn.Parameter)
-
-
 def torch_dtype(dtype, default: torch.dtype) -> torch.dtype:
     """Of a number that the extension gives a dtype, of torch's, or of None."""
     if dtype is None or isinstance(dtype, torch.dtype):
@@ -31,7 +27,7 @@ def torch_dtype(dtype, default: torch.dtype) -> torch.dtype:
 
 def value_of(tensor) -> torch.Tensor:
     """A tensor, or in fp32 what a quantized one stands for."""
-    if is_plain(tensor):
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
         return tensor
     refuse((not hasattr(tensor, "_fp8_dtype") or not hasattr(tensor, "_scale_inv"), type(tensor).__name__))
     dtype = FP8[DType(int(tensor._fp8_dtype))]

@@ -14,11 +14,11 @@ JUNIT ?=
 QUICKSTART_ARGS ?=
 COMPARE_ARGS ?=
 GPU_ARGS ?=
-PEER_ARGS ?=
+SUITE_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart compare recipes environments lint test test-all test-primary test-te test-oldest test-versions
-.PHONY: peer-tests gpu clean
+.PHONY: megatron-tests gpu clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -35,9 +35,9 @@ help:
 	@echo "make test-oldest   on the oldest supported Megatron-Core, 0.16.1, and Python 3.10 or 3.11"
 	@echo "make lint          ruff and mypy, as before a commit"
 	@echo "make test-versions the tests that need Megatron, on each release: $(VERSIONS)"
-	@echo "make peer-tests MEGATRON=path  Megatron's own tests of MoE layers, of a Megatron-LM checkout, without and with"
+	@echo "make megatron-tests MEGATRON=path  Megatron's own tests of MoE layers, of a Megatron-LM checkout, without and with"
 	@echo "                   the losses: whether any output or gradient differs by a bit (about 10 minutes)."
-	@echo "                   PEER_ARGS=\"--processes 2,4\" and the like go to tests/peer/run.py"
+	@echo "                   SUITE_ARGS=\"--processes 2,4\" and the like go to tests/megatron_suite/run.py"
 	@echo "make gpu           check and measure the kernels on a GPU (two calls of 8 minutes at most); without one, try"
 	@echo "                   them on tiny shapes. GPU_ARGS=\"--call 1\" and the like go to benchmarks/run.py. A python, or"
 	@echo "                   PYTHON=path, that has torch, triton and megatron-core is used as it is, without pip"
@@ -87,7 +87,8 @@ test-primary:
 	$(call PYTEST,.venv/bin/python) $(call junit,primary) $(PYTEST_ARGS)
 
 # Of the other tests, those that build models of many kinds.
-TE_TESTS = tests/te $(addsuffix .py,$(addprefix tests/test_,gradients hooks hybrid row_check graphs lost_losses programs other_programs))
+TE_TESTS = tests/te $(addsuffix .py,$(addprefix tests/integration/test_,gradients hooks hybrid row_check cuda_graphs lost_losses) \
+    $(addprefix tests/programs/test_,programs_alone programs_on_ranks))
 test-te:
 	@.ci/venv $(PRIMARY)
 	@.ci/transformer-engine $(ENGINE)
@@ -119,10 +120,10 @@ test-versions:
 	@.ci/venv $(OLDEST)
 	@.venv/bin/python .ci/versions.py .venv .venv-oldest $(VERSIONS) -- $(PYTEST_ARGS)
 
-peer-tests:
-	@[ -n "$(MEGATRON)" ] || { echo "Name a checkout of Megatron-LM: make peer-tests MEGATRON=path"; exit 2; }
+megatron-tests:
+	@[ -n "$(MEGATRON)" ] || { echo "Name a checkout of Megatron-LM: make megatron-tests MEGATRON=path"; exit 2; }
 	@.ci/venv $(PRIMARY)
-	.venv/bin/python tests/peer/run.py "$(MEGATRON)" $(PEER_ARGS)
+	.venv/bin/python tests/megatron_suite/run.py "$(MEGATRON)" $(SUITE_ARGS)
 
 gpu:
 	@for python in $${PYTHON:-python python3}; do \

@@ -3,7 +3,7 @@
     python .ci/times.py STEPS [JUNIT ...]
 
 STEPS holds a line ``SECONDS NAME`` for each step. JUNIT are reports of pytest; a test's properties "forks", "torchrun"
-and "interpreters" (tests/processes.py) are ``JOBS SECONDS``.
+and "interpreters" (tests/helpers/processes.py) are ``JOBS SECONDS``.
 """
 
 import sys

@@ -16,11 +16,10 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = [
-    f"tests/test_{name}.py"
-    for name in (
-        "hooks", "gradients", "row_check", "graphs", "refusals", "doctor", "remedies", "patches", "pretrain",
-    )
-]  # fmt: skip
+    *[f"tests/integration/test_{name}.py" for name in ("hooks", "gradients", "row_check", "cuda_graphs", "refusals")],
+    *["tests/integration/test_remedies.py", "tests/cli/test_doctor.py"],
+    *["tests/programs/test_patches.py", "tests/programs/test_pretrain.py"],
+]
 FACTS = "import platform, torch; print(platform.python_version(), torch.__version__.partition('+')[0])"
 COLUMNS = ("megatron-core", "Python", "torch", "passed", "failed", "skipped", "seconds")
 

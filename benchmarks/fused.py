@@ -21,9 +21,9 @@ import torch
 from common import MODELS, RESULTS, SMOKE, Results, copy_gigabytes_per_second, device, milliseconds
 from megatron.core.fusions.fused_bias_swiglu import weighted_swiglu, weighted_swiglu_back
 
+from megatron_moe_spec.kernels import cosines as row_kernels
 from megatron_moe_spec.kernels import positions, swiglu
-from megatron_moe_spec.kernels import rows as row_kernels
-from megatron_moe_spec.parallel.positions import rows_of_tokens
+from megatron_moe_spec.parallel.row_indices import rows_of_tokens
 
 # The loss's gradient is to be about as large as the incoming one; weighted differently, an error in it would not show.
 WEIGHT = 30.0

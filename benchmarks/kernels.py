@@ -29,12 +29,12 @@ from common import (
     peak_bytes,
 )
 
+from megatron_moe_spec.kernels import cosines as row_kernels
 from megatron_moe_spec.kernels import mass as mass_kernels
-from megatron_moe_spec.kernels import rows as row_kernels
 from megatron_moe_spec.losses.coupling import routed_mass
 from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
 from megatron_moe_spec.losses.vectors import mixed, mixing_of_squares, packed, pair_cosines, unit_vectors, unpacked
-from megatron_moe_spec.parallel.positions import rows_of_tokens
+from megatron_moe_spec.parallel.row_indices import rows_of_tokens
 
 WEIGHT = 0.25
 
@@ -71,8 +71,8 @@ def eager_mass(logits, live, score_function):
     return routed_mass(normalized_scores(logits, score_function), live)
 
 
-def mass_gradient(logits, live, score_function, pull, weight, incoming):
-    return mass_kernels.add_mass_gradient(logits, live, score_function, [pull], weight, incoming)
+def mass_gradient(logits, live, score_function, neighbor_grad, weight, incoming):
+    return mass_kernels.add_mass_gradient(logits, live, score_function, [neighbor_grad], weight, incoming)
 
 
 def eager_mass_gradient(logits, live, score_function, mass_gradient, weight, incoming):

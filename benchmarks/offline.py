@@ -21,9 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from megatron_moe_spec.kernels import cosines as row_kernels
 from megatron_moe_spec.kernels import mass as mass_kernels
 from megatron_moe_spec.kernels import positions as position_kernels
-from megatron_moe_spec.kernels import rows as row_kernels
 from megatron_moe_spec.kernels import swiglu as swiglu_kernels
 
 ARCHITECTURES = (80, 90, 100)

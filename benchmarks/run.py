@@ -67,7 +67,7 @@ def sanitizer(tool: str, seconds: int) -> Part:
     )
 
 
-TEST_FILES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/test_kernels*.py"))
+TEST_FILES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/kernels/test_*.py"))
 TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *TEST_FILES]
 # Most of the tests' time goes to compilation, on one core each.
 PARALLEL = ["-n", "8"] if has_module("xdist") and (os.cpu_count() or 1) >= 8 else []

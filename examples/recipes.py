@@ -50,9 +50,9 @@ def report() -> str:
     return _TEXT.format(
         number=len(recipes),
         version=megatron_version().partition("+")[0],
-        usable=sum(not verdict.problems and not verdict.objection for verdict in verdicts),
+        usable=sum(not verdict.problems and not verdict.megatron_error for verdict in verdicts),
         refused=sum(bool(verdict.problems) for verdict in verdicts),
-        objected=sum(bool(verdict.objection) for verdict in verdicts),
+        objected=sum(bool(verdict.megatron_error) for verdict in verdicts),
         changed=sum(_CHANGED in recipe for recipe in recipes),
         rows="\n".join(map(_row, recipes, verdicts)),
     )
@@ -60,8 +60,8 @@ def report() -> str:
 
 def _row(recipe: dict, verdict) -> str:
     losses = re.sub(r" x [\d.e-]+| \(assumed.*\)", "", dict(verdict.used).get("losses", ""))
-    if verdict.objection:
-        said = f"Megatron: {verdict.objection}"
+    if verdict.megatron_error:
+        said = f"Megatron: {verdict.megatron_error}"
     else:
         said = "refused: " + "; ".join(verdict.problems) if verdict.problems else "usable"
     source = recipe["source"].partition(": ")[0]

@@ -55,7 +55,7 @@ class SpecConfig(_LossOptions):
         "--moe-spec-wandb-metrics",
         "What of the metrics goes to W&B: means over the layers (brief), or every layer (full).",
         choices=("brief", "full"),
-        tacit=True,
+        hidden_by_default=True,
     )
     trace_path: str = option(
         "",
@@ -71,14 +71,14 @@ class SpecConfig(_LossOptions):
     def __post_init__(self):
         object.__setattr__(self, "extra_losses", tuple(self.extra_losses))
         check_options(self)
-        taken = {loss.name for loss in LOSSES}
+        names_in_use = {loss.name for loss in LOSSES}
         for loss in self.extra_losses:
             if not isinstance(loss, THIRD_PARTY):
                 names = ", ".join(base.__name__ for base in THIRD_PARTY)
                 raise ValueError(f"extra_losses must be instances of classes derived from {names}; got {loss!r}")
-            if loss.name in taken:
+            if loss.name in names_in_use:
                 raise ValueError(f"extra_losses has another loss of the name {loss.name}: give {loss!r} another one")
-            taken.add(loss.name)
+            names_in_use.add(loss.name)
 
     @cached_property
     def losses(self) -> tuple[Loss, ...]:

@@ -46,8 +46,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     if not argv:
         return _print_verdict([])
     verdict = judge(argv)
-    if verdict.objection:
-        print(f"\nMegatron does not take these flags: {verdict.objection}")
+    if verdict.megatron_error:
+        print(f"\nMegatron does not take these flags: {verdict.megatron_error}")
         return USAGE
     if verdict.used:
         _print_section("would be used", verdict.used)
@@ -64,13 +64,13 @@ class Verdict:
         used: rows (name, text): what would be used.
         notices: what is worth knowing.
         problems: why they are refused, with the remedies; empty if they are usable.
-        objection: why Megatron itself does not take them; empty if it does.
+        megatron_error: why Megatron itself does not take them; empty if it does.
     """
 
     used: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     notices: list[str] = dataclasses.field(default_factory=list)
     problems: list[str] = dataclasses.field(default_factory=list)
-    objection: str = ""
+    megatron_error: str = ""
 
 
 def judge(argv: list[str]) -> Verdict:
@@ -91,17 +91,17 @@ def judge(argv: list[str]) -> Verdict:
         try:
             return _judge(argv, device)
         except _NotTaken as error:
-            return Verdict(objection=str(error))
+            return Verdict(megatron_error=str(error))
         except ValueError as error:
             return Verdict(problems=[str(error)])
 
 
 def _judge(argv: list[str], device) -> Verdict:
     from megatron_moe_spec.arguments import spec_config_from_args
-    from megatron_moe_spec.integration.checks import facts_of_flags, notices, unsupported_settings
     from megatron_moe_spec.integration.compat.assumed import missing_libraries
     from megatron_moe_spec.integration.compat.settings import moe_layers_of_stages
-    from megatron_moe_spec.integration.stages import Stages
+    from megatron_moe_spec.integration.pipeline.stages import Stages
+    from megatron_moe_spec.integration.support.checks import facts_of_flags, notices, unsupported_settings
     from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
 
     args, transformer_config = _settings(argv)
@@ -258,7 +258,7 @@ def _missing(wants_training: bool) -> Optional[str]:
 
 
 class _NotTaken(Exception):
-    """Megatron's own objection to the flags."""
+    """Megatron's own megatron_error to the flags."""
 
 
 def _settings(flags: list[str]):
@@ -285,8 +285,8 @@ def _silence():
 
 
 def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
-    from megatron_moe_spec.integration.graphs import is_router_graphed
     from megatron_moe_spec.integration.taps import by_tap
+    from megatron_moe_spec.integration.taps.cuda_graphs import is_router_graphed
 
     transformer_config, stages = facts.transformer_config, facts.stages
     trained = [loss for loss in spec.losses if loss.coeff > 0]

@@ -1,13 +1,10 @@
 import gc
 import os
-import sys
-from pathlib import Path
 
 # Before torch: several processes share the machine's few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before triton, by whomever it is imported: kernels run on CPU, in an interpreter. 0: on the GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 from interpreter import remember_builtins

@@ -9,13 +9,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from megatron_moe_spec.metrics.information import normalized_mutual_information
-from megatron_moe_spec.metrics.trace_counts import loads, shuffled
-from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.halves import halves, tokens
 from megatron_moe_spec.placement.measures import imbalance, measure
 from megatron_moe_spec.placement.objectives import OBJECTIVES
 from megatron_moe_spec.placement.placement import Cluster, contiguous
 from megatron_moe_spec.placement.prefetch import cache_hits, predicted_hits, transition_scores
+from megatron_moe_spec.traces.counts import loads, shuffled
+from megatron_moe_spec.traces.schema import Trace
 
 SEQUENCES_AT_A_TIME = 64
 DEVICES = 4

@@ -10,21 +10,21 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.checks import check_supported
-from megatron_moe_spec.integration.compat.groups import model_ranks, token_group
+from megatron_moe_spec.integration.compat.groups import model_ranks, tp_cp_group
 from megatron_moe_spec.integration.compat.models import FoundLayers, model_config, moe_layers
 from megatron_moe_spec.integration.compat.release import current_device, require_megatron
 from megatron_moe_spec.integration.compat.schedules import follow_schedules
 from megatron_moe_spec.integration.compat.settings import logs_each_layer
-from megatron_moe_spec.integration.layer import LayerTaps
-from megatron_moe_spec.integration.microbatch import MicroBatchTracker
-from megatron_moe_spec.integration.modes import lasting_tensors
-from megatron_moe_spec.integration.pipeline import Carries
-from megatron_moe_spec.integration.recorder import Recorder
-from megatron_moe_spec.integration.stages import Stages
-from megatron_moe_spec.integration.steps import Part, Steps
+from megatron_moe_spec.integration.hooks.micro_batch import MicroBatchTracker
+from megatron_moe_spec.integration.hooks.modes import lasting_tensors
+from megatron_moe_spec.integration.pipeline.cross_stage import CrossStageCoupling
+from megatron_moe_spec.integration.pipeline.stages import Stages
+from megatron_moe_spec.integration.step.clock import Part, Steps
+from megatron_moe_spec.integration.step.recorder import Recorder
+from megatron_moe_spec.integration.step.tracer import Tracer
+from megatron_moe_spec.integration.support.checks import check_supported
+from megatron_moe_spec.integration.taps.layer import LayerTaps
 from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
-from megatron_moe_spec.integration.tracer import Tracer
 from megatron_moe_spec.parallel.collectives import together
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
     """Adds the auxiliary losses to the MoE layers that a Megatron-Core model's decoder runs.
 
     MTP layers, and the layers of other models that lie in this one (a teacher, an average of weights), are left out;
-    ``handle.layers`` and ``handle.left_out`` tell which is which. The forward pass stays bitwise the same; no
+    ``handle.layers`` and ``handle.skipped`` tell which is which. The forward pass stays bitwise the same; no
     parameter, buffer or state-dict key is added. With all coefficients 0 and no metrics nothing is hooked.
 
     A collective over the ranks that hold the model: call it on every one of them, before the first forward. If one
@@ -65,8 +65,8 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
     chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
     groups = [group] if group is not None else model_ranks(chunks[0])
     found, transformer_config = together(partial(_find, chunks), groups, current_device())
-    stages = Stages.of_model(chunks, [list(one.taken.values()) for one in found], transformer_config, config)
-    layers = [layer for one in found for layer in one.taken.values()]
+    stages = Stages.of_model(chunks, [list(one.included.values()) for one in found], transformer_config, config)
+    layers = [layer for one in found for layer in one.included.values()]
     config = resolve_across_stages(config, stages, transformer_config)
 
     def checked() -> tuple[list[str], Tracer]:
@@ -82,7 +82,7 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
 def _find(chunks: list[nn.Module]) -> tuple[list[FoundLayers], Any]:
     """The MoE layers of each chunk, and the model's TransformerConfig."""
     found = [moe_layers(chunk) for chunk in chunks]
-    if any(layer in _attached for one in found for layer in one.taken.values()):
+    if any(layer in _attached for one in found for layer in one.included.values()):
         raise RuntimeError("the losses are attached to this model already: call detach() on the first handle")
     transformer_config = model_config(chunks)
     Stages.check_chunks(chunks, transformer_config)
@@ -95,7 +95,7 @@ class SpecHandle:
     Attributes:
         config: what they are; ``coupling_across_stages`` as it is done.
         layers: names of the MoE layers that have them, in this rank's chunks one after another.
-        left_out: names of the other MoE layers in these chunks, each with the reason.
+        skipped: names of the other MoE layers in these chunks, each with the reason.
         losses_of_layers: with Megatron's ``moe_per_layer_logging``, the losses of the last finished step by name and
             number of the layer in the model.
         ever_attached: of the class: whether any model of this process has got losses.
@@ -114,46 +114,46 @@ class SpecHandle:
         tracer: Optional[Tracer] = None,
     ):
         self.config = config
-        self.layers = [name for _, found in chunks for name in found.taken]
-        self.left_out = {name: reason for _, found in chunks for name, reason in found.left_out.items()}
-        self._layers = [layer for _, found in chunks for layer in found.taken.values()]
+        self.layers = [name for _, found in chunks for name in found.included]
+        self.skipped = {name: reason for _, found in chunks for name, reason in found.skipped.items()}
+        self._layers = [layer for _, found in chunks for layer in found.included.values()]
         self.losses_of_layers: dict[str, dict[int, float]] = {}
         self.recorder = Recorder(
             config,
             [stages.num_experts] * sum(stages.num_layers),
-            layer_numbers=stages.layer_numbers,
+            layer_indices=stages.layer_indices,
             top_k=getattr(transformer_config, "moe_router_topk", 1),
-            token_group=token_group(self._layers[0]) if self._layers else None,
+            tp_cp_group=tp_cp_group(self._layers[0]) if self._layers else None,
             groups=groups,
             tracer=tracer,
             logs_each_layer=logs_each_layer(transformer_config),
         )
-        self._carries = Carries([chunk for chunk, _ in chunks], stages, config)
+        self._cross_stage = CrossStageCoupling([chunk for chunk, _ in chunks], stages, config)
         parts: list[Part] = []
         self._steps = Steps(self.recorder, parts)
         self._trackers = [
-            MicroBatchTracker(chunk, len(found.taken), carry, self._steps.begin_forward, self._warn_of_decisions)
-            for (chunk, found), carry in zip(chunks, self._carries.of_chunks)
+            MicroBatchTracker(chunk, len(found.included), carry, self._steps.begin_forward, self._warn_of_decisions)
+            for (chunk, found), carry in zip(chunks, self._cross_stage.of_chunks)
         ]
         self._taps = [
             LayerTaps(chunk, name, index, first + index, layer, tracker, self.recorder)
             for tracker, (chunk, found), first in zip(self._trackers, chunks, stages.first_layers)
-            for index, (name, layer) in enumerate(found.taken.items())
+            for index, (name, layer) in enumerate(found.included.items())
         ]
         parts += [*self._trackers, *self._taps]
         self._expected: set[tuple[str, int]] = set().union(*(taps.records() for taps in self._taps))
         self._warned: set = set()
         _attached.update(self._layers)
         logger.info("%s", self.describe())
-        if self.left_out:
-            logger.warning("MoE layers without losses: %s", _reasons(self.left_out))
+        if self.skipped:
+            logger.warning("MoE layers without losses: %s", _reasons(self.skipped))
         for notice in notices:
             logger.warning("%s", notice)
 
     def describe(self) -> str:
         """One line: the MoE layers of this rank's chunks with the losses, and those without."""
         text = f"losses on {len(self.layers)} MoE layers" + (f" ({', '.join(self.layers)})" if self.layers else "")
-        return text + (f"; not on {_reasons(self.left_out)}" if self.left_out else "")
+        return text + (f"; not on {_reasons(self.skipped)}" if self.skipped else "")
 
     @lasting_tensors()
     def end_step(self) -> dict:
@@ -195,7 +195,7 @@ class SpecHandle:
         self._warn_of_missing()
         self._warn_of_decisions()
         self.start_after(iteration)
-        self._carries.check()  # last: it may raise on one rank, for which no other may wait
+        self._cross_stage.check()  # last: it may raise on one rank, for which no other may wait
         return losses, diagnostics
 
     @lasting_tensors()
@@ -209,7 +209,7 @@ class SpecHandle:
             taps.detach()
         for tracker in self._trackers:
             tracker.detach()
-        self._carries.detach()
+        self._cross_stage.detach()
         _attached.difference_update(self._layers)
         self._taps, self._trackers, self._layers = [], [], []
 
@@ -255,5 +255,5 @@ class SpecHandle:
         warnings.warn(text, stacklevel=4)
 
 
-def _reasons(left_out: dict[str, str]) -> str:
-    return ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+def _reasons(skipped: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({reason})" for name, reason in skipped.items())

@@ -17,7 +17,7 @@ from megatron_moe_spec.integration.attach import SpecHandle, attach
 from megatron_moe_spec.integration.compat.release import require_megatron
 from megatron_moe_spec.integration.compat.schedules import around_schedules
 from megatron_moe_spec.integration.compat.settings import training_modules, training_writers
-from megatron_moe_spec.integration.json_lines import JsonLines, finite
+from megatron_moe_spec.metrics.json_lines import JsonLines, finite
 
 METRICS_FILE = "moe_spec_metrics.jsonl"
 NEVER_ATTACHED = (
@@ -237,5 +237,5 @@ def _measures(diagnostics: dict) -> Iterator[tuple[str, list[int], float]]:
     for row in (*diagnostics["layers"], *diagnostics["pairs"]):
         layers = row["layers"] if "layers" in row else [row["layer"]]
         for name, value in row.items():
-            if isinstance(value, (int, float)) and name not in ("layer", "layer_number"):
+            if isinstance(value, (int, float)) and name not in ("layer", "layer_index"):
                 yield name, layers, value

@@ -93,8 +93,8 @@ def _mass_kernel(
 def _mass_gradient_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
     active_ptr,  # bool [T, E]
-    pull_ptr,  # fp32 [T], gradient of the mass
-    other_pull_ptr,  # fp32 [T], to be added to it; None
+    neighbor_grad_ptr,  # fp32 [T], gradient of the mass
+    other_neighbor_grad_ptr,  # fp32 [T], to be added to it; None
     weight_ptr,  # fp32 [1]; None
     factor,
     incoming_ptr,  # dtype of the logits [T, E]
@@ -107,15 +107,15 @@ def _mass_gradient_kernel(
 ):
     token, offsets, mask, x, active = _load(logits_ptr, active_ptr, num_tokens, E, BLOCK_T, BLOCK_E)
     incoming = tl.load(incoming_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    pull = tl.load(pull_ptr + token, mask=token < num_tokens, other=0.0)
-    if other_pull_ptr is not None:
-        pull += tl.load(other_pull_ptr + token, mask=token < num_tokens, other=0.0)
-    pull *= factor
+    neighbor_grad = tl.load(neighbor_grad_ptr + token, mask=token < num_tokens, other=0.0)
+    if other_neighbor_grad_ptr is not None:
+        neighbor_grad += tl.load(other_neighbor_grad_ptr + token, mask=token < num_tokens, other=0.0)
+    neighbor_grad *= factor
     if weight_ptr is not None:
-        pull *= tl.load(weight_ptr)
+        neighbor_grad *= tl.load(weight_ptr)
     scores, slope, total = _scores(x, E, SCORE_FUNCTION)
     mass = tl.sum(tl.where(active, scores, 0.0), axis=1) / total
-    gradient = slope / total[:, None] * (pull[:, None] * (active.to(tl.float32) - mass[:, None]))
+    gradient = slope / total[:, None] * (neighbor_grad[:, None] * (active.to(tl.float32) - mass[:, None]))
     tl.store(out_ptr + offsets, incoming + gradient, mask=mask)
 
 
@@ -162,16 +162,16 @@ def add_mass_gradient(
     logits_TE: Tensor,
     active_TE: Tensor,
     score_function: str,
-    pulls: Sequence[Tensor],
+    neighbor_grads: Sequence[Tensor],
     weight: Union[Tensor, float],
     incoming_TE: Tensor,
     factor: float = 1.0,
 ) -> Tensor:
-    """incoming + factor * weight * sum_t pull(t) dm(t) / dlogits, rounded once.
+    """incoming + factor * weight * sum_t neighbor_grad(t) dm(t) / dlogits, rounded once.
 
     Args:
         logits_TE, active_TE, score_function: as given to ``routed_mass``.
-        pulls: one or two fp32 [T], whose sum is the gradient with respect to m.
+        neighbor_grads: one or two fp32 [T], whose sum is the gradient with respect to m.
         weight: a number, or a tensor of one element, which is not read on the host where it is on the device.
         incoming_TE: gradient of the logits, in their dtype; left as it is.
         factor: a number.
@@ -189,18 +189,21 @@ def add_mass_gradient(
             f"incoming_TE must be {logits_TE.dtype} {list(logits_TE.shape)} as logits_TE is; got "
             f"{incoming_TE.dtype} {list(incoming_TE.shape)}"
         )
-    for pull_T in pulls:
-        _check_tokens("pulls", pull_T, num_tokens)
+    for neighbor_grad_T in neighbor_grads:
+        _check_tokens("neighbor_grads", neighbor_grad_T, num_tokens)
     out_TE = torch.empty(logits_TE.shape, dtype=computed_dtype(logits_TE.dtype), device=logits_TE.device)
     if num_tokens:
         weight, factor = weight_and_factor(weight, factor, logits_TE.device)
         grid, blocks = _blocks(num_tokens, num_experts)
-        pull_T, other_pull_T = (*(pull_T.contiguous() for pull_T in pulls), None)[:2]
+        neighbor_grad_T, other_neighbor_grad_T = (
+            *(neighbor_grad_T.contiguous() for neighbor_grad_T in neighbor_grads),
+            None,
+        )[:2]
         _mass_gradient_kernel[grid](
             logits_TE.contiguous(),
             active_TE.contiguous(),
-            pull_T,
-            other_pull_T,
+            neighbor_grad_T,
+            other_neighbor_grad_T,
             weight,
             factor,
             incoming_TE.contiguous(),

@@ -81,7 +81,7 @@ def _rows_kernel(
     ends_ptr,  # int32 [E, blocks], the counts' inclusive cumulative sum
     starts_ptr,  # int32 [E] first row of each expert; None: they follow one another
     rows_ptr,  # int32 [used tokens, K], out
-    covered_ptr,  # bool [P], out: of the rows of dispatched tokens
+    used_ptr,  # bool [P], out: of the rows of dispatched tokens
     num_tokens,
     num_blocks,
     share,
@@ -110,7 +110,7 @@ def _rows_kernel(
     is_active = (active != 0) & (slot < K)
     out = place[:, None] * K
     tl.store(rows_ptr + out + slot, row, mask=is_active)
-    tl.store(covered_ptr + row, is_active.to(tl.int8), mask=marks != 0)
+    tl.store(used_ptr + row, is_active.to(tl.int8), mask=marks != 0)
     # -1 where a token has fewer.
     slots = tl.arange(0, SLOTS)[None, :]
     is_free = (slots >= tl.sum(active, axis=1)[:, None]) & (slots < K)
@@ -139,7 +139,7 @@ def rows_of_tokens(
         starts_E: int32, number of the first row of each expert. Default: their rows follow one another.
 
     Returns:
-        rows int32 [used tokens, K], -1 where the token has fewer; covered bool [P].
+        rows int32 [used tokens, K], -1 where the token has fewer; used bool [P].
 
     Raises:
         ValueError: a shape or dtype does not fit; the message names the argument.
@@ -156,9 +156,9 @@ def rows_of_tokens(
     rows_TK = torch.empty(num_used, top_k, dtype=torch.int32, device=device)
     # Where experts' rows are padded, some are no token's.
     new = torch.empty if starts_E is None else torch.zeros
-    covered_P = new(num_rows, dtype=torch.bool, device=device)
+    used_P = new(num_rows, dtype=torch.bool, device=device)
     if not num_tokens:
-        return rows_TK, covered_P.zero_()
+        return rows_TK, used_P.zero_()
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(min(_MOST_TOKENS, _ELEMENTS // block_e), 1)
     num_blocks = triton.cdiv(num_tokens, block_t)
@@ -174,11 +174,11 @@ def rows_of_tokens(
         ends,
         starts_E,
         rows_TK,
-        covered_P.view(torch.uint8),
+        used_P.view(torch.uint8),
         *sizes,
         E=num_experts,
         K=top_k,
         SLOTS=triton.next_power_of_2(top_k),
         **options,
     )
-    return rows_TK, covered_P
+    return rows_TK, used_P

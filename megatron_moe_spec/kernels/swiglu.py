@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_moe_spec.kernels import computed_dtype, weight_and_factor
-from megatron_moe_spec.kernels.rows import (
+from megatron_moe_spec.kernels.cosines import (
     _in_parts,
     _mix,
     _mixing,
@@ -115,7 +115,7 @@ def _swiglu_gradient_kernel(
     y_ptr,  # bf16 | fp16 | fp32 [P, U]
     probs_ptr,  # float [P]
     rows_ptr,  # int32 [T, K]
-    covered_ptr,  # bool [P]
+    used_ptr,  # bool [P]
     cosines_ptr,  # fp32 [T, N]
     lengths_ptr,  # fp32 [T, K] inverse lengths
     weight_ptr,  # fp32 [1]; None: one
@@ -163,7 +163,7 @@ def _swiglu_gradient_kernel(
             True,
         )
     else:
-        row, passing = _passing_rows(covered_ptr, tl.program_id(0) - num_tiles, num_rows, TILE)
+        row, passing = _passing_rows(used_ptr, tl.program_id(0) - num_tiles, num_rows, TILE)
         if tl.sum(passing.to(tl.int32), axis=0) > 0:
             _row_gradients(
                 y_ptr,
@@ -190,7 +190,7 @@ def swiglu_gradient(
     y_PU: Tensor,
     probs_P: Tensor,
     rows_TK: Tensor,
-    covered_P: Tensor,
+    used_P: Tensor,
     cosines_TN: Tensor,
     inverse_lengths_TK: Tensor,
     weight: Union[Tensor, float],
@@ -205,7 +205,7 @@ def swiglu_gradient(
     Args:
         y_PU: bf16, fp16 or fp32, gate and up in the halves of each row; rows may be apart, their elements not.
         probs_P: [P] or [P, 1] of any float dtype.
-        rows_TK, covered_P: see ``rows.add_mixed``. Rows that are not covered get the gradient of the SwiGLU alone.
+        rows_TK, used_P: see ``rows.add_mixed``. Rows that are not used get the gradient of the SwiGLU alone.
         cosines_TN, inverse_lengths_TK: of z, from ``rows.row_cosines``.
         weight: a number, or a fp32 tensor of one element, which is not read on the host.
         incoming_PF: [P, F] in the dtype of y; left as it is.
@@ -223,7 +223,7 @@ def swiglu_gradient(
             f"y_PU must be [P, 2 F] and probs_P floating-point [P] or [P, 1]; got {list(y_PU.shape)}, "
             f"{probs_P.dtype} {list(probs_P.shape)}"
         )
-    check_like("covered_P", covered_P, (num_rows,), torch.bool)
+    check_like("used_P", used_P, (num_rows,), torch.bool)
     check_like("cosines_TN", cosines_TN, (num_tokens, k * (k - 1) // 2), torch.float32)
     check_like("inverse_lengths_TK", inverse_lengths_TK, (num_tokens, k), torch.float32)
     check_like("incoming_PF", incoming_PF, (num_rows, U // 2), y_PU.dtype)
@@ -237,7 +237,7 @@ def swiglu_gradient(
             y_PU,
             probs_P.contiguous(),
             rows_TK.contiguous(),
-            covered_P.contiguous(),
+            used_P.contiguous(),
             cosines_TN.contiguous(),
             inverse_lengths_TK.contiguous(),
             weight,

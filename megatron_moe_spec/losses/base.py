@@ -37,7 +37,7 @@ def option(
     choices: Optional[Sequence[str]] = None,
     minimum: float = 0,
     paper: str = "",
-    tacit: bool = False,
+    hidden_by_default: bool = False,
 ):
     """A dataclass field that is a command-line flag, and a field of ``SpecConfig``.
 
@@ -48,11 +48,11 @@ def option(
         choices: of a string.
         minimum: of a number.
         paper: the value in the paper, and where it stands there.
-        tacit: whether messages leave a word out where it is the default, as they do numbers.
+        hidden_by_default: whether messages leave a word out where it is the default, as they do numbers.
     """
-    tacit = tacit or choices is None
-    metadata = {"flag": flag, "help": help, "choices": choices, "minimum": minimum, "paper": paper, "tacit": tacit}
-    return dataclasses.field(default=default, metadata=metadata)
+    hidden_by_default = hidden_by_default or choices is None
+    metadata = {"flag": flag, "help": help, "choices": choices, "minimum": minimum, "paper": paper}
+    return dataclasses.field(default=default, metadata={**metadata, "hidden_by_default": hidden_by_default})
 
 
 def options_of(owner) -> list[dataclasses.Field]:
@@ -123,10 +123,10 @@ class Loss:
         return self.name.removesuffix("_loss").replace("_", " ")
 
     def __str__(self) -> str:
-        """Like "coupling (mass, exact) x 0.001": its options but the coefficient, if not tacit or not default."""
+        """Like "coupling (mass, exact) x 0.001": its options but the coefficient; some only if changed."""
         others = [(one, getattr(self, one.name)) for one in options_of(self) if one.name != "coeff"]
-        words = [value for one, value in others if not one.metadata["tacit"]]
-        changed = [(one, value) for one, value in others if one.metadata["tacit"] and value != one.default]
+        words = [value for one, value in others if not one.metadata["hidden_by_default"]]
+        changed = [(one, value) for one, value in others if one.metadata["hidden_by_default"] and value != one.default]
         words += [f"{one.name} {value if one.metadata['choices'] else format(value, 'g')}" for one, value in changed]
         shown = f" ({', '.join(words)})" if words else ""
         return f"{self.title}{shown} x {self.coeff:g}"

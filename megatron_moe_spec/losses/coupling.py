@@ -108,7 +108,7 @@ def joint_scores(scores: Tensor, scores_next: Tensor, num_tokens) -> Tensor:
 
 
 def strongest_successors(joint: Tensor, top_k: int) -> Tensor:
-    """[E, E'] bool: the top-k entries of each row of the joint matrix. Carries no gradient."""
+    """[E, E'] bool: the top-k entries of each row of the joint matrix. CrossStageCoupling no gradient."""
     chosen = joint.detach().topk(top_k, dim=-1).indices
     return torch.zeros_like(joint, dtype=torch.bool).scatter_(1, chosen, True)
 

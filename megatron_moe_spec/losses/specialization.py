@@ -43,7 +43,7 @@ class Specialization(RowsLoss):
         "How activations and their gradients travel between expert-parallel ranks for the specialization loss: "
         "'same', in their own dtype; 'fp8', as e4m3 with one fp32 scale per vector, half the bytes of bf16.",
         choices=TRANSPORTS,
-        tacit=True,
+        hidden_by_default=True,
     )
 
     def token_losses(self, cosines_TKK: Tensor, lengths_TK: Tensor, active_TK: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def inverse(x: Tensor) -> Tensor:
     return (1.0 / x.masked_fill(is_zero, 1.0)).masked_fill(is_zero, 0.0)
 
 
-def mixing_of(cosines_TKK: Tensor, lengths_TK: Tensor, of_cosines_TKK: Tensor, of_lengths_TK: Tensor) -> Tensor:
+def mixing_of(cosines_TKK: Tensor, lengths_TK: Tensor, grad_cosines_TKK: Tensor, grad_lengths_TK: Tensor) -> Tensor:
     """Matrices by which the gradient with respect to the vectors mixes their directions; see ``mixed``.
 
     d/dx_e = 1 / |x_e| * (sum_v (G_ev + G_ve) (u_v - cos_ev u_e)) + g_e u_e, for G and g the gradients with respect to
@@ -94,14 +94,14 @@ def mixing_of(cosines_TKK: Tensor, lengths_TK: Tensor, of_cosines_TKK: Tensor, o
     Args:
         cosines_TKK: from ``pair_cosines``.
         lengths_TK: of the vectors.
-        of_cosines_TKK, of_lengths_TK: the gradients with respect to these.
+        grad_cosines_TKK, grad_lengths_TK: the gradients with respect to these.
 
     Returns:
         [T, K, K] |x_e| times the weight of u_v in the gradient with respect to x_e.
     """
     off_diagonal = 1.0 - torch.eye(cosines_TKK.shape[1], dtype=cosines_TKK.dtype, device=cosines_TKK.device)
-    both = (of_cosines_TKK + of_cosines_TKK.transpose(1, 2)) * off_diagonal
-    own = of_lengths_TK * lengths_TK - (both * cosines_TKK).sum(dim=-1)
+    both = (grad_cosines_TKK + grad_cosines_TKK.transpose(1, 2)) * off_diagonal
+    own = grad_lengths_TK * lengths_TK - (both * cosines_TKK).sum(dim=-1)
     return both + torch.diag_embed(own)
 
 

@@ -20,8 +20,8 @@ from megatron_moe_spec.losses.vectors import (
     unpacked,
 )
 from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_max, all_reduce_sum
-from megatron_moe_spec.parallel.positions import experts_of_tokens, first_rows, rows_of_tokens, used_tokens
-from megatron_moe_spec.parallel.rows import Pending, RowExchange
+from megatron_moe_spec.parallel.row_exchange import Pending, RowExchange
+from megatron_moe_spec.parallel.row_indices import experts_of_tokens, first_rows, rows_of_tokens, used_tokens
 
 Weight = tuple[Union[Tensor, float], float]
 
@@ -54,18 +54,18 @@ class TokenRows:
         top_k: experts per token.
         tokens: which of the tokens to use.
         num_parts: how many times rows are handed in.
-        column_group: ranks that the columns of the rows are divided over.
+        etp_group: ranks that the columns of the rows are divided over.
         fused: whether the Triton kernels compute; else eager PyTorch.
     """
 
-    def __init__(self, active_TE: Tensor, top_k: int, tokens: slice, num_parts: int, column_group, fused: bool):
+    def __init__(self, active_TE: Tensor, top_k: int, tokens: slice, num_parts: int, etp_group, fused: bool):
         self._fused = fused
-        self._group = column_group
+        self._group = etp_group
         self._tokens = tokens
         self._top_k = top_k
-        self._active_TE: Optional[Tensor] = all_gather(active_TE, column_group)
+        self._active_TE: Optional[Tensor] = all_gather(active_TE, etp_group)
         own = len(range(len(active_TE))[tokens])
-        self.own = slice(column_group.rank() * own, (column_group.rank() + 1) * own)
+        self.own = slice(etp_group.rank() * own, (etp_group.rank() + 1) * own)
         self._mixing_TKK: Optional[Tensor] = None
         self._cosines_TN: Optional[Tensor] = None
         self._num_parts = num_parts
@@ -143,7 +143,7 @@ class TokenRows:
                 exchange = exchange.in_blocks(counts_L, blocks_L, dispatched_TE.device)
             self._exchange = exchange
             self._coming = exchange.begin_to_tokens(_joined(self._parts))
-        self._rows_TK, self._covered_P = found
+        self._rows_TK, self._used_P = found
         self._located = self._dispatched_TE = self._active_TE = None
 
     def _find(self, dispatched_TE: Tensor, num_rows: int, **others) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ class TokenRows:
         self._cosines_TKK = all_reduce_sum(pair_cosines(units_TKD), self._group)
 
     def _compare_fused(self, rows_PD: Tensor) -> None:
-        from megatron_moe_spec.kernels import rows as kernels  # imports triton
+        from megatron_moe_spec.kernels import cosines as kernels  # imports triton
 
         if self._group.size() == 1:
             self._cosines_TN, self._inverse_lengths_TK, self._squares = kernels.row_cosines(rows_PD, self._rows_TK)
@@ -242,17 +242,17 @@ class TokenRows:
         """
         from megatron_moe_spec.kernels.swiglu import swiglu_gradient  # imports triton
 
-        kept = self._rows_TK, self._covered_P, self._cosines_TN, self._inverse_lengths_TK
+        kept = self._rows_TK, self._used_P, self._cosines_TN, self._inverse_lengths_TK
         return swiglu_gradient(y_PU, probs, *kept, weight[0], incoming_PD, weight[1])
 
     def _mix_fused(self, rows_PD: Tensor, weight: Weight, incoming: Optional[Tensor] = None) -> Tensor:
-        from megatron_moe_spec.kernels import rows as kernels  # imports triton
+        from megatron_moe_spec.kernels import cosines as kernels  # imports triton
 
         tensor, number = weight
         of_squares = self._cosines_TN is not None
         add = kernels.add_squares_gradient if of_squares else kernels.add_mixed
         of_pairs = self._cosines_TN if of_squares else self._mixing_TKK
-        found = self._rows_TK, self._covered_P, of_pairs, self._inverse_lengths_TK
+        found = self._rows_TK, self._used_P, of_pairs, self._inverse_lengths_TK
         return add(rows_PD, *found, tensor, incoming, number)
 
     def _all_gradients(self, weight: Weight) -> Tensor:

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from megatron_moe_spec.metrics.trace_files import read_trace
-from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.formats import FORMATS
 from megatron_moe_spec.placement.halves import halves, sample, some_batches
 from megatron_moe_spec.placement.placement import Cluster, Placement
+from megatron_moe_spec.traces.files import read_trace
+from megatron_moe_spec.traces.schema import Trace
 
 _DESCRIPTION = """\
 Places the experts of each MoE layer on devices. The placement is fitted to the first half of a routing trace and judged

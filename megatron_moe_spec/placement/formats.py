@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe_spec.metrics.trace_counts import loads
-from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.checkpoint import reorder_experts
 from megatron_moe_spec.placement.placement import Placement
+from megatron_moe_spec.traces.counts import loads
+from megatron_moe_spec.traces.schema import Trace
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Union
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.metrics.traces import Trace
+from megatron_moe_spec.traces.schema import Trace
 
 
 def halves(trace: Trace) -> tuple[Trace, Trace]:

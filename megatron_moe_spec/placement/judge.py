@@ -1,13 +1,13 @@
 """Fits placements to one half of a trace; judges them, and what engines could fetch ahead, by the other."""
 
-from megatron_moe_spec.metrics.trace_counts import loads, shuffled
-from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.eplb import rebalance_experts
 from megatron_moe_spec.placement.halves import sample, tokens
 from megatron_moe_spec.placement.measures import Measures, measure
 from megatron_moe_spec.placement.objectives import OBJECTIVES
 from megatron_moe_spec.placement.placement import Cluster, Placement, contiguous, random
 from megatron_moe_spec.placement.prefetch import cache_hits, popularity_scores, predicted_hits, transition_scores
+from megatron_moe_spec.traces.counts import loads, shuffled
+from megatron_moe_spec.traces.schema import Trace
 
 _FITTED_TOKENS = 2**14  # of a predictor
 MEASURED_TOKENS = 2**16  # of placements

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.placement import Placement
+from megatron_moe_spec.traces.schema import Trace
 
 _PART = 2**14  # tokens whose counts on all devices are in memory at once
 

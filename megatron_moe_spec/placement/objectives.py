@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.metrics.trace_counts import coactivation, loads, recombined, shuffled, transitions
-from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.placement.assignment import assign, assign_pairs
 from megatron_moe_spec.placement.eplb import replicate
 from megatron_moe_spec.placement.placement import Cluster, Placement
+from megatron_moe_spec.traces.counts import coactivation, loads, recombined, shuffled, transitions
+from megatron_moe_spec.traces.schema import Trace
 
 _BINS = 64  # of time
 _MARGIN = 1.1  # co-activation counts as such beyond this multiple of what loads explain

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, pad
 
-from megatron_moe_spec.metrics.trace_counts import loads, transitions
-from megatron_moe_spec.metrics.traces import Trace
+from megatron_moe_spec.traces.counts import loads, transitions
+from megatron_moe_spec.traces.schema import Trace
 
 
 def transition_scores(trace: Trace) -> Tensor:

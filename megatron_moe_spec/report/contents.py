@@ -9,10 +9,10 @@ from typing import Any, Optional
 import torch
 
 from megatron_moe_spec.metrics.information import normalized_mutual_information
-from megatron_moe_spec.metrics.trace_counts import coactivation, loads, shuffled, transitions
-from megatron_moe_spec.metrics.traces import Trace
 from megatron_moe_spec.report import figures
 from megatron_moe_spec.report.runs import AUXILIARY, TRAIN_LOSS, VALIDATION_LOSS, Run, final
+from megatron_moe_spec.traces.counts import coactivation, loads, shuffled, transitions
+from megatron_moe_spec.traces.schema import Trace
 
 # (what the reader sees, series, digits)
 ROWS = (

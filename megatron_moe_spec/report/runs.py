@@ -15,8 +15,8 @@ from torch import Tensor
 
 from megatron_moe_spec.integration.training import METRICS_FILE
 from megatron_moe_spec.losses import LOSSES
-from megatron_moe_spec.metrics.trace_files import read_trace
-from megatron_moe_spec.metrics.traces import Trace
+from megatron_moe_spec.traces.files import read_trace
+from megatron_moe_spec.traces.schema import Trace
 
 TRAIN_LOSS = "lm_loss"
 VALIDATION_LOSS = "validation_loss"
@@ -34,7 +34,7 @@ TENSORBOARD_TAGS = {
     **{name: name for name in AUXILIARY},
 }
 _LARGEST = ("max_abs_cos", "router_max_abs_cos")  # of all layers, the largest counts; else their mean
-_NOT_MEASURES = ("layer", "layers", "layer_number")
+_NOT_MEASURES = ("layer", "layers", "layer_index")
 
 Series = list[tuple[int, float]]  # (iteration, value), by iteration
 
@@ -228,7 +228,7 @@ def _read_metrics(path: Path, run: Run) -> None:
 def _read_record(record: dict, run: Run, means: dict, layers: dict) -> None:
     iteration = record["iteration"]
     rows, pairs = record.get("layers") or [], record.get("pairs") or []
-    names = {row["layer"]: str(row.get("layer_number", row["layer"])) for row in rows}
+    names = {row["layer"]: str(row.get("layer_index", row["layer"])) for row in rows}
     run.names = list(names.values()) or run.names
     values: dict[str, list[float]] = {}
     loads = []

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_spec.integration.compat.remedies import without_rank_capacity
+from megatron_moe_spec.integration.support.remedies import without_rank_capacity
 from megatron_moe_spec.parallel.collectives import all_gather
-from megatron_moe_spec.parallel.rows import RowExchange
+from megatron_moe_spec.parallel.row_exchange import RowExchange
 
 
 def expert_map(experts_TK: Tensor, num_experts: int) -> Tensor:
@@ -43,7 +43,7 @@ def dispatched_map(dispatcher, routing_map_TE: Tensor) -> Tensor:
     return expert_map(experts_TK, routing_map_TE.shape[1])
 
 
-def hands_over_tokens(dispatcher) -> bool:
+def is_flex(dispatcher) -> bool:
     """Whether a library takes the tokens of ``token_dispatch`` to the experts, and lays out their rows."""
     return dispatcher.config.moe_token_dispatcher_type == "flex"
 

@@ -37,16 +37,16 @@ def sequence_ranks(chunk: nn.Module) -> int:
     return groups.cp.size() * (groups.tp.size() if stage_module(chunk).config.sequence_parallel else 1)
 
 
-def token_group(moe_layer: nn.Module):
+def tp_cp_group(moe_layer: nn.Module):
     """The ranks among which a micro-batch's tokens are divided: tensor (sequence) x context parallel."""
     return router_of(moe_layer).tp_cp_group
 
 
-def column_group(dispatcher):
+def etp_group(dispatcher):
     """The ranks over which the columns of an expert's activations are divided: expert tensor parallel."""
     return dispatcher.tp_group
 
 
-def expert_group(dispatcher):
+def etp_ep_group(dispatcher):
     """The ranks that hold the parts of one set of experts: expert x expert tensor parallel."""
     return dispatcher.tp_ep_group

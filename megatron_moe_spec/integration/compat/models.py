@@ -11,12 +11,12 @@ class FoundLayers:
     """MoE layers below a model chunk, by name, in the order in which the model runs them.
 
     Attributes:
-        taken: those that the chunk's own decoder runs.
-        left_out: the others, and why; also modules that look like MoE layers and are none of Megatron's.
+        included: those that the chunk's own decoder runs.
+        skipped: the others, and why; also modules that look like MoE layers and are none of Megatron's.
     """
 
-    taken: dict[str, nn.Module]
-    left_out: dict[str, str]
+    included: dict[str, nn.Module]
+    skipped: dict[str, str]
 
 
 def moe_layers(chunk: nn.Module) -> FoundLayers:
@@ -33,26 +33,26 @@ def moe_layers(chunk: nn.Module) -> FoundLayers:
 
     stage = stage_module(chunk)
     names = {name: layer for name, layer in chunk.named_modules() if isinstance(layer, MoELayer)}
-    left_out = {name: f"a {_path(type(one))}, not Megatron's MoELayer" for name, one in _lookalikes(chunk).items()}
-    if left_out and not names:
-        found = ", ".join(f"{name} ({reason})" for name, reason in left_out.items())
+    skipped = {name: f"a {_path(type(one))}, not Megatron's MoELayer" for name, one in _lookalikes(chunk).items()}
+    if skipped and not names:
+        found = ", ".join(f"{name} ({reason})" for name, reason in skipped.items())
         raise ValueError(
             f"the losses know Megatron's MoE layers alone, and this model has others: {found} (build the model with "
             f"{_path(MoELayer)}, or derive the class from it)"
         )
     model = _trained_model(stage, set(names.values()))
     own = set(model._modules.get("decoder", model).modules())
-    taken = {}
+    included = {}
     for name, layer in names.items():
         if "mtp" in name.split("."):
-            left_out[name] = "it belongs to multi-token prediction"
+            skipped[name] = "it belongs to multi-token prediction"
         elif layer not in own:
-            left_out[name] = "it is not in the decoder of the trained model"
+            skipped[name] = "it is not in the decoder of the trained model"
         elif getattr(router_of(layer), "is_hash_layer", False):
-            left_out[name] = "a table decides in its router's place (--moe-n-hash-layers)"
+            skipped[name] = "a table decides in its router's place (--moe-n-hash-layers)"
         else:
-            taken[name] = layer
-    return FoundLayers(taken, left_out)
+            included[name] = layer
+    return FoundLayers(included, skipped)
 
 
 def _lookalikes(chunk: nn.Module) -> dict[str, nn.Module]:
@@ -143,7 +143,7 @@ def follows_scores(router: nn.Module, logits_TE: Tensor, active_TE: Tensor) -> O
     return 1.0 - (active_TE & (scores_TE < worst_T1)).any(dim=1).float().mean()
 
 
-def layer_number(moe_layer: nn.Module) -> Optional[int]:
+def layer_index(moe_layer: nn.Module) -> Optional[int]:
     """Number of the layer among all layers of the whole model, from 0; None where it was built without one."""
     number = moe_layer.layer_number
     return None if number is None else number - 1
@@ -160,7 +160,7 @@ def model_config(chunks: list[nn.Module]):
     stage = stage_module(chunks[0])
     if hasattr(stage, "config"):
         return stage.config
-    return next((layer.config for chunk in chunks for layer in moe_layers(chunk).taken.values()), None)
+    return next((layer.config for chunk in chunks for layer in moe_layers(chunk).included.values()), None)
 
 
 def stage_module(chunk: nn.Module) -> nn.Module:

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 
 from megatron_moe_spec.integration.taps.base import Tap
+from megatron_moe_spec.integration.taps.expert_rows import ActivationsTap, OutputsTap
 from megatron_moe_spec.integration.taps.expert_weights import ExpertWeightsTap
 from megatron_moe_spec.integration.taps.pairs import PairsTap
 from megatron_moe_spec.integration.taps.router_weight import RouterWeightTap
-from megatron_moe_spec.integration.taps.rows import ActivationsTap, OutputsTap
 from megatron_moe_spec.integration.taps.scores import ScoresTap
 from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.losses.base import ACTIVATIONS, EXPERT_WEIGHTS, OUTPUTS, PAIRS, ROUTER_WEIGHT, SCORES

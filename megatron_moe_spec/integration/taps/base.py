@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Generic, Optional, TypeVar
 
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat.groups import token_group
+from megatron_moe_spec.integration.compat.groups import tp_cp_group
 from megatron_moe_spec.integration.compat.models import router_of
-from megatron_moe_spec.integration.microbatch import MicroBatch
-from megatron_moe_spec.integration.recorder import Recorder
-from megatron_moe_spec.integration.routing import LayerRouting
-from megatron_moe_spec.integration.stages import Stages
+from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch
+from megatron_moe_spec.integration.hooks.routing import LayerRouting
+from megatron_moe_spec.integration.pipeline.stages import Stages
+from megatron_moe_spec.integration.step.recorder import Recorder
 from megatron_moe_spec.losses import Loss
 
 L = TypeVar("L", bound=Loss)
@@ -25,15 +25,15 @@ class TappedLayer:
     Attributes:
         module: Megatron's MoELayer.
         name: its name in the model chunk.
-        local_index: number of the layer in its model chunk.
-        global_index: number of the layer in the model.
+        index_in_chunk: number of the layer in its model chunk.
+        moe_layer_index: number of the layer in the model.
         recorder: of the model.
     """
 
     module: nn.Module
     name: str
-    local_index: int
-    global_index: int
+    index_in_chunk: int
+    moe_layer_index: int
     recorder: Recorder
 
     @property
@@ -50,9 +50,9 @@ class TappedLayer:
         return self.module.token_dispatcher
 
     @cached_property
-    def token_group(self):
+    def tp_cp_group(self):
         """The ranks that share a micro-batch."""
-        return token_group(self.module)
+        return tp_cp_group(self.module)
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Tap(Generic[L]):
 
     def records(self) -> set[tuple[str, int]]:
         """Name of each loss that it records, and of which layer, or first of a pair of layers, of the model."""
-        return {(loss.name, self.layer.global_index) for loss in self.losses}
+        return {(loss.name, self.layer.moe_layer_index) for loss in self.losses}
 
     def begin_step(self) -> None:
         """The first forward of a training step begins."""
@@ -161,6 +161,6 @@ class Tap(Generic[L]):
     def detach(self) -> None:
         """Removes its hooks."""
 
-    def wanted(self) -> list[L]:
+    def computed_losses(self) -> list[L]:
         """The losses to compute in this step."""
-        return [loss for loss in self.losses if self.layer.recorder.wants(loss)]
+        return [loss for loss in self.losses if self.layer.recorder.is_computed(loss)]

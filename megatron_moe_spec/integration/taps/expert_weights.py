@@ -19,11 +19,11 @@ from megatron_moe_spec.integration.compat.experts import (
     has_adapted_weights,
     joins_expert_weights,
 )
-from megatron_moe_spec.integration.compat.groups import column_group, expert_group
-from megatron_moe_spec.integration.compat.remedies import without_overlap, without_quantized_weights
-from megatron_moe_spec.integration.hooks import Hook
-from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
-from megatron_moe_spec.integration.scaling import micro_batch_count, weight_gradient_factor
+from megatron_moe_spec.integration.compat.groups import etp_ep_group, etp_group
+from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, separate_graph
+from megatron_moe_spec.integration.hooks.replacement import Hook
+from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
+from megatron_moe_spec.integration.support.remedies import without_overlap, without_quantized_weights
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.integration.taps.router_weight import adapted, sharded
 from megatron_moe_spec.losses.expert_router_coupling import (
@@ -150,14 +150,14 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         recorder, router = self.layer.recorder, self.layer.router.weight
         experts = expert_first_weights(self.layer.module)
         with torch.no_grad():
-            noise_EH = router_noise(router, seed=(recorder.step << 16) + self.layer.global_index)
+            noise_EH = router_noise(router, seed=(recorder.step << 16) + self.layer.moe_layer_index)
             norms_EE = self._norms(proxy_tokens(router, noise_EH), experts)
-        with own_graph():
+        with separate_graph():
             norms_EE.requires_grad_()
             loss = excess(norms_EE, self._loss.alpha)
             (gradient_EE,) = torch.autograd.grad(loss, norms_EE)
-        value = loss.detach() / self.layer.token_group.size()
-        what = self._loss.name, self.layer.global_index, value, call.routing.tokens.counts
+        value = loss.detach() / self.layer.tp_cp_group.size()
+        what = self._loss.name, self.layer.moe_layer_index, value, call.routing.tokens.counts
         call.micro_batch.notes.add(recorder.record_loss, *what)
         slope_EE = (gradient_EE / norms_EE.detach()).masked_fill(norms_EE.detach() == 0, 0.0)
         weight = partial(self._weight, self._group_count(call))
@@ -165,7 +165,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
 
     def _norms(self, proxies_EH: Tensor, experts: list[Tensor]) -> Tensor:
         gates = [gate_rows(self.layer.module, weight).flatten(0, -2) for weight in experts]
-        over_columns = partial(all_reduce_sum, group=column_group(self.layer.dispatcher))
+        over_columns = partial(all_reduce_sum, group=etp_group(self.layer.dispatcher))
         norms_EL = proxy_norms(proxies_EH, gates, total=over_columns)
         return all_gather(norms_EL.T.contiguous(), self.layer.dispatcher.ep_group).T
 
@@ -181,11 +181,11 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         if micro_batch.expert_group_count is None:
             own = micro_batch_count(self.layer.transformer_config, call.routing.tokens.total)
             own = torch.as_tensor(own, dtype=torch.float32, device=self.layer.router.weight.device)
-            micro_batch.expert_group_count = all_reduce_sum(own, expert_group(self.layer.dispatcher))
+            micro_batch.expert_group_count = all_reduce_sum(own, etp_ep_group(self.layer.dispatcher))
         return micro_batch.expert_group_count
 
     def _weight(self, group_count: Tensor):
-        factor = weight_gradient_factor(self.layer.transformer_config, group_count, self.layer.token_group.size())
+        factor = weight_gradient_factor(self.layer.transformer_config, group_count, self.layer.tp_cp_group.size())
         return self._loss.coeff * factor
 
     def _gradients(self, noise_EH: Tensor, slope_EL: Tensor, weight: Callable) -> list:

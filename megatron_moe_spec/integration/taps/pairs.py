@@ -12,11 +12,11 @@ from typing import Optional, Union
 from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat.remedies import without_overlap
-from megatron_moe_spec.integration.injection import add_gradient
-from megatron_moe_spec.integration.routing import LayerRouting, token_scores
-from megatron_moe_spec.integration.scaling import gradient_weight
-from megatron_moe_spec.integration.stages import Stages
+from megatron_moe_spec.integration.hooks.injection import add_gradient
+from megatron_moe_spec.integration.hooks.routing import LayerRouting, token_scores
+from megatron_moe_spec.integration.hooks.scaling import gradient_weight
+from megatron_moe_spec.integration.pipeline.stages import Stages
+from megatron_moe_spec.integration.support.remedies import without_overlap
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
 from megatron_moe_spec.losses.coupling import Coupling, joint_scores, routed_mass, strongest_successors
@@ -67,24 +67,24 @@ class PairsTap(Tap[Coupling]):
         yield cls.title, text
 
     def records(self) -> set[tuple[str, int]]:
-        from_before = self._loss.carries_messages and self.layer.global_index > 0
-        has_previous = self.layer.local_index > 0 or from_before
-        return {(self._loss.name, self.layer.global_index - 1)} if has_previous else set()
+        from_before = self._loss.carries_messages and self.layer.moe_layer_index > 0
+        has_previous = self.layer.index_in_chunk > 0 or from_before
+        return {(self._loss.name, self.layer.moe_layer_index - 1)} if has_previous else set()
 
     def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
         return add_gradient(logits, partial(self._add_gradient, call)) if self.trained else logits
 
     def observe(self, call: RouterCall) -> None:
-        if not self.wanted():
+        if not self.computed_losses():
             return
         layer, routing, micro_batch, kind = self.layer, call.routing, call.micro_batch, self._loss.kind
-        if layer.local_index == 0 and micro_batch.take_before is not None:
+        if layer.index_in_chunk == 0 and micro_batch.take_before is not None:
             micro_batch.before, micro_batch.take_before = micro_batch.take_before(len(routing.active_TE)), None
-        previous = micro_batch.previous(layer.local_index)
+        previous = micro_batch.previous(layer.index_in_chunk)
         observe = self._observe_mass if kind == "mass" else self._observe_pathway
         observe(previous, routing, call)
         if previous is not None:
-            what = layer.global_index - 1, previous.active_TE, routing.active_TE
+            what = layer.moe_layer_index - 1, previous.active_TE, routing.active_TE
             layer.recorder.measure_pair(*what, when=micro_batch.notes.add)
 
     def _observe_mass(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
@@ -100,8 +100,8 @@ class PairsTap(Tap[Coupling]):
             routing.message = routed_mass(token_scores(call.logits, function, call.padding_mask), routing.active_TE)
             products = None if before_T is None else before_T * routing.message
         if products is not None:
-            share = 1.0 / self.layer.token_group.size()
-            pair = self.layer.global_index - 1
+            share = 1.0 / self.layer.tp_cp_group.size()
+            pair = self.layer.moe_layer_index - 1
             what = self._loss.name, pair, products, routing.tokens, -1.0, share
             call.micro_batch.notes.add(self.layer.recorder.record_mean, *what)
 
@@ -113,11 +113,11 @@ class PairsTap(Tap[Coupling]):
         if previous is None:
             return
         joint_EE = joint_scores(previous.message, routing.message, routing.tokens.divisor)
-        everywhere_EE = all_reduce_sum(joint_EE, layer.token_group)
+        everywhere_EE = all_reduce_sum(joint_EE, layer.tp_cp_group)
         previous.successors_EE = strongest_successors(everywhere_EE, layer.transformer_config.moe_router_topk)
         joined = (joint_EE * previous.successors_EE).sum()
-        value = 1.0 / layer.token_group.size() - joined
-        what = self._loss.name, layer.global_index - 1, value, routing.tokens.counts
+        value = 1.0 / layer.tp_cp_group.size() - joined
+        what = self._loss.name, layer.moe_layer_index - 1, value, routing.tokens.counts
         call.micro_batch.notes.add(layer.recorder.record_loss, *what)
 
     def _is_fused(self, logits: Tensor) -> bool:
@@ -125,22 +125,22 @@ class PairsTap(Tap[Coupling]):
         return not self._in_fp64 and choose(self.layer.recorder.spec.kernels, logits.device)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
-        micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.local_index
+        micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.index_in_chunk
         routing = micro_batch.routing[index]
-        pulls = []
+        neighbor_grads = []
         if (previous := micro_batch.previous(index)) is not None:
-            pulls.append(pull_of_previous(kind, previous))
+            neighbor_grads.append(neighbor_grad_of_previous(kind, previous))
         if (following := micro_batch.following(index)) is not None:
-            pulls.append(pull_of_following(kind, routing, following))
-        elif micro_batch.pull_after is not None:
-            pulls.append(micro_batch.pull_after)
-        if not pulls:  # the only MoE layer of a stage, and pairs across stages are dropped
+            neighbor_grads.append(neighbor_grad_of_following(kind, routing, following))
+        elif micro_batch.grad_from_next is not None:
+            neighbor_grads.append(micro_batch.grad_from_next)
+        if not neighbor_grads:  # the only MoE layer of a stage, and pairs across stages are dropped
             return incoming
         transformer_config = self.layer.transformer_config
         weight = gradient_weight(transformer_config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
         function = transformer_config.moe_router_score_function
         return add_logits_gradient(
-            kind, routing, pulls, call.logits, function, weight, incoming, self._is_fused(call.logits)
+            kind, routing, neighbor_grads, call.logits, function, weight, incoming, self._is_fused(call.logits)
         )
 
 
@@ -194,7 +194,7 @@ def _no_messages(transformer_config) -> Iterator[tuple[str, str]]:
         )
 
 
-def pull_of_previous(kind: str, previous: LayerRouting) -> Tensor:
+def neighbor_grad_of_previous(kind: str, previous: LayerRouting) -> Tensor:
     """-T times the gradient of the loss of ``previous`` and this layer with respect to this layer's scores.
 
     [T], the same for every dispatched expert (mass), or [T, E] (pathway).
@@ -204,7 +204,7 @@ def pull_of_previous(kind: str, previous: LayerRouting) -> Tensor:
     return previous.message @ previous.successors_EE.to(previous.message.dtype)
 
 
-def pull_of_following(kind: str, this: LayerRouting, following: LayerRouting) -> Tensor:
+def neighbor_grad_of_following(kind: str, this: LayerRouting, following: LayerRouting) -> Tensor:
     """The same for the loss of this layer and ``following``."""
     if kind == "mass":
         return following.message
@@ -214,7 +214,7 @@ def pull_of_following(kind: str, this: LayerRouting, following: LayerRouting) ->
 def add_logits_gradient(
     kind: str,
     this: LayerRouting,
-    pulls: list[Tensor],
+    neighbor_grads: list[Tensor],
     logits: Tensor,
     score_function: str,
     weight: tuple[Union[Tensor, float], float],
@@ -224,7 +224,7 @@ def add_logits_gradient(
     """incoming + weight * gradient of -T times the (at most two) pair losses of a layer with respect to its logits.
 
     Args:
-        pulls: of the neighbours, see ``pull_of_previous``.
+        neighbor_grads: of the neighbours, see ``neighbor_grad_of_previous``.
         weight: two factors, from ``gradient_weight``.
         incoming: the logits' gradient so far, in their shape.
         fused: by the Triton kernels.
@@ -234,9 +234,11 @@ def add_logits_gradient(
         from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
 
         incoming_TE = incoming.reshape(logits_TE.shape)
-        total_TE = add_mass_gradient(logits_TE, this.active_TE, score_function, pulls, tensor, incoming_TE, number)
+        total_TE = add_mass_gradient(
+            logits_TE, this.active_TE, score_function, neighbor_grads, tensor, incoming_TE, number
+        )
         return total_TE.view(logits.shape)
-    pull = sum(pulls)
-    scores_gradient_TE = this.active_TE * pull.unsqueeze(-1) if kind == "mass" else pull
+    neighbor_grad = sum(neighbor_grads)
+    scores_gradient_TE = this.active_TE * neighbor_grad.unsqueeze(-1) if kind == "mass" else neighbor_grad
     gradient_TE = normalized_scores_gradient(logits_TE, score_function, scores_gradient_TE * (tensor * number))
     return incoming + gradient_TE.view(logits.shape).to(incoming.dtype)

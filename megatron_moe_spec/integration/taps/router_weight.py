@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe_spec.integration.compat.experts import has_adapter
-from megatron_moe_spec.integration.injection import add_weight_gradients, own_graph
-from megatron_moe_spec.integration.scaling import micro_batch_count, weight_gradient_factor
+from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, separate_graph
+from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
 from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap
 from megatron_moe_spec.losses import Loss, RouterWeightLoss
 
@@ -36,19 +36,19 @@ class RouterWeightTap(Tap[RouterWeightLoss]):
         return add_weight_gradients(logits, [self.layer.router.weight], partial(self._gradients, call))
 
     def observe(self, call: RouterCall) -> None:
-        for loss in self.wanted():
-            value = loss.of_weight(self.layer.router.weight.detach()) / self.layer.token_group.size()
-            what = loss.name, self.layer.global_index, value, call.routing.tokens.counts
+        for loss in self.computed_losses():
+            value = loss.of_weight(self.layer.router.weight.detach()) / self.layer.tp_cp_group.size()
+            what = loss.name, self.layer.moe_layer_index, value, call.routing.tokens.counts
             call.micro_batch.notes.add(self.layer.recorder.record_loss, *what)
 
     def _gradients(self, call: RouterCall) -> list[Tensor]:
         weight = self.layer.router.weight.detach().requires_grad_()
-        with own_graph():
+        with separate_graph():
             total = sum(loss.coeff * loss.of_weight(weight) for loss in self.trained)
             (gradient,) = torch.autograd.grad(total, weight)
         transformer_config = self.layer.transformer_config
         count = micro_batch_count(transformer_config, call.routing.tokens.total)
-        factor = weight_gradient_factor(transformer_config, count, self.layer.token_group.size())
+        factor = weight_gradient_factor(transformer_config, count, self.layer.tp_cp_group.size())
         return [(gradient * factor).to(weight.dtype)]
 
 

@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_spec.integration.compat.dispatch import hands_over_tokens
-from megatron_moe_spec.integration.compat.remedies import with_alltoall
-from megatron_moe_spec.integration.hooks import Hook, MethodReplacement
+from megatron_moe_spec.integration.compat.dispatch import is_flex
+from megatron_moe_spec.integration.hooks.replacement import Hook, MethodReplacement
+from megatron_moe_spec.integration.support.remedies import with_alltoall
 from megatron_moe_spec.integration.taps.base import TappedLayer
-from megatron_moe_spec.parallel.positions import expert_rows, first_rows
-from megatron_moe_spec.parallel.rows import RowExchange
+from megatron_moe_spec.parallel.row_exchange import RowExchange
+from megatron_moe_spec.parallel.row_indices import expert_rows, first_rows
 
 
 class RowCheck:
@@ -35,7 +35,7 @@ class RowCheck:
         self._layer = layer
         self._hook = layer.module.register_load_state_dict_post_hook(Hook(self._loaded))
         self._method = None
-        if hands_over_tokens(layer.dispatcher):
+        if is_flex(layer.dispatcher):
             self._method = MethodReplacement(layer.dispatcher, "token_dispatch", partial(_token_dispatch, sent))
         self.is_due = True
 
@@ -74,7 +74,7 @@ class RowCheck:
             dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self._layer.dispatcher.ep_group)
             right = bool(everywhere)
         if not right:
-            transformer_config, layer = self._layer.transformer_config, self._layer.global_index
+            transformer_config, layer = self._layer.transformer_config, self._layer.moe_layer_index
             kind = transformer_config.moe_token_dispatcher_type
             remedy = f"{with_alltoall(transformer_config)}, or " if kind == "flex" else ""
             raise RuntimeError(

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.integration.injection import add_gradient, own_graph
-from megatron_moe_spec.integration.routing import LayerRouting, of_tokens, token_scores
-from megatron_moe_spec.integration.scaling import gradient_weight
+from megatron_moe_spec.integration.hooks.injection import add_gradient, separate_graph
+from megatron_moe_spec.integration.hooks.routing import LayerRouting, of_tokens, token_scores
+from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap
 from megatron_moe_spec.losses import ScoresLoss
 from megatron_moe_spec.losses.base import one_per_token
@@ -28,13 +28,13 @@ class ScoresTap(Tap[ScoresLoss]):
         return add_gradient(logits, partial(self._add_gradient, call)) if self.trained else logits
 
     def observe(self, call: RouterCall) -> None:
-        wanted = self.wanted()
-        if not wanted:
+        computed = self.computed_losses()
+        if not computed:
             return
         routing, scores_TE = call.routing, self._scores(call.logits)
-        for loss in wanted:
+        for loss in computed:
             value = self._observe(loss, scores_TE, routing, call.padding_mask)
-            what = loss.name, self.layer.global_index, value.detach(), routing.tokens
+            what = loss.name, self.layer.moe_layer_index, value.detach(), routing.tokens
             call.micro_batch.notes.add(self.layer.recorder.record_mean, *what)
 
     def _observe(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
@@ -42,21 +42,21 @@ class ScoresTap(Tap[ScoresLoss]):
         statistics = loss.token_statistics(scores_TE, routing.active_TE)
         if statistics is None:
             return self._sum(loss, scores_TE, routing, None, padding_mask)
-        group = self.layer.token_group
+        group = self.layer.tp_cp_group
         mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.tokens.divisor
-        with own_graph():
+        with separate_graph():
             mean.requires_grad_()
             total = self._sum(loss, scores_TE, routing, mean, padding_mask)
-            (of_mean,) = torch.autograd.grad(total, mean, allow_unused=True, materialize_grads=True)
-        of_mean = all_reduce_sum(of_mean, group) / routing.tokens.divisor
-        routing.means[loss.name] = mean.detach(), of_mean
+            (grad_mean,) = torch.autograd.grad(total, mean, allow_unused=True, materialize_grads=True)
+        grad_mean = all_reduce_sum(grad_mean, group) / routing.tokens.divisor
+        routing.means[loss.name] = mean.detach(), grad_mean
         return total.detach()
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         # A recomputation has the means of the first pass.
-        routing = call.micro_batch.routing[self.layer.local_index]
+        routing = call.micro_batch.routing[self.layer.index_in_chunk]
         logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
-        with own_graph():
+        with separate_graph():
             scores_TE = self._scores(logits_TE).requires_grad_()
             total = sum(self._weighted(loss, scores_TE, routing, call.padding_mask) for loss in self.trained)
             (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
@@ -68,11 +68,11 @@ class ScoresTap(Tap[ScoresLoss]):
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)
 
     def _weighted(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
-        mean, of_mean = routing.means.get(loss.name, (None, None))
+        mean, grad_mean = routing.means.get(loss.name, (None, None))
         total = self._sum(loss, scores_TE, routing, mean, padding_mask)
-        if of_mean is not None:
+        if grad_mean is not None:
             statistics = of_tokens(loss.token_statistics(scores_TE, routing.active_TE), padding_mask)
-            total = total + (statistics * of_mean).sum()
+            total = total + (statistics * grad_mean).sum()
         return loss.coeff * total
 
     def _sum(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, mean, padding_mask) -> Tensor:

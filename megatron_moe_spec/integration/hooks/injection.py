@@ -1,0 +1,127 @@
+"""Adding a gradient to a tensor without touching its value."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_moe_spec.integration.hooks.modes import without_autocast
+
+
+def _same(x: Tensor) -> Tensor:
+    """x as a node's output: not a view, as x itself would be, since other people's hooks may work on it in place."""
+    return x.detach()
+
+
+def _take_callback(ctx) -> Callable:
+    """A node's callback, for the only time: it holds activations that must not outlive the node's turn."""
+    callback, ctx.callback = ctx.callback, None
+    if callback is None:
+        raise RuntimeError("the auxiliary loss's gradient was already used: backward ran twice on one graph")
+    return callback
+
+
+class _AddGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, accumulate, kept):
+        ctx.callback = accumulate
+        if kept:
+            ctx.save_for_backward(*kept)
+        return _same(x)
+
+    @staticmethod
+    def backward(ctx, incoming):
+        return without_autocast(_take_callback(ctx), incoming), None, None
+
+
+def add_gradient(x: Tensor, accumulate: Callable[[Tensor], Tensor], kept: Sequence[Tensor] = ()) -> Tensor:
+    """Returns x unchanged; in backward, ``accumulate(incoming)`` takes the place of the gradient that flows into x.
+
+    It adds the auxiliary gradient in the incoming one's dtype, and leaves the incoming tensor as it is.
+    The result must be used in place of x: what follows then depends on this node, which makes it right under
+    recomputation too, where x's memory is filled again only before the backward of what follows.
+
+    Args:
+        kept: tensors that ``accumulate`` needs, see ``kept_by``. They are kept as autograd keeps its own: hooks on
+            saved tensors may take them elsewhere until then.
+    """
+    return _AddGradient.apply(x, accumulate, kept)
+
+
+def kept_by(x: Tensor, kept: Tensor) -> Callable[[], Tensor]:
+    """Gives, in backward, what ``x = add_gradient(..., [kept])`` keeps, without keeping it, too."""
+    if x.grad_fn is None:  # no gradient flows
+        return lambda: kept
+    node = weakref.ref(x.grad_fn)
+
+    def saved() -> Tensor:
+        found = node()
+        if found is None:
+            raise RuntimeError("a part of what the experts computed was dropped before the backward pass of the others")
+        return found.saved_tensors[0].detach()
+
+    return saved
+
+
+class _AddWeightGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gradients, *weights):
+        ctx.callback = gradients
+        return _same(x)
+
+    @staticmethod
+    def backward(ctx, incoming):
+        return incoming, None, *without_autocast(_take_callback(ctx))
+
+
+def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callable[[], Sequence]) -> Tensor:
+    """Returns x unchanged; in the backward pass through x, ``gradients()`` are added to those of ``weights``.
+
+    The edge to each weight makes its gradient wait for this one, and with it all that is hooked on the gradient being
+    complete. A gradient may be None.
+    """
+    return _AddWeightGradients.apply(x, gradients, *weights)
+
+
+def join(x: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """Returns x unchanged; the backward pass through x goes through ``others`` too, with a gradient of zero."""
+    return add_weight_gradients(x, others, lambda: [None] * len(others))
+
+
+class _ReplaceSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, probs, results, gradient):
+        ctx.save_for_backward(y, probs)
+        ctx.callback = gradient
+        return results[0]
+
+    @staticmethod
+    def backward(ctx, incoming):
+        gradient = _take_callback(ctx)
+        gradients = without_autocast(gradient, *ctx.saved_tensors, incoming)
+        return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad)), None, None
+
+
+def replace_swiglu(
+    z: Tensor,
+    inputs: tuple[Tensor, Tensor],
+    gradient: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Returns z with another backward function of the inputs (y, probs) that it was made of.
+
+    In backward, ``gradient(y, probs, incoming)`` returns the gradients of y and of the probabilities. The result must
+    be used in place of z, whose own node is then freed; both keep the same tensors.
+    """
+    return _ReplaceSwiGLU.apply(*inputs, [z.detach()], gradient)  # in a list: as an input it would become a view
+
+
+@contextmanager
+def separate_graph() -> Iterator[None]:
+    """Context to differentiate a loss in: gradients on, hooks on saved tensors of the surrounding code off.
+
+    Those belong to checkpoints that are not reentrant, or to offloading.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield

@@ -1,0 +1,268 @@
+"""Tells the micro-batch that a layer works on: in forward, in a checkpoint's first pass, and in its recomputation."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
+from typing import Optional, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat.checkpoints import follow_checkpoints
+from megatron_moe_spec.integration.compat.models import called_module, stage_module
+from megatron_moe_spec.integration.hooks.modes import without_autocast
+from megatron_moe_spec.integration.hooks.replacement import Hook, MethodReplacement
+from megatron_moe_spec.integration.hooks.routing import LayerRouting
+
+
+class Notes:
+    """What is to be counted of a micro-batch once its backward pass begins.
+
+    A forward that failed, or that nobody calls backward for, trains nothing, and does not count.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: Optional[list[tuple[Callable, tuple]]] = []
+
+    def add(self, note: Callable, *args) -> None:
+        """Calls ``note(*args)``, which counts something; at once in the backward pass."""
+        if self._waiting is None:
+            note(*args)
+        else:
+            self._waiting.append((note, args))
+
+    def take(self, *gradient) -> None:
+        """The backward pass begins."""
+        notes, self._waiting = self._waiting or [], None
+        without_autocast(_call, notes)
+
+
+def _call(notes: list[tuple[Callable, tuple]]) -> None:
+    for note, args in notes:
+        note(*args)
+
+
+class MicroBatch:
+    """State of the MoE layers of a model chunk for one micro-batch. Lives as long as its autograd graph.
+
+    Attributes:
+        number: counts the micro-batches of a training step from 0.
+        routing: per MoE layer of the chunk, its ``LayerRouting``; None until the layer's router has run.
+        before: that of the last MoE layer of the stages before; None if there is none, or it does not count.
+        take_before: takes ``before`` from what the previous stage sent, given this rank's number of tokens.
+        grad_from_next: what the loss of this chunk's last MoE layer and the next stage's first asks of this chunk,
+            known once the gradient of the chunk's output is; None if there is no such loss.
+        expert_group_count: see ``ExpertWeightsTap``; known once a layer has asked.
+        notes: what is to be counted.
+    """
+
+    def __init__(self, number: int, num_layers: int):
+        self.number = number
+        self.routing: list[Optional[LayerRouting]] = [None] * num_layers
+        self.before: Optional[LayerRouting] = None
+        self.take_before: Optional[Callable[[int], LayerRouting]] = None
+        self.grad_from_next: Optional[Tensor] = None
+        self.expert_group_count: Optional[Tensor] = None
+        self.notes = Notes()
+
+    def previous(self, layer: int):
+        return self.routing[layer - 1] if layer else self.before
+
+    def following(self, layer: int):
+        return self.routing[layer + 1] if layer + 1 < len(self.routing) else None
+
+
+class MicroBatchTracker:
+    """Tells a layer of one model chunk which micro-batch it serves, or that it should stay out.
+
+    The chunk's forward opens a micro-batch. A layer that runs inside it without gradients is in the first pass of an
+    activation checkpoint, or else does not train. A checkpoint's recomputation belongs to the micro-batch that was
+    open when the checkpoint was made, whatever ran between, and in whatever order backward passes come. Evaluation and
+    passes without gradients open nothing.
+
+    The schedule that overlaps a forward with another micro-batch's backward (``overlap_moe_expert_parallel_comm``)
+    calls no chunk's forward: it builds a plan of its layers' parts and runs them. Building one opens a micro-batch,
+    which is the current one until the next is built.
+
+    Attributes:
+        has_padding: whether the chunk was given a padding mask for the micro-batch that runs.
+
+    Args:
+        chunk: the module that is called for each micro-batch.
+        num_layers: its number of MoE layers.
+        carry: brings messages from and to other pipeline stages; None: no messages.
+        begin_forward: called before each forward that trains.
+        end_first_forward: called after the first of them.
+    """
+
+    def __init__(
+        self,
+        chunk: nn.Module,
+        num_layers: int,
+        carry,
+        begin_forward: Callable[[], None],
+        end_first_forward: Callable[[], None],
+    ):
+        self._begin_forward = begin_forward
+        self._end_first_forward: Optional[Callable[[], None]] = end_first_forward
+        self._num_layers = num_layers
+        self._carry = carry
+        self._current: Optional[MicroBatch] = None
+        self._checkpoints = 0  # whose first pass is running, one inside another
+        self._recomputing = False
+        self._opened_in = -1
+        self.has_padding = False
+        self._started = 0
+        stage = stage_module(chunk)
+        called = called_module(chunk)
+        self._hooks = [
+            called.register_forward_pre_hook(Hook(self._open), with_kwargs=True),
+            called.register_forward_hook(Hook(self._close), always_call=True),
+        ]
+        self._watchers: list[Watcher] = []
+        self._plan = None
+        if hasattr(stage, "build_schedule_plan"):
+            self._plan = MethodReplacement(stage, "build_schedule_plan", partial(_open_and_build_plan, self))
+        _trackers.add(self)
+        follow_checkpoints(_first_pass, _recomputation)
+
+    def watch(self, watcher: "Watcher") -> None:
+        """Has a layer told of the forwards that train."""
+        self._watchers.append(watcher)
+
+    def detach(self) -> None:
+        self._watchers = []
+        _trackers.discard(self)
+        for hook in self._hooks:
+            hook.remove()
+        if self._plan is not None:
+            self._plan.restore()
+
+    def start_step(self) -> None:
+        """A training step begins."""
+        self._current = None
+        self._started = 0
+
+    def _open(self, module, args=(), kwargs=MappingProxyType({})) -> None:
+        self.has_padding = kwargs.get("padding_mask") is not None
+        trains = module.training and torch.is_grad_enabled()
+        if trains:
+            self._begin_forward()
+            if not self._started:
+                for watcher in self._watchers:
+                    watcher.begin_step()
+        self._current = MicroBatch(self._started, self._num_layers) if trains else None
+        self._opened_in = _backward_pass()
+        self._started += trains
+        if self._carry is not None and trains:
+            self._carry.open(self._current)
+
+    def _close(self, module, args, output) -> None:
+        micro_batch, self._current = self._current, None
+        if micro_batch is None or output is None:  # None: it has failed
+            return
+        for watcher, routing in zip(self._watchers, micro_batch.routing, strict=True):
+            if routing is None:
+                watcher.miss()
+        if self._end_first_forward is not None:
+            self._end_first_forward()
+            self._end_first_forward = None
+        # Of another kind of output nobody tells what becomes of it.
+        tensors = list(_tensors_with_gradient(output))
+        for tensor in tensors:
+            tensor.register_hook(micro_batch.notes.take)
+        if not tensors:
+            micro_batch.notes.take()
+
+    def enter(self, module: nn.Module) -> tuple[Optional[MicroBatch], bool]:
+        """The micro-batch that a layer's router is called for (None: stay out), and whether it is recomputed.
+
+        A layer that is in evaluation mode by itself, as frozen ones may be, does in a forward that trains what the
+        others do: gradients go through it, and its neighbours are coupled with it.
+
+        Raises:
+            RuntimeError: the layer runs with gradients outside the forward of the attached model, or is recomputed by
+                a checkpoint that ``compat.follow_checkpoints`` does not know.
+        """
+        if self._current is None and not module.training:
+            return None, False
+        has_gradients = torch.is_grad_enabled()
+        if has_gradients and not self._recomputing and _backward_pass() not in (-1, self._opened_in):
+            raise RuntimeError(
+                "an MoE layer is recomputed by a checkpoint that does not tell for which micro-batch: set "
+                "use_reentrant=True in torch.utils.checkpoint, or use Megatron's --recompute-granularity; with a "
+                "checkpoint of your own, attach() before its first forward"
+            )
+        if self._current is not None:
+            trains = has_gradients or self._checkpoints or self._recomputing
+            return (self._current, self._recomputing) if trains else (None, False)
+        if not has_gradients:
+            return None, False
+        raise RuntimeError(
+            "an MoE layer ran outside the forward of the model given to attach(): attach the module whose "
+            "forward is called for each micro-batch"
+        )
+
+
+class Watcher(Protocol):
+    """An MoE layer of a chunk, which is told of the forwards that train; see ``MicroBatchTracker.watch``."""
+
+    def begin_step(self) -> None:
+        """The first of a training step begins."""
+
+    def miss(self) -> None:
+        """One has ended, and the layer had no part in it."""
+
+
+def _tensors_with_gradient(x) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        if x.requires_grad:
+            yield x
+    elif isinstance(x, (list, tuple, Mapping)):
+        for one in x.values() if isinstance(x, Mapping) else x:
+            yield from _tensors_with_gradient(one)
+
+
+def _backward_pass() -> int:
+    """Number of the backward pass that runs now; -1 outside of any."""
+    return torch._C._current_graph_task_id()
+
+
+# Checkpoints know nothing of models: each is followed for all trackers.
+_trackers: "weakref.WeakSet[MicroBatchTracker]" = weakref.WeakSet()
+
+
+@contextlib.contextmanager
+def _first_pass(has_gradients: bool) -> Iterator[list]:
+    """Around the first pass of a checkpoint, made with gradients or without; gives what the recomputation needs."""
+    served = [(tracker, tracker._current) for tracker in _trackers if has_gradients and tracker._current is not None]
+    for tracker, _ in served:
+        tracker._checkpoints += 1
+    try:
+        yield served
+    finally:
+        for tracker, _ in served:
+            tracker._checkpoints -= 1
+
+
+@contextlib.contextmanager
+def _recomputation(served: list) -> Iterator[None]:
+    """Around the backward of a checkpoint, which recomputes first; ``served`` is from its first pass."""
+    before = [(tracker, tracker._current, tracker._recomputing) for tracker, _ in served]
+    for tracker, micro_batch in served:
+        tracker._current, tracker._recomputing = micro_batch, True
+    try:
+        yield
+    finally:
+        for tracker, micro_batch, recomputing in before:
+            tracker._current, tracker._recomputing = micro_batch, recomputing
+
+
+def _open_and_build_plan(tracker: MicroBatchTracker, build, *args, **kwargs):
+    """Stands in for ``build_schedule_plan`` of a model."""
+    tracker._open(build.__self__, args, kwargs)
+    if tracker._current is not None:
+        tracker._current.notes.take()
+    return build(*args, **kwargs)

@@ -1,0 +1,1 @@
+"""Losses of MoE layers in different pipeline stages."""

@@ -1,0 +1,89 @@
+"""Division of a model's MoE layers among pipeline stages."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch.distributed as dist
+from torch import nn
+
+from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.integration.compat.groups import pipeline_group
+from megatron_moe_spec.integration.compat.models import layer_index, layer_pattern, stage_module
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The MoE layers of a model's (virtual) pipeline stages, in the order in which the model runs them.
+
+    Attributes:
+        num_layers: number of MoE layers of every stage.
+        own: which stages this rank's model chunks are.
+        num_experts: of a layer.
+        layer_indices: of the MoE layers of all stages, among all layers of the model, from 0; where the model has not
+            numbered them, among the MoE layers.
+    """
+
+    num_layers: list[int]
+    own: list[int]
+    num_experts: int
+    layer_indices: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of_model(
+        cls, chunks: list[nn.Module], layers_of_chunks: list[list[nn.Module]], transformer_config, spec: SpecConfig
+    ) -> "Stages":
+        """A collective over the pipeline group where there is more than one stage.
+
+        Args:
+            chunks: all model chunks of this rank.
+            layers_of_chunks: MoE layers of each.
+            transformer_config: the model's TransformerConfig; None where it has no MoE layer.
+            spec: what the losses are, the same on all ranks.
+
+        Raises:
+            ValueError: a rank gives another config than the others; on all of them.
+        """
+        num_experts = getattr(transformer_config, "num_moe_experts", None) or 0
+        numbers_of_chunks = [list(map(layer_index, layers)) for layers in layers_of_chunks]
+        num_stages = getattr(transformer_config, "pipeline_model_parallel_size", 1)
+        if num_stages == 1:
+            return cls._of_numbers(numbers_of_chunks, list(range(len(chunks))), num_experts)
+        group = pipeline_group(chunks[0])
+        gathered: list = [None] * num_stages
+        dist.all_gather_object(gathered, (numbers_of_chunks, spec), group=group)
+        if any(other != spec for _, other in gathered):
+            raise ValueError("attach() got another config on another pipeline stage: give every rank the same")
+        of_stages = [numbers for chunk in zip(*(numbers for numbers, _ in gathered)) for numbers in chunk]
+        return cls._of_numbers(
+            of_stages, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts
+        )
+
+    @staticmethod
+    def check_chunks(chunks: list[nn.Module], transformer_config) -> None:
+        """Raises ValueError where a rank of several gives some of its chunks only."""
+        if getattr(transformer_config, "pipeline_model_parallel_size", 1) == 1:
+            return
+        expected = transformer_config.virtual_pipeline_model_parallel_size or 1
+        if len(chunks) != expected:
+            flag, _ = layer_pattern(stage_module(chunks[0]))
+            by_number = "--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank"
+            raise ValueError(
+                f"attach() takes all model chunks of a rank at once, as get_model returns them: got {len(chunks)} of "
+                f"{expected} ({f'the | in {flag}' if flag else by_number})"
+            )
+
+    @classmethod
+    def _of_numbers(cls, numbers_of_stages: list[list[Optional[int]]], own: list[int], num_experts: int) -> "Stages":
+        found = [number for numbers in numbers_of_stages for number in numbers]
+        numbers = [i if number is None else number for i, number in enumerate(found)]
+        return cls([len(numbers) for numbers in numbers_of_stages], own, num_experts, numbers)
+
+    @property
+    def several_ranks(self) -> bool:
+        """Whether other ranks have other stages."""
+        return len(self.num_layers) > len(self.own)
+
+    @property
+    def first_layers(self) -> list[int]:
+        """Number of MoE layers before each of this rank's chunks."""
+        return [sum(self.num_layers[:stage]) for stage in self.own]

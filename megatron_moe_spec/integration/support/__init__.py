@@ -1,0 +1,1 @@
+"""What is not supported, and the remedy."""

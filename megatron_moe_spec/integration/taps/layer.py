@@ -1,0 +1,195 @@
+"""Runs the taps of one MoE layer around its router."""
+
+from functools import partial
+from typing import Optional
+
+import torch
+from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat.models import follows_scores, is_model, runs, submodule, whole_weight
+from megatron_moe_spec.integration.compat.settings import replaced_logits
+from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch, MicroBatchTracker
+from megatron_moe_spec.integration.hooks.modes import without_autocast
+from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
+from megatron_moe_spec.integration.hooks.routing import read_routing, token_scores
+from megatron_moe_spec.integration.step.recorder import Recorder
+from megatron_moe_spec.integration.taps import by_tap
+from megatron_moe_spec.integration.taps.base import RouterCall, TappedLayer
+from megatron_moe_spec.integration.taps.cuda_graphs import after_graph, is_router_graphed, stays_out_of_graphs
+
+
+class LayerTaps:
+    """The taps that the computed losses need, on one MoE layer.
+
+    Attributes:
+        follows_scores: see ``compat.models``; of the first micro-batch. A table may decide, or a replay.
+        missed: why the layer had no part in a forward of this step that trains; None: it had.
+
+    Args:
+        chunk: the model chunk.
+        name: of the layer in it.
+        index_in_chunk, moe_layer_index: numbers of the layer in its model chunk, and in the model.
+    """
+
+    def __init__(
+        self,
+        chunk: nn.Module,
+        name: str,
+        index_in_chunk: int,
+        moe_layer_index: int,
+        module: nn.Module,
+        tracker: MicroBatchTracker,
+        recorder: Recorder,
+    ):
+        self._layer = layer = TappedLayer(module, name, index_in_chunk, moe_layer_index, recorder)
+        self._chunk, self._experts = chunk, module.experts
+        self._tracker, self._recorder = tracker, recorder
+        self.follows_scores: Optional[Tensor] = None
+        self._is_first = not replaced_logits(module.config)
+        self.missed: Optional[str] = None
+        self._stayed_out: Optional[str] = None
+        tracker.watch(self)
+        self._taps = [tap(losses, layer) for tap, losses in by_tap(recorder.spec.computed_losses)]
+        self._methods = [MethodReplacement(layer.router, "routing", partial(_route, self))]
+        if is_router_graphed(layer.transformer_config):
+            self._methods.append(after_graph(module, self._route_again))
+
+    @property
+    def moe_layer(self) -> nn.Module:
+        return self._layer.module
+
+    def measure_router(self) -> None:
+        """Measures the router's weight, when a measured step has ended."""
+        weight_EH = whole_weight(self._layer.router)
+        if weight_EH is not None:
+            self._recorder.measure_router(self._layer.moe_layer_index, weight_EH)
+
+    @property
+    def name(self) -> str:
+        return self._layer.name
+
+    def records(self) -> set[tuple[str, int]]:
+        """What this layer records, see ``Tap.records``."""
+        return set().union(*(tap.records() for tap in self._taps))
+
+    def start_step(self) -> None:
+        self.missed = self._stayed_out = None
+
+    def begin_step(self) -> None:
+        """Before a step's first forward: checks that the model still runs what the losses are hooked on.
+
+        Raises:
+            RuntimeError: a module was replaced since.
+        """
+        layer, moe_layer = self._layer, self._layer.module
+        places = [
+            ("module", submodule(self._chunk, layer.name), moe_layer),
+            ("router", moe_layer.router, layer.router),
+            ("experts", moe_layer.experts, self._experts),
+        ]
+        for tap in self._taps:
+            tap.begin_step()
+        for what, found, hooked in (*places, *(place for tap in self._taps for place in tap.hooked())):
+            if not runs(found, hooked):
+                raise RuntimeError(_replaced(layer.name, what))
+
+    def miss(self) -> None:
+        """Takes note that a forward that trains went past the layer.
+
+        Raises:
+            RuntimeError: its router's method was replaced.
+        """
+        if not self._recorder.active:
+            return
+        if self._methods[0].is_gone:
+            raise RuntimeError(_replaced(self._layer.name, "router's method routing"))
+        self.missed = self._stayed_out or "it did not run"
+
+    def detach(self) -> None:
+        for tap in reversed(self._taps):  # which may have replaced the same method
+            tap.detach()
+        for method in self._methods:
+            method.restore()
+
+    def route(self, logits: Tensor, padding_mask: Optional[Tensor], route) -> tuple[Tensor, Tensor]:
+        """Runs the router's own ``route(logits)`` between the taps."""
+        for tap in self._taps:
+            tap.forget()
+        micro_batch, recomputed = self._tracker.enter(self._layer.router)
+        if micro_batch is None or not self._recorder.active:
+            if micro_batch is None:
+                self._stayed_out = "it ran without gradients" if self._layer.router.training else "evaluation mode"
+            return route(logits)
+        call = RouterCall(micro_batch, logits.detach(), padding_mask)
+        if torch.is_grad_enabled():
+            for tap in self._taps:
+                logits = tap.tap_logits(logits, call)
+        probs, routing_map = route(logits)
+        return without_autocast(self._read, call, probs, routing_map, recomputed), routing_map
+
+    def _read(self, call: RouterCall, probs: Tensor, routing_map: Tensor, recomputed: bool) -> Tensor:
+        """Runs the taps on what the router has decided; returns the probabilities to go on with."""
+        micro_batch, padding_mask = call.micro_batch, call.padding_mask
+        known = next(filter(None, micro_batch.routing), None)
+        call.probs_TE, call.routing_map_TE = probs.detach(), routing_map
+        call.routing = read_routing(call.probs_TE, routing_map, padding_mask, known, self._layer.tp_cp_group)
+        if not recomputed:
+            self._observe(call)
+        if torch.is_grad_enabled():
+            for tap in self._taps:
+                probs = tap.tap_probs(probs, call)
+        # Backward needs the call, but not these.
+        call.probs_TE = call.routing_map_TE = None
+        return probs
+
+    def _route_again(self, logits: Tensor, decided) -> tuple[Tensor, Tensor]:
+        """Runs the taps around what a CUDA graph has ``decided``. It knows of no padding."""
+        if self._tracker.has_padding:
+            raise RuntimeError(
+                "a router in a CUDA graph is given no padding mask, so that the auxiliary losses would count padding: "
+                "capture attention alone (--cuda-graph-scope attn), or pass no padding_mask"
+            )
+        return self.route(logits, None, decided)
+
+    def _ran_twice(self, micro_batch: MicroBatch) -> str:
+        text = f"MoE layer {self._layer.name} ran twice in one forward of the module given to attach(): "
+        if None not in micro_batch.routing and not is_model(self._chunk):
+            return text + "give it the model inside, whose own forward runs each layer once"
+        return text + "the losses know no looped layers (set their coefficients to 0)"
+
+    def _observe(self, call: RouterCall) -> None:
+        layer, routing = self._layer, call.routing
+        if call.micro_batch.routing[layer.index_in_chunk] is not None:
+            raise RuntimeError(self._ran_twice(call.micro_batch))
+        call.micro_batch.routing[layer.index_in_chunk] = routing
+        if self._is_first:
+            self._is_first = False
+            logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
+            self.follows_scores = follows_scores(layer.router, logits_TE, routing.active_TE)
+        if self._recorder.measuring:
+            scores_TE = token_scores(call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask)
+            what = layer.moe_layer_index, scores_TE, routing.active_TE, routing.tokens.local
+            self._recorder.measure_routing(*what, when=call.micro_batch.notes.add)
+        if self._recorder.tracer.tracing:
+            shape = call.logits.shape  # [positions, sequences, E], as a rule
+            sequences = shape[1] if len(shape) == 3 else None
+            number = self._recorder.layer_indices[layer.moe_layer_index]
+            traced = number, call.micro_batch.number, routing.active_TE, call.padding_mask, sequences
+            call.micro_batch.notes.add(self._recorder.tracer.add, *traced)
+        for tap in self._taps:
+            tap.observe(call)
+
+
+def _replaced(layer: str, what: str) -> str:
+    return (
+        f"MoE layer {layer}: its {what} was replaced after attach(), and runs without the losses (call attach() after "
+        "what replaces it; or detach() before, and attach() again after it)"
+    )
+
+
+def _route(taps: LayerTaps, routing, logits: Tensor, *args, **kwargs):
+    """Stands in for ``TopKRouter.routing(logits, padding_mask=None)``."""
+    if stays_out_of_graphs(taps.moe_layer):
+        return routing(logits, *args, **kwargs)
+    padding_mask = kwargs.get("padding_mask", args[0] if args else None)
+    return taps.route(logits, padding_mask, lambda x: routing(x, *args, **kwargs))

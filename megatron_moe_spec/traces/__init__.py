@@ -1,0 +1,1 @@
+"""Routing traces: which experts each token went to."""

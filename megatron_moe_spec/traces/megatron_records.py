@@ -1,0 +1,228 @@
+"""Records of a routing trace: a line of JSON for each MoE layer and micro-batch of one rank (``traces.py``).
+
+Suffixes: T tokens, K experts of a token.
+"""
+
+import json
+from array import array
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from megatron_moe_spec.traces.schema import DROPPED, PADDING
+
+MIXED = "Are these files of several runs? Keep those of one."
+_MOST = 2**15 - 1  # experts of a layer; as a number, it stands for DROPPED while rows are sorted
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read. The message names the file, the line where there is one, and the remedy."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One MoE layer and micro-batch of one rank.
+
+    Attributes:
+        place: file and line.
+        micro_batch, num_sequences: None: the record does not say.
+        experts_TK: int16, as ``sorted_rows`` gives them.
+    """
+
+    place: str
+    rank: int
+    step: int
+    micro_batch: Optional[int]
+    layer: int
+    num_sequences: Optional[int]
+    experts_TK: Tensor
+
+
+@dataclass(frozen=True)
+class RankRecords:
+    """What a rank's file holds of the decoder's layers.
+
+    Attributes:
+        layers: their numbers, ascending.
+        records: at least one; steps ascending, micro-batches numbered.
+        numbered: whether the file itself numbers micro-batches; Megatron's own does not.
+        superseded: how often each step was left out, as a run before a restart wrote it.
+    """
+
+    file: Path
+    layers: tuple[int, ...]
+    records: list[Record]
+    numbered: bool
+    superseded: Counter[int]
+
+
+def read_rank(
+    file: Path, num_experts: Optional[int], num_layers: Optional[int], drop_incomplete: bool, notices: list[str]
+) -> Optional[RankRecords]:
+    """Read a file; what is left out is added to ``notices``. None: it has no record of the decoder's layers."""
+    records: list[Record] = []
+    other_blocks: Counter[str] = Counter()
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{file}:{number}"
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                if not drop_incomplete:
+                    raise TraceError(
+                        f"{place} is no JSON. Was the run cut off while it wrote this line? Delete the line, or leave "
+                        "out what is incomplete with --drop-incomplete."
+                    ) from None
+                notices.append(f"{place} is no JSON and was left out.")
+                continue
+            if not isinstance(fields, dict) or not isinstance(fields.get("block"), str):
+                raise TraceError(f"{place} is no record of a routing trace: it names no block.")
+            if fields["block"] != "decoder":
+                other_blocks[fields["block"]] += 1
+                continue
+            record = _record(fields, place, num_experts, num_layers)
+            if records:
+                _check_alike(record, records[0])
+            records.append(record)
+    for block, count in other_blocks.items():
+        notices.append(f"{file}: {count} records of the block {block} were left out; only the decoder's are read.")
+    if not records:
+        return None
+    last_run, superseded = _last_run(records)
+    return RankRecords(
+        file=file,
+        layers=tuple(sorted({record.layer for record in last_run})),
+        records=last_run,
+        numbered=records[0].micro_batch is not None,
+        superseded=superseded,
+    )
+
+
+def _record(fields: dict[str, Any], place: str, num_experts: Optional[int], num_layers: Optional[int]) -> Record:
+    def number(key: str, least: int = 0) -> int:
+        value = fields.get(key)
+        if type(value) is not int or value < least:
+            found = f"{value!r:.40}" if key in fields else "missing"
+            raise TraceError(f"{place}: {key} is {found}; in a routing trace it is a number of at least {least}.")
+        return value
+
+    layer, num_tokens, top_k = number("layer"), number("num_tokens"), number("topk", least=1)
+    if num_layers is not None and layer >= num_layers:
+        raise TraceError(
+            f"{place}: layer {layer}, but the model's {num_layers} layers are numbered from 0. Is this a trace of "
+            "another model, or --num-layers wrong?"
+        )
+    experts_TK = _rows(fields.get("top_indices"), num_tokens, top_k, place)
+    return Record(
+        place=place,
+        rank=number("rank"),
+        step=number("step"),
+        micro_batch=number("micro_batch") if "micro_batch" in fields else None,
+        layer=layer,
+        num_sequences=number("num_sequences", least=1) if "num_sequences" in fields else None,
+        experts_TK=sorted_rows(experts_TK, num_experts, place),
+    )
+
+
+def _rows(rows: Any, num_tokens: int, top_k: int, place: str) -> Tensor:
+    """[T, K] int16 of lists."""
+    try:
+        lengths = set(map(len, rows))
+        numbers = array("h", list(chain.from_iterable(rows)))
+    except TypeError:
+        raise TraceError(f"{place}: top_indices must be a list of the numbers of each token's experts.") from None
+    except OverflowError:
+        raise TraceError(f"{place}: top_indices has a number beyond {_MOST}.") from None
+    if len(rows) != num_tokens:
+        raise TraceError(f"{place}: num_tokens is {num_tokens}, but top_indices has {len(rows)} rows.")
+    if not lengths <= {top_k}:
+        raise TraceError(f"{place}: topk is {top_k}, but a row of top_indices has {min(lengths - {top_k})} numbers.")
+    if num_tokens == 0:
+        return torch.empty(0, top_k, dtype=torch.int16)
+    return torch.frombuffer(numbers, dtype=torch.int16).view(num_tokens, top_k)
+
+
+def sorted_rows(experts_TK: Tensor, num_experts: Optional[int], place: str) -> Tensor:
+    """The rows with the numbers of experts ascending, then ``DROPPED``; rows of ``PADDING`` stay.
+
+    Args:
+        experts_TK: int16.
+        num_experts: None: not known.
+        place: where the rows stand, for errors.
+
+    Raises:
+        TraceError: a number is none of an expert, or a row has an expert twice or is padding in part.
+    """
+    if len(experts_TK) == 0:
+        return experts_TK
+    lowest, highest = (int(number) for number in experts_TK.aminmax())
+    num_experts = _MOST if num_experts is None else num_experts
+    if highest >= num_experts:
+        raise TraceError(
+            f"{place}: expert {highest}, but the {num_experts} experts of a layer are numbered from 0. Is this a trace "
+            "of another model, or --num-experts wrong?"
+        )
+    if lowest < PADDING:
+        raise TraceError(
+            f"{place}: {lowest} is no number of an expert, nor {DROPPED} (dropped) or {PADDING} (padding)."
+        )
+    if lowest >= 0 and bool((experts_TK[:, 1:] > experts_TK[:, :-1]).all()):
+        return experts_TK
+    padding_TK = experts_TK == PADDING
+    if bool((padding_TK.any(dim=1) != padding_TK.all(dim=1)).any()):
+        raise TraceError(f"{place}: a part of a token's row is {PADDING} (padding); it must be all of the row or none.")
+    rows_TK = experts_TK.masked_fill(experts_TK == DROPPED, _MOST).sort(dim=1).values
+    twice_TK = (rows_TK[:, 1:] == rows_TK[:, :-1]) & (rows_TK[:, 1:] >= 0) & (rows_TK[:, 1:] < _MOST)
+    if bool(twice_TK.any()):
+        raise TraceError(f"{place}: a token has expert {int(rows_TK[:, 1:][twice_TK][0])} twice.")
+    return rows_TK.masked_fill(rows_TK == _MOST, DROPPED)
+
+
+def _check_alike(record: Record, first: Record) -> None:
+    """Refuse a record that cannot stand in a file with the first one."""
+    if record.rank != first.rank:
+        raise TraceError(f"{record.place}: rank {record.rank}, but rank {first.rank} in {first.place}. {MIXED}")
+    check_top_k(record, first)
+    if (record.micro_batch is None) != (first.micro_batch is None):
+        raise TraceError(f"{record.place} and {first.place}: only one of them has a micro_batch. {MIXED}")
+
+
+def check_top_k(record: Record, first: Record) -> None:
+    """Refuse a record of another top-k than the first one's."""
+    top_k, first_top_k = record.experts_TK.shape[1], first.experts_TK.shape[1]
+    if top_k != first_top_k:
+        raise TraceError(f"{record.place}: topk is {top_k}, but {first_top_k} in {first.place}. {MIXED}")
+
+
+def _last_run(records: list[Record]) -> tuple[list[Record], Counter[int]]:
+    """Number micro-batches, and leave out what was written before a restart from a checkpoint.
+
+    A restart is where steps go backwards, or where a record of the step comes again. Whatever stands before it of that
+    step or later ones is left out; the counts say how often each step was.
+    """
+    kept: list[Record] = []
+    superseded: Counter[int] = Counter()
+    counts: Counter[int] = Counter()  # records of each layer in the step at hand
+    seen: set[tuple[int, int]] = set()  # layers and micro-batches of the step at hand
+    for record in records:
+        if kept and record.step != kept[-1].step:
+            counts.clear()
+            seen.clear()
+        if record.micro_batch is None:  # Megatron's own: by their order
+            record = replace(record, micro_batch=counts[record.layer])
+            counts[record.layer] += 1
+        key = record.layer, record.micro_batch
+        if kept and (record.step < kept[-1].step or key in seen):
+            seen.clear()
+            steps = set()
+            while kept and kept[-1].step >= record.step:
+                steps.add(kept.pop().step)
+            superseded.update(steps)
+        seen.add(key)
+        kept.append(record)
+    return kept, superseded

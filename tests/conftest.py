@@ -62,6 +62,22 @@ def random():
     return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+# What a module imports to start other processes, from forks.py and processes.py.
+STARTERS = {"ranks", "program", "torchrun", "python"}
+
+
+def pytest_collection_modifyitems(items):
+    """Marks each test by what it needs, so that no list of them can be wrong; the markers are in pyproject.toml."""
+    for item in items:
+        needs = []
+        if "megatron" in item.fixturenames:
+            needs.append("megatron")
+        if STARTERS & vars(item.module).keys():
+            needs.append("multiprocess")
+        for name in needs or ["unit"]:
+            item.add_marker(name)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item):
     """What a test, with its fixtures, spent on starting processes: .ci/times.py reads it in JUnit's file."""

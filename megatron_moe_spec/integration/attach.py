@@ -95,7 +95,7 @@ def _find(chunks: list[nn.Module]) -> tuple[list[FoundLayers], Any]:
 
 
 class SpecHandle:
-    """The losses on one model, from ``attach``.
+    """The losses on one model, from ``attach``; as a context manager, until the block ends.
 
     Attributes:
         config: what they are; ``coupling_across_stages`` as it is done.
@@ -174,8 +174,6 @@ class SpecHandle:
         values = {name: float(mean) for name, mean in losses.means.items() if losses.numbers[name] > 0}
         return values if diagnostics is None else {**values, "diagnostics": diagnostics}
 
-    metrics = end_step  # its former name
-
     @lasting_tensors()
     def finish_step(self, iteration: int) -> tuple[dict[str, Tensor], Optional[dict]]:
         """Like ``end_step``, with losses left on the device and the number of the finished step given.
@@ -218,3 +216,9 @@ class SpecHandle:
         _attached.difference_update(self._layers)
         for removed in (self._taps, self._trackers, self._layers):
             removed.clear()
+
+    def __enter__(self) -> "SpecHandle":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.detach()

@@ -1,7 +1,7 @@
 """Pretrain a small Mixture-of-Experts GPT with a training loop on megatron.core alone.
 
 For those who have their own loop, or Megatron-Core without ``megatron.training`` (0.16). What the losses add to the
-loop: ``add_moe_spec_args`` for their flags, ``attach`` once the model is built, ``handle.metrics`` once a step.
+loop: ``add_moe_spec_args`` for their flags, ``attach`` once the model is built, ``handle.end_step`` once a step.
 
     torchrun --nproc-per-node 2 examples/pretrain_core.py --data-path my_text_document --output build/run \\
         --moe-specialization-loss-coeff 2e-3 --moe-coupling-loss-coeff 1e-3

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from megatron_moe_spec import losses
     from megatron_moe_spec.config import SpecConfig
-    from megatron_moe_spec.integration.attach import attach
+    from megatron_moe_spec.integration.attach import SpecHandle, attach
 
 __version__ = "0.1.0"
-__all__ = ["SpecConfig", "attach", "losses"]
+__all__ = ["SpecConfig", "SpecHandle", "attach", "losses"]
 
 
 def __getattr__(name):
     if name == "SpecConfig":
         return import_module("megatron_moe_spec.config").SpecConfig
-    if name == "attach":
-        return import_module("megatron_moe_spec.integration.attach").attach
+    if name in ("SpecHandle", "attach"):
+        return getattr(import_module("megatron_moe_spec.integration.attach"), name)
     if name == "losses":
         return import_module("megatron_moe_spec.losses")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -152,8 +152,8 @@ MUTATIONS = [
     ),
     (
         "load of a micro-batch not summed over the ranks that share it",
-        "integration/step/recorder.py",
-        "loads = all_reduce_sum(loads, self._token_group)",
+        "integration/step/diagnostics.py",
+        "loads = all_reduce_sum(loads, self._tp_cp_group)",
         "pass",
         f"{LAYOUT}[CP2-plain]",
     ),
@@ -166,9 +166,9 @@ MUTATIONS = [
     ),
     (
         "micro-batch without tokens counted in the logged mean",
-        "integration/step/recorder.py",
-        "self._losses[loss, layer, 1] += self._share * counts.sum()",
-        "self._losses[loss, layer, 1] += self._share * len(counts)",
+        "integration/step/losses.py",
+        "self._sums[loss, layer, 1] += self._share * counts.sum()",
+        "self._sums[loss, layer, 1] += self._share * len(counts)",
         "tests/programs/test_programs_alone.py::test_a_micro_batch_of_padding_counts_for_nothing",
     ),
     (
@@ -287,7 +287,7 @@ MUTATIONS = [
     ),
     (
         "last terms of a loss left out of its value",
-        "integration/step/recorder.py",
+        "integration/step/losses.py",
         "self._add_terms()\n        known =",
         "known =",
         "tests/integration/test_gradients.py::test_each_loss_alone",

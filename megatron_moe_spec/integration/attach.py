@@ -1,13 +1,13 @@
 """Entry point: hooks the losses on a model."""
 
 import logging
-import warnings
 import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Optional, Union
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import model_ranks, tp_cp_group
@@ -19,11 +19,14 @@ from megatron_moe_spec.integration.hooks.micro_batch import MicroBatchTracker
 from megatron_moe_spec.integration.hooks.modes import lasting_tensors
 from megatron_moe_spec.integration.pipeline.cross_stage import CrossStageCoupling
 from megatron_moe_spec.integration.pipeline.stages import Stages
-from megatron_moe_spec.integration.step.clock import Part, Steps
-from megatron_moe_spec.integration.step.recorder import Recorder
+from megatron_moe_spec.integration.step.clock import StepClock
+from megatron_moe_spec.integration.step.diagnostics import StepDiagnostics
+from megatron_moe_spec.integration.step.losses import ReducedLosses, StepLosses
 from megatron_moe_spec.integration.step.tracer import Tracer
 from megatron_moe_spec.integration.support.checks import check_supported
+from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.integration.taps.layer import LayerTaps
+from megatron_moe_spec.integration.taps.lost_losses import LostLosses, warn_of_decisions, with_reasons
 from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
 from megatron_moe_spec.parallel.collectives import together
 
@@ -59,7 +62,8 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
         RuntimeError: the model has the losses already.
     """
     if not config.enabled:
-        return SpecHandle(config, [], Stages([], [], 0), [])
+        clock = StepClock(config)
+        return SpecHandle(config, clock, Tracer("", clock, None), [], Stages([], [], 0), [])
     require_megatron()
     follow_schedules()
     chunks = list(model) if isinstance(model, (list, tuple, nn.ModuleList)) else [model]
@@ -68,13 +72,14 @@ def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, gro
     stages = Stages.of_model(chunks, [list(one.included.values()) for one in found], transformer_config, config)
     layers = [layer for one in found for layer in one.included.values()]
     config = resolve_across_stages(config, stages, transformer_config)
+    clock = StepClock(config)
 
     def checked() -> tuple[list[str], Tracer]:
         notices = check_supported(chunks, transformer_config, layers, stages, config)
-        return notices, Tracer(config.trace_path, config.trace_interval, transformer_config)
+        return notices, Tracer(config.trace_path, clock, transformer_config)
 
     notices, tracer = together(checked, groups, current_device())
-    handle = SpecHandle(config, list(zip(chunks, found)), stages, groups, notices, transformer_config, tracer)
+    handle = SpecHandle(config, clock, tracer, list(zip(chunks, found)), stages, groups, notices, transformer_config)
     SpecHandle.ever_attached = True
     return handle
 
@@ -90,14 +95,14 @@ def _find(chunks: list[nn.Module]) -> tuple[list[FoundLayers], Any]:
 
 
 class SpecHandle:
-    """The losses on one model, from ``attach``.
+    """The losses on one model, from ``attach``; as a context manager, until the block ends.
 
     Attributes:
         config: what they are; ``coupling_across_stages`` as it is done.
         layers: names of the MoE layers that have them, in this rank's chunks one after another.
         skipped: names of the other MoE layers in these chunks, each with the reason.
         losses_of_layers: with Megatron's ``moe_per_layer_logging``, the losses of the last finished step by name and
-            number of the layer in the model.
+            layer index (among all layers of the model; of a pair, the first one's).
         ever_attached: of the class: whether any model of this process has got losses.
     """
 
@@ -106,54 +111,51 @@ class SpecHandle:
     def __init__(
         self,
         config: SpecConfig,
+        clock: StepClock,
+        tracer: Tracer,
         chunks: list[tuple[nn.Module, FoundLayers]],
         stages: Stages,
-        groups: Sequence,
+        groups: Sequence[ProcessGroup],
         notices: Sequence[str] = (),
         transformer_config=None,
-        tracer: Optional[Tracer] = None,
     ):
         self.config = config
         self.layers = [name for _, found in chunks for name in found.included]
         self.skipped = {name: reason for _, found in chunks for name, reason in found.skipped.items()}
-        self._layers = [layer for _, found in chunks for layer in found.included.values()]
         self.losses_of_layers: dict[str, dict[int, float]] = {}
-        self.recorder = Recorder(
-            config,
-            [stages.num_experts] * sum(stages.num_layers),
-            layer_indices=stages.layer_indices,
-            top_k=getattr(transformer_config, "moe_router_topk", 1),
-            tp_cp_group=tp_cp_group(self._layers[0]) if self._layers else None,
-            groups=groups,
-            tracer=tracer,
-            logs_each_layer=logs_each_layer(transformer_config),
-        )
+        self._layers = [layer for _, found in chunks for layer in found.included.values()]
+        self._clock, self._tracer = clock, tracer
+        self._logs_each_layer = logs_each_layer(transformer_config)
+        top_k = getattr(transformer_config, "moe_router_topk", 1)
+        group = tp_cp_group(self._layers[0]) if self._layers else None
+        indices = stages.layer_indices
+        self._losses = StepLosses(config, clock, indices, group, groups, self._logs_each_layer)
+        self._diagnostics = StepDiagnostics(config, clock, indices, stages.num_experts, top_k, group, groups)
         self._cross_stage = CrossStageCoupling([chunk for chunk, _ in chunks], stages, config)
-        parts: list[Part] = []
-        self._steps = Steps(self.recorder, parts)
+        self._taps: list[LayerTaps] = []
+        warn = partial(warn_of_decisions, self._taps)
         self._trackers = [
-            MicroBatchTracker(chunk, len(found.included), carry, self._steps.begin_forward, self._warn_of_decisions)
+            MicroBatchTracker(chunk, len(found.included), carry, clock.begin_forward, warn)
             for (chunk, found), carry in zip(chunks, self._cross_stage.of_chunks)
         ]
-        self._taps = [
-            LayerTaps(chunk, name, index, first + index, layer, tracker, self.recorder)
-            for tracker, (chunk, found), first in zip(self._trackers, chunks, stages.first_layers)
-            for index, (name, layer) in enumerate(found.included.items())
-        ]
-        parts += [*self._trackers, *self._taps]
-        self._expected: set[tuple[str, int]] = set().union(*(taps.records() for taps in self._taps))
-        self._warned: set = set()
+        for tracker, (chunk, found), first in zip(self._trackers, chunks, stages.first_layers):
+            for index, (name, module) in enumerate(found.included.items()):
+                place = index, first + index, indices[first + index]
+                layer = TappedLayer(module, name, *place, config, clock, self._losses, self._diagnostics, tracer)
+                self._taps.append(LayerTaps(layer, chunk, tracker))
+        clock.add(self._losses, self._diagnostics, tracer, *self._trackers, *self._taps)
+        self._lost = LostLosses(config, self._taps)
         _attached.update(self._layers)
         logger.info("%s", self.describe())
         if self.skipped:
-            logger.warning("MoE layers without losses: %s", _reasons(self.skipped))
+            logger.warning("MoE layers without losses: %s", with_reasons(self.skipped))
         for notice in notices:
             logger.warning("%s", notice)
 
     def describe(self) -> str:
         """One line: the MoE layers of this rank's chunks with the losses, and those without."""
         text = f"losses on {len(self.layers)} MoE layers" + (f" ({', '.join(self.layers)})" if self.layers else "")
-        return text + (f"; not on {_reasons(self.skipped)}" if self.skipped else "")
+        return text + (f"; not on {with_reasons(self.skipped)}" if self.skipped else "")
 
     @lasting_tensors()
     def end_step(self) -> dict:
@@ -164,44 +166,45 @@ class SpecHandle:
         Megatron's schedule that was followed by another one.
 
         Returns:
-            By the losses' names, floats: unscaled, means over micro-batches (those without
-            tokens left out), layers (pairs) and data-parallel ranks; only those that are switched on or measured, and
-            that were computed. In every ``metrics_interval``-th step also diagnostics: a dict of lists, ``layers`` and
-            ``pairs``.
+            By the losses' names, floats: unscaled, means over micro-batches (those without tokens left out), layers
+            (pairs) and data-parallel ranks; only those that are switched on or measured, and that were computed. In
+            every ``metrics_interval``-th step also diagnostics: a dict of lists, ``layers`` and ``pairs``.
         """
-        losses, diagnostics = self._finish_step(self.recorder.iteration + 1)
-        values = {name: float(mean) for name, (mean, number) in losses.items() if number > 0}
+        losses, diagnostics = self._finish_step(self._clock.iteration + 1)
+        values = {name: float(mean) for name, mean in losses.means.items() if losses.numbers[name] > 0}
         return values if diagnostics is None else {**values, "diagnostics": diagnostics}
 
-    metrics = end_step  # its former name
-
     @lasting_tensors()
-    def finish_step(self, iteration: int) -> tuple[dict, Optional[dict]]:
+    def finish_step(self, iteration: int) -> tuple[dict[str, Tensor], Optional[dict]]:
         """Like ``end_step``, with losses left on the device and the number of the finished step given.
 
         Traces are written, too. A loss of micro-batches without tokens alone is NaN.
         """
-        recorded = self.recorder.recorded
+        not_recorded = self._lost.names(self._losses.recorded)
         losses, diagnostics = self._finish_step(iteration)
-        missing = {name for name, _ in self._expected} - {name for name, _ in recorded}
-        return {name: mean for name, (mean, _) in losses.items() if name not in missing}, diagnostics
+        return {name: mean for name, mean in losses.means.items() if name not in not_recorded}, diagnostics
 
-    def _finish_step(self, iteration: int) -> tuple[dict, Optional[dict]]:
-        self.recorder.tracer.write(iteration)
-        for taps in self._taps if self.recorder.measuring else ():
+    def _finish_step(self, iteration: int) -> tuple[ReducedLosses, Optional[dict]]:
+        self._tracer.write(iteration)
+        for taps in self._taps if self._clock.measuring else ():
             taps.measure_router()
-        losses, diagnostics = self.recorder.losses(), self.recorder.diagnostics()
-        self.losses_of_layers = self.recorder.losses_of_layers() if self.recorder.logs_each_layer else {}
-        self._warn_of_missing()
-        self._warn_of_decisions()
+        losses = self._losses.reduce()
+        diagnostics = self._diagnostics.reduce(losses)
+        self.losses_of_layers = losses.of_layers if self._logs_each_layer else {}
+        self._lost.warn(self._losses.recorded)
+        warn_of_decisions(self._taps)
         self.start_after(iteration)
         self._cross_stage.check()  # last: it may raise on one rank, for which no other may wait
         return losses, diagnostics
 
     @lasting_tensors()
     def start_after(self, iteration: int) -> None:
-        """Sets the number of the last finished step, as on resuming from a checkpoint."""
-        self._steps.start_after(iteration)
+        """For resuming: the next step is the one after ``iteration``, the last that the checkpoint's run has finished.
+
+        Intervals of metrics and traces, and what is drawn at random or in turns, go on from there. Nothing of the
+        present step is kept.
+        """
+        self._clock.start_after(iteration)
 
     def detach(self) -> None:
         """Removes every hook; the model is as it was. A second call does nothing."""
@@ -211,49 +214,11 @@ class SpecHandle:
             tracker.detach()
         self._cross_stage.detach()
         _attached.difference_update(self._layers)
-        self._taps, self._trackers, self._layers = [], [], []
+        for removed in (self._taps, self._trackers, self._layers):
+            removed.clear()
 
-    def _warn_of_decisions(self) -> None:
-        """Says once that something else than a router's scores decides, of which losses of decisions know nothing."""
-        shares = {taps.name: taps.follows_scores for taps in self._taps if taps.follows_scores is not None}
-        for taps in self._taps:
-            taps.follows_scores = None
-        if names := [name for name, share in shares.items() if share < 0.5]:
-            warnings.warn(
-                f"in MoE layers {', '.join(names)}, most tokens go to other experts than their router scores highest, "
-                "as with routing by a table, or replayed. Coupling, score variance and ERC train such a router towards "
-                "decisions that it does not make (set their coefficients to 0, unless it is to learn them).",
-                stacklevel=4,
-            )
+    def __enter__(self) -> "SpecHandle":
+        return self
 
-    def _warn_of_missing(self) -> None:
-        """Says once of each layer and loss that it was to be computed in this step, and was not."""
-        trained = set(self.config.trained_losses)
-        expected = {(name, layer) for name, layer in self._expected if name in trained}
-        missing = expected - self.recorder.recorded
-        missed = {taps.name: taps.missed for taps in self._taps if taps.missed}
-        found = missing | missed.keys()
-        if not found - self._warned:
-            return
-        self._warned |= found
-        names = ", ".join(sorted({name for name, _ in missing}))
-        if expected and missing == expected:
-            text = (
-                f"a training step ended without {names}: no forward of the attached model ran its MoE layers in "
-                "training mode and with gradients, and had a backward pass. Nothing is logged for such steps."
-            )
-        elif missed:
-            text = (
-                f"in a training step, MoE layers had no losses, nor had the pairs that they belong to: "
-                f"{_reasons(missed)}. What is logged is of the others."
-            )
-        else:
-            of = ", ".join(sorted({taps.name for taps in self._taps if missing & taps.records()}))
-            text = (
-                f"a training step ended without {names} of MoE layers that ran: {of}. What is logged is of the others."
-            )
-        warnings.warn(text, stacklevel=4)
-
-
-def _reasons(skipped: dict[str, str]) -> str:
-    return ", ".join(f"{name} ({reason})" for name, reason in skipped.items())
+    def __exit__(self, *error) -> None:
+        self.detach()

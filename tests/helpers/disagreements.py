@@ -97,16 +97,19 @@ def model_on_one_rank():
 def micro_batches_on_one_rank():
     """A measured step, in which rank 0 has seen one micro-batch more than those that it shares them with."""
     from megatron_moe_spec import SpecConfig
-    from megatron_moe_spec.integration.step.recorder import Recorder
+    from megatron_moe_spec.integration.step.clock import StepClock
+    from megatron_moe_spec.integration.step.diagnostics import StepDiagnostics
+    from megatron_moe_spec.integration.step.losses import StepLosses
 
-    group = dist.group.WORLD
-    recorder = Recorder(SpecConfig(metrics_interval=1), [4, 4], tp_cp_group=group, groups=[group])
+    group, config = dist.group.WORLD, SpecConfig(metrics_interval=1)
+    clock = StepClock(config)
+    diagnostics = StepDiagnostics(config, clock, [0, 1], num_experts=4, top_k=1, tp_cp_group=group, groups=[group])
     active_TE = torch.tensor([[True, True, False, False]])
     for _ in range(2 if dist.get_rank() == 0 else 1):
-        recorder.measure_routing(0, active_TE / 2.0, active_TE, 1)
-    recorder.measure_routing(1, active_TE / 2.0, active_TE, 1)
-    recorder.losses()
-    return [layer["max_violation_micro_batch"] for layer in recorder.diagnostics()["layers"]]
+        diagnostics.measure_routing(0, active_TE / 2.0, active_TE, 1)
+    diagnostics.measure_routing(1, active_TE / 2.0, active_TE, 1)
+    losses = StepLosses(config, clock, [0, 1], group, [group]).reduce()
+    return [layer["max_violation_micro_batch"] for layer in diagnostics.reduce(losses)["layers"]]
 
 
 def step_that_failed_on_one_rank(sizes: dict):

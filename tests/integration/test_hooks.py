@@ -9,7 +9,7 @@ import torch
 from loss_names import coefficients
 from processes import HAS_TRANSFORMER_ENGINE
 
-from megatron_moe_spec import SpecConfig
+from megatron_moe_spec import SpecConfig, SpecHandle
 
 BOTH = SpecConfig(specialization_loss_coeff=1.0, coupling_loss_coeff=1.0, metrics_interval=1)
 PEERS = SpecConfig(**coefficients(loss_names.PEERS))
@@ -81,6 +81,24 @@ def test_detach_restores_the_model(mm, config):
         assert "routing" not in vars(layer)
         assert not layer._forward_pre_hooks and not layer._forward_hooks
     _attach(model, config)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_the_losses_are_on_the_model_while_the_block_runs(mm, raises):
+    batches = mm.micro_batches(2)
+    expected = mm.train_step(mm.build_model(), batches, main_loss_weight=1.0)
+    model = mm.build_model()
+    with pytest.raises(MemoryError) if raises else contextlib.nullcontext():
+        with _attach(model) as handle:
+            assert isinstance(handle, SpecHandle)
+            mm.train_step(model, batches)
+            assert handle.end_step().keys() == {"specialization_loss", "coupling_loss", "diagnostics"}
+            if raises:
+                raise MemoryError("out of memory")
+    found = mm.train_step(model, batches, main_loss_weight=1.0)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not any("routing" in vars(module) or module._forward_pre_hooks for module in model.modules())
+    _attach(model)
 
 
 def test_detach_keeps_another_packages_routing(mm):
@@ -225,7 +243,7 @@ def test_mtp_layers_are_left_out(mm):
     model = mm.build_model(mtp_num_layers=1)
     assert any("mtp" in name and "router" in name for name, _ in model.named_modules())
     handle = _attach(model)
-    assert len(handle.recorder._num_experts) == model.config.num_layers
+    assert len(handle._diagnostics._layers) == model.config.num_layers
     assert all("routing" not in vars(m) for name, m in model.named_modules() if "mtp" in name)
 
 

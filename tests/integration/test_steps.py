@@ -107,10 +107,10 @@ def test_metrics_alone_count_what_has_a_backward_pass(mm):
 @pytest.mark.parametrize("by_schedule", [True, False], ids=["Megatron's schedule", "forwards"])
 def test_a_loop_that_ends_no_step(mm, monkeypatch, by_schedule):
     """Noise and tokens differ from step to step; nothing grows; one warning names the call."""
-    from megatron_moe_spec.integration.step import clock as steps
+    from megatron_moe_spec.integration.step import clock
 
-    monkeypatch.setattr(steps, "_MOST_FORWARDS", 4)
-    monkeypatch.setattr(steps, "_MOST_ATTEMPTS", 3)
+    monkeypatch.setattr(clock, "_MOST_FORWARDS", 4)
+    monkeypatch.setattr(clock, "_MOST_ATTEMPTS", 3)
     model = mm.build_model()
     handle = _attach(model)
     seen, kept = [], []
@@ -120,19 +120,19 @@ def test_a_loop_that_ends_no_step(mm, monkeypatch, by_schedule):
                 mm.train_step(model, mm.micro_batches(1))
             else:
                 mm.run_model(model, mm.micro_batches(1)[0]).mean().backward()
-            seen.append(handle.recorder.step)
-            kept.append(handle.recorder._num_terms + sum(len(layer.loads) for layer in handle.recorder._layers))
+            seen.append(handle._clock.step)
+            kept.append(handle._losses._num_terms + sum(len(layer.loads) for layer in handle._diagnostics._layers))
     assert len([one for one in warned if "end_step" in str(one.message)]) == 1
     assert seen[:3] == [0, 0, 0] and len(set(seen)) >= 6
     assert max(kept[12:]) <= max(kept[:12])
     handle.end_step()
-    assert handle.recorder.step == 1
+    assert handle._clock.step == 1
 
 
 def test_steps_that_are_ended_are_not_warned_of(mm, monkeypatch):
-    from megatron_moe_spec.integration.step import clock as steps
+    from megatron_moe_spec.integration.step import clock
 
-    monkeypatch.setattr(steps, "_MOST_ATTEMPTS", 3)
+    monkeypatch.setattr(clock, "_MOST_ATTEMPTS", 3)
     model = mm.build_model()
     handle = _attach(model)
     with warnings.catch_warnings():
@@ -140,7 +140,39 @@ def test_steps_that_are_ended_are_not_warned_of(mm, monkeypatch):
         for iteration in range(1, 8):
             mm.train_step(model, mm.micro_batches(1))
             handle.end_step()
-            assert handle.recorder.step == iteration
+            assert handle._clock.step == iteration
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_resumed_run_goes_on_as_the_one_that_it_resumes(mm, tmp_path, interval):
+    """Noise and tokens, which differ from step to step, and which steps are measured and traced."""
+    config = SpecConfig(
+        **coefficients(LOSS_NAMES),
+        specialization_token_stride=5,
+        metrics_interval=interval,
+        trace_path=str(tmp_path),
+        trace_interval=interval,
+    )
+    found = []
+    for resumes in (False, True):
+        model = mm.build_model()
+        handle = _attach(model, config)
+        if resumes:
+            mm.train_step(model, mm.micro_batches(1))  # of which nothing may be left
+            handle.start_after(2)
+        for _ in range(0 if resumes else 2):
+            mm.train_step(model, mm.micro_batches(1))
+            handle.end_step()
+        for file in tmp_path.glob("*.jsonl"):
+            file.write_text("")
+        gradients = mm.train_step(model, mm.micro_batches(2))
+        values = handle.end_step()
+        (file,) = tmp_path.glob("*.jsonl")
+        found.append((gradients, values, file.read_text()))
+    (expected, expected_values, expected_trace), (gradients, values, trace) = found
+    assert values == expected_values and "diagnostics" in values
+    assert trace == expected_trace and trace.count('"step": 3') == 3 * 2
+    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 
 def test_a_stride_above_the_number_of_tokens_takes_one(mm):

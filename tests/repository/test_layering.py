@@ -83,7 +83,7 @@ def test_only_losses_and_the_taps_of_one_loss_name_a_loss():
             f"integration/{name}.py"
             for name in (
                 *["hooks/injection", "hooks/micro_batch", "hooks/routing", "hooks/scaling", "pipeline/stages"],
-                *["step/recorder", "support/checks", "taps/layer"],
+                *["step/clock", "step/losses", "step/diagnostics", "support/checks", "taps/layer"],
             )
         ]
         + [f"integration/taps/{name}.py" for name in ("__init__", "base", "router_weight", "expert_rows", "scores")]

@@ -24,6 +24,12 @@ def test_types_are_shipped():
     assert files("megatron_moe_spec").joinpath("py.typed").is_file()
 
 
+def test_what_is_exported_is_there(megatron):
+    exported = {name: getattr(megatron_moe_spec, name) for name in megatron_moe_spec.__all__}
+    handle = exported["attach"]([], exported["SpecConfig"]())
+    assert type(handle) is exported["SpecHandle"]
+
+
 def test_commands_are_installed():
     assert {command.name for command in COMMANDS} == {"moe-spec-doctor"}
 

@@ -140,7 +140,7 @@ class MicroBatchTracker:
         if self._plan is not None:
             self._plan.restore()
 
-    def start_step(self) -> None:
+    def begin_step(self) -> None:
         """A training step begins."""
         self._current = None
         self._started = 0
@@ -152,7 +152,7 @@ class MicroBatchTracker:
             self._begin_forward()
             if not self._started:
                 for watcher in self._watchers:
-                    watcher.begin_step()
+                    watcher.begin_first_forward()
         self._current = MicroBatch(self._started, self._num_layers) if trains else None
         self._opened_in = _backward_pass()
         self._started += trains
@@ -209,7 +209,7 @@ class MicroBatchTracker:
 class Watcher(Protocol):
     """An MoE layer of a chunk, which is told of the forwards that train; see ``MicroBatchTracker.watch``."""
 
-    def begin_step(self) -> None:
+    def begin_first_forward(self) -> None:
         """The first of a training step begins."""
 
     def miss(self) -> None:

@@ -1,42 +1,62 @@
-"""Where training steps begin and end, and attempts at them."""
+"""Where training steps begin and end, attempts at them, and what is done in each."""
 
 import warnings
-from collections.abc import Sequence
 from typing import Optional, Protocol
 
+from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.schedules import training_schedule
-from megatron_moe_spec.integration.step.recorder import Recorder
+from megatron_moe_spec.losses import Loss
 
 _MOST_ATTEMPTS = 8  # Megatron's rerun state machine makes two
 _MOST_FORWARDS = 1024  # of a loop that does not call Megatron's schedules
 
 
 class Part(Protocol):
-    def start_step(self) -> None:
-        """A training step begins, or is begun again."""
+    def begin_step(self) -> None:
+        """A training step begins, or another attempt at it: nothing has been counted."""
 
 
-class Steps:
+class StepClock:
     """Counts forwards that train, and tells steps and attempts apart.
 
     A run of one of Megatron's schedules is an attempt at a step: what an earlier one has recorded, of the same step,
     goes. Where a loop never ends its steps, what is to differ from one to the next goes on by attempts.
 
-    Args:
-        recorder: of the model.
-        parts: what counts within a step.
+    Attributes:
+        iteration: number of the last finished training step.
+        measuring: whether this step's routing and overlap are measured for the diagnostics.
+        tracing: whether this step's routing is traced.
     """
 
-    def __init__(self, recorder: Recorder, parts: Sequence[Part]):
-        self._recorder, self._parts = recorder, parts
+    def __init__(self, config: SpecConfig):
+        self._config = config
+        self._parts: list[Part] = []
         self._schedule: Optional[int] = None
-        self._attempts = self._forwards = 0
         self._warned = False
+        self.start_after(0)
+
+    def add(self, *parts: Part) -> None:
+        """Has parts told of each step that begins, in their order."""
+        self._parts += parts
+
+    @property
+    def step(self) -> int:
+        """Number by which what is drawn at random, or chosen in turns, differs from step to step."""
+        return self.iteration + self._unended
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is computed in this step."""
+        return self.measuring or self.tracing or bool(self._config.trained_losses)
+
+    def is_computed(self, loss: Loss) -> bool:
+        """Whether a loss is to be computed in this step."""
+        return loss.coeff > 0 or (self.measuring and loss.measured)
 
     def start_after(self, iteration: int) -> None:
         """The step after ``iteration`` begins."""
         self._attempts = self._forwards = 0
-        self._begin(iteration)
+        self._begin(iteration, unended=0)
 
     def begin_forward(self) -> None:
         """A forward that trains begins."""
@@ -51,10 +71,10 @@ class Steps:
             if self._attempts > _MOST_ATTEMPTS:
                 self._go_on()
             elif self._attempts > 1 or self._forwards > 1:
-                self._begin(self._recorder.iteration, self._recorder.unended)
+                self._begin(self.iteration, self._unended)
 
     def _go_on(self) -> None:
-        self._begin(self._recorder.iteration, self._recorder.unended + 1)
+        self._begin(self.iteration, self._unended + 1)
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -63,7 +83,11 @@ class Steps:
                 stacklevel=3,
             )
 
-    def _begin(self, iteration: int, unended: int = 0) -> None:
-        self._recorder.begin_after(iteration, unended)
+    def _begin(self, iteration: int, unended: int) -> None:
+        """Begins the step after ``iteration``, ``unended`` steps after it where the loop ends none."""
+        self.iteration, self._unended = iteration, unended
+        measured, traced = self._config.metrics_interval, self._config.trace_interval
+        self.measuring = bool(measured) and (iteration + 1) % measured == 0
+        self.tracing = bool(self._config.trace_path) and (iteration + 1) % traced == 0
         for part in self._parts:
-            part.start_step()
+            part.begin_step()

@@ -1,4 +1,4 @@
-"""Writes routing traces, in the schema of ``metrics/traces.py``.
+"""Writes routing traces, in the schema of ``traces/schema.py``.
 
 Suffixes: T tokens of this rank's micro-batch, E experts, K experts of a token.
 """
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe_spec.integration.step.clock import StepClock
 from megatron_moe_spec.metrics.json_lines import JsonLines
 from megatron_moe_spec.traces.schema import DROPPED, MODEL_FILE, PADDING, trace_file
 
@@ -19,22 +20,18 @@ from megatron_moe_spec.traces.schema import DROPPED, MODEL_FILE, PADDING, trace_
 class Tracer:
     """Keeps which experts each of this rank's tokens goes to, in the steps that are traced, and writes it.
 
-    Attributes:
-        tracing: whether the present step is traced.
-
     Args:
         folder: where each rank has its file; empty: nothing is traced.
-        interval: every so many steps are traced.
+        clock: tells which steps are traced.
         transformer_config: the model's; None where it has no MoE layer.
 
     Raises:
         ValueError: the folder cannot be written, or holds a trace of another model.
     """
 
-    def __init__(self, folder: str, interval: int, transformer_config):
-        self._interval = interval if folder else 0
-        self._records: list[tuple[int, Tensor, dict[str, int]]] = []
-        self.tracing = False
+    def __init__(self, folder: str, clock: StepClock, transformer_config):
+        self._clock = clock
+        self.begin_step()
         if folder:
             self._top_k = transformer_config.moe_router_topk
             self._rank = dist.get_rank()
@@ -46,10 +43,8 @@ class Tracer:
             if self._rank == 0:
                 _write_model(Path(folder) / MODEL_FILE, transformer_config)
 
-    def begin_after(self, iteration: int) -> None:
-        """Starts the step after ``iteration``, with nothing recorded."""
-        self._records = []
-        self.tracing = bool(self._interval) and (iteration + 1) % self._interval == 0
+    def begin_step(self) -> None:
+        self._records: list[tuple[int, Tensor, dict[str, int]]] = []
 
     def add(
         self,
@@ -62,13 +57,13 @@ class Tracer:
         """Adds a layer's routing of a micro-batch. On a GPU, the copy to the host is not waited for.
 
         Args:
-            layer: number of the transformer layer in the model, from 0.
+            layer: layer index, among all layers of the model.
             micro_batch: its number in the step.
             active_TE: bool, the experts that each token was dispatched to.
             padding_mask: True for padding, in any shape of T elements; None: no padding.
             num_sequences: None: not known.
         """
-        if not self.tracing:
+        if not self._clock.tracing:
             return
         origin = {"micro_batch": micro_batch}
         if num_sequences is not None:

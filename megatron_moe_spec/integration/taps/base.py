@@ -7,12 +7,16 @@ from typing import Any, ClassVar, Generic, Optional, TypeVar
 
 from torch import Tensor, nn
 
+from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import tp_cp_group
 from megatron_moe_spec.integration.compat.models import router_of
 from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch
 from megatron_moe_spec.integration.hooks.routing import LayerRouting
 from megatron_moe_spec.integration.pipeline.stages import Stages
-from megatron_moe_spec.integration.step.recorder import Recorder
+from megatron_moe_spec.integration.step.clock import StepClock
+from megatron_moe_spec.integration.step.diagnostics import StepDiagnostics
+from megatron_moe_spec.integration.step.losses import StepLosses
+from megatron_moe_spec.integration.step.tracer import Tracer
 from megatron_moe_spec.losses import Loss
 
 L = TypeVar("L", bound=Loss)
@@ -25,16 +29,23 @@ class TappedLayer:
     Attributes:
         module: Megatron's MoELayer.
         name: its name in the model chunk.
-        index_in_chunk: number of the layer in its model chunk.
-        moe_layer_index: number of the layer in the model.
-        recorder: of the model.
+        index_in_chunk: index among the MoE layers of its model chunk.
+        moe_layer_index: index among the model's MoE layers.
+        layer_index: index among all layers of the model.
+        config: the settings of the losses.
+        clock, losses, diagnostics, tracer: of the model.
     """
 
     module: nn.Module
     name: str
     index_in_chunk: int
     moe_layer_index: int
-    recorder: Recorder
+    layer_index: int
+    config: SpecConfig
+    clock: StepClock
+    losses: StepLosses
+    diagnostics: StepDiagnostics
+    tracer: Tracer
 
     @property
     def transformer_config(self) -> Any:
@@ -137,7 +148,7 @@ class Tap(Generic[L]):
         """Name of each loss that it records, and of which layer, or first of a pair of layers, of the model."""
         return {(loss.name, self.layer.moe_layer_index) for loss in self.losses}
 
-    def begin_step(self) -> None:
+    def begin_first_forward(self) -> None:
         """The first forward of a training step begins."""
 
     def hooked(self) -> Iterator[tuple[str, Any, nn.Module]]:
@@ -163,4 +174,4 @@ class Tap(Generic[L]):
 
     def computed_losses(self) -> list[L]:
         """The losses to compute in this step."""
-        return [loss for loss in self.losses if self.layer.recorder.is_computed(loss)]
+        return [loss for loss in self.losses if self.layer.clock.is_computed(loss)]

@@ -140,7 +140,7 @@ class RowsTap(Tap[RowsLoss]):
     def forget(self) -> None:
         self._run = None
 
-    def begin_step(self) -> None:
+    def begin_first_forward(self) -> None:
         for hook in self._rows_hooks:
             keep_last(hook)
 
@@ -151,14 +151,14 @@ class RowsTap(Tap[RowsLoss]):
         dispatcher = self.layer.dispatcher
         # Of fewer tokens than the stride, one is used.
         stride = max(1, min(self._stride, len(call.routing.active_TE)))
-        tokens = slice((self.layer.recorder.step + call.micro_batch.number) % stride, None, self._stride)
+        tokens = slice((self.layer.clock.step + call.micro_batch.number) % stride, None, self._stride)
         rows = TokenRows(
             call.routing.active_TE,
             self.layer.transformer_config.moe_router_topk,
             tokens,
             self._num_parts,
             etp_group(dispatcher),
-            choose(self.layer.recorder.spec.kernels, probs.device),
+            choose(self.layer.config.kernels, probs.device),
         )
         self._run = run = _Run(rows, call.micro_batch.notes.add, tokens, stride, call.routing, call.routing_map_TE)
         if not any(loss.uses_lengths for loss in computed):
@@ -241,10 +241,10 @@ class RowsTap(Tap[RowsLoss]):
 
     def _evaluate(self, run: _Run) -> None:
         """Records the losses, and leaves what backward needs of them."""
-        rows, recorder, computed = run.rows, self.layer.recorder, self.computed_losses()
-        if recorder.measuring and any(loss.measured for loss in self.losses):
+        rows, computed = run.rows, self.computed_losses()
+        if self.layer.clock.measuring and any(loss.measured for loss in self.losses):
             what = self.layer.moe_layer_index, rows.cosines_TKK[rows.own], rows.active_TK[rows.own]
-            recorder.measure_cosines(*what, when=run.note)
+            self.layer.diagnostics.measure_cosines(*what, when=run.note)
         if all(loss.of_squares for loss in computed):
             self._evaluate_squares(run, computed)
         else:
@@ -254,16 +254,16 @@ class RowsTap(Tap[RowsLoss]):
         """Of losses whose gradient is known: no small operation is launched for it."""
         k = self.layer.transformer_config.moe_router_topk
         pairs = k * (k - 1)
-        recorder, layer = self.layer.recorder, self.layer.moe_layer_index
+        layer = self.layer.moe_layer_index
         for loss in computed:
             what = loss.name, layer, run.rows.squares, run.routing.tokens, run.stride / pairs
-            run.note(recorder.record_mean, *what)
+            run.note(self.layer.losses.record_mean, *what)
         if self.trained:
             run.rows.keep_squares()
             run.per_square = sum(loss.coeff for loss in self.trained) / pairs
 
     def _differentiate(self, run: _Run, computed: Sequence[RowsLoss]) -> None:
-        rows, recorder, layer = run.rows, self.layer.recorder, self.layer.moe_layer_index
+        rows, layer = run.rows, self.layer.moe_layer_index
         cosines_TKK, lengths_TK, active_TK = rows.cosines_TKK, rows.lengths_TK, rows.active_TK
         if run.probs_TK is not None:
             lengths_TK = lengths_TK / run.probs_TK.to(lengths_TK.dtype)
@@ -275,7 +275,7 @@ class RowsTap(Tap[RowsLoss]):
                 losses_T = loss.token_losses(cosines_TKK, lengths_TK if loss.uses_lengths else None, active_TK)
                 losses_T = torch.where(has_some_T, one_per_token(loss, losses_T, len(active_TK)), 0.0)
                 what = loss.name, layer, losses_T[rows.own].detach(), run.routing.tokens, run.stride
-                run.note(recorder.record_mean, *what)
+                run.note(self.layer.losses.record_mean, *what)
                 if loss.coeff > 0:
                     total = total + loss.coeff * losses_T.sum()
             if not self.trained:

@@ -147,10 +147,9 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         call = run.call
         if has_adapted_weights(self.layer.module):
             raise RuntimeError(adapted(self._loss, _ADAPTED))
-        recorder, router = self.layer.recorder, self.layer.router.weight
-        experts = expert_first_weights(self.layer.module)
+        router, experts = self.layer.router.weight, expert_first_weights(self.layer.module)
         with torch.no_grad():
-            noise_EH = router_noise(router, seed=(recorder.step << 16) + self.layer.moe_layer_index)
+            noise_EH = router_noise(router, seed=(self.layer.clock.step << 16) + self.layer.moe_layer_index)
             norms_EE = self._norms(proxy_tokens(router, noise_EH), experts)
         with separate_graph():
             norms_EE.requires_grad_()
@@ -158,7 +157,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             (gradient_EE,) = torch.autograd.grad(loss, norms_EE)
         value = loss.detach() / self.layer.tp_cp_group.size()
         what = self._loss.name, self.layer.moe_layer_index, value, call.routing.tokens.counts
-        call.micro_batch.notes.add(recorder.record_loss, *what)
+        call.micro_batch.notes.add(self.layer.losses.record_loss, *what)
         slope_EE = (gradient_EE / norms_EE.detach()).masked_fill(norms_EE.detach() == 0, 0.0)
         weight = partial(self._weight, self._group_count(call))
         run.evaluate = partial(self._gradients, noise_EH, self._of_local_experts(slope_EE), weight)

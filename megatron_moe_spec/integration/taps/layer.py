@@ -12,7 +12,6 @@ from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch, MicroBat
 from megatron_moe_spec.integration.hooks.modes import without_autocast
 from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
 from megatron_moe_spec.integration.hooks.routing import read_routing, token_scores
-from megatron_moe_spec.integration.step.recorder import Recorder
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import RouterCall, TappedLayer
 from megatron_moe_spec.integration.taps.cuda_graphs import after_graph, is_router_graphed, stays_out_of_graphs
@@ -26,33 +25,22 @@ class LayerTaps:
         missed: why the layer had no part in a forward of this step that trains; None: it had.
 
     Args:
+        layer: the layer.
         chunk: the model chunk.
-        name: of the layer in it.
-        index_in_chunk, moe_layer_index: numbers of the layer in its model chunk, and in the model.
+        tracker: of the chunk.
     """
 
-    def __init__(
-        self,
-        chunk: nn.Module,
-        name: str,
-        index_in_chunk: int,
-        moe_layer_index: int,
-        module: nn.Module,
-        tracker: MicroBatchTracker,
-        recorder: Recorder,
-    ):
-        self._layer = layer = TappedLayer(module, name, index_in_chunk, moe_layer_index, recorder)
-        self._chunk, self._experts = chunk, module.experts
-        self._tracker, self._recorder = tracker, recorder
+    def __init__(self, layer: TappedLayer, chunk: nn.Module, tracker: MicroBatchTracker):
+        self._layer, self._chunk, self._tracker, self._experts = layer, chunk, tracker, layer.module.experts
         self.follows_scores: Optional[Tensor] = None
-        self._is_first = not replaced_logits(module.config)
+        self._is_first = not replaced_logits(layer.transformer_config)
         self.missed: Optional[str] = None
         self._stayed_out: Optional[str] = None
         tracker.watch(self)
-        self._taps = [tap(losses, layer) for tap, losses in by_tap(recorder.spec.computed_losses)]
+        self._taps = [tap(losses, layer) for tap, losses in by_tap(layer.config.computed_losses)]
         self._methods = [MethodReplacement(layer.router, "routing", partial(_route, self))]
         if is_router_graphed(layer.transformer_config):
-            self._methods.append(after_graph(module, self._route_again))
+            self._methods.append(after_graph(layer.module, self._route_again))
 
     @property
     def moe_layer(self) -> nn.Module:
@@ -62,7 +50,7 @@ class LayerTaps:
         """Measures the router's weight, when a measured step has ended."""
         weight_EH = whole_weight(self._layer.router)
         if weight_EH is not None:
-            self._recorder.measure_router(self._layer.moe_layer_index, weight_EH)
+            self._layer.diagnostics.measure_router(self._layer.moe_layer_index, weight_EH)
 
     @property
     def name(self) -> str:
@@ -72,10 +60,10 @@ class LayerTaps:
         """What this layer records, see ``Tap.records``."""
         return set().union(*(tap.records() for tap in self._taps))
 
-    def start_step(self) -> None:
+    def begin_step(self) -> None:
         self.missed = self._stayed_out = None
 
-    def begin_step(self) -> None:
+    def begin_first_forward(self) -> None:
         """Before a step's first forward: checks that the model still runs what the losses are hooked on.
 
         Raises:
@@ -88,7 +76,7 @@ class LayerTaps:
             ("experts", moe_layer.experts, self._experts),
         ]
         for tap in self._taps:
-            tap.begin_step()
+            tap.begin_first_forward()
         for what, found, hooked in (*places, *(place for tap in self._taps for place in tap.hooked())):
             if not runs(found, hooked):
                 raise RuntimeError(_replaced(layer.name, what))
@@ -99,7 +87,7 @@ class LayerTaps:
         Raises:
             RuntimeError: its router's method was replaced.
         """
-        if not self._recorder.active:
+        if not self._layer.clock.active:
             return
         if self._methods[0].is_gone:
             raise RuntimeError(_replaced(self._layer.name, "router's method routing"))
@@ -116,7 +104,7 @@ class LayerTaps:
         for tap in self._taps:
             tap.forget()
         micro_batch, recomputed = self._tracker.enter(self._layer.router)
-        if micro_batch is None or not self._recorder.active:
+        if micro_batch is None or not self._layer.clock.active:
             if micro_batch is None:
                 self._stayed_out = "it ran without gradients" if self._layer.router.training else "evaluation mode"
             return route(logits)
@@ -166,16 +154,15 @@ class LayerTaps:
             self._is_first = False
             logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
             self.follows_scores = follows_scores(layer.router, logits_TE, routing.active_TE)
-        if self._recorder.measuring:
+        if layer.clock.measuring:
             scores_TE = token_scores(call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask)
             what = layer.moe_layer_index, scores_TE, routing.active_TE, routing.tokens.local
-            self._recorder.measure_routing(*what, when=call.micro_batch.notes.add)
-        if self._recorder.tracer.tracing:
+            layer.diagnostics.measure_routing(*what, when=call.micro_batch.notes.add)
+        if layer.clock.tracing:
             shape = call.logits.shape  # [positions, sequences, E], as a rule
             sequences = shape[1] if len(shape) == 3 else None
-            number = self._recorder.layer_indices[layer.moe_layer_index]
-            traced = number, call.micro_batch.number, routing.active_TE, call.padding_mask, sequences
-            call.micro_batch.notes.add(self._recorder.tracer.add, *traced)
+            traced = layer.layer_index, call.micro_batch.number, routing.active_TE, call.padding_mask, sequences
+            call.micro_batch.notes.add(layer.tracer.add, *traced)
         for tap in self._taps:
             tap.observe(call)
 

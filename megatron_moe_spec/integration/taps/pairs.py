@@ -85,7 +85,7 @@ class PairsTap(Tap[Coupling]):
         observe(previous, routing, call)
         if previous is not None:
             what = layer.moe_layer_index - 1, previous.active_TE, routing.active_TE
-            layer.recorder.measure_pair(*what, when=micro_batch.notes.add)
+            layer.diagnostics.measure_pair(*what, when=micro_batch.notes.add)
 
     def _observe_mass(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
         """Leaves the layer's message, and records the loss of it and of the layer before."""
@@ -103,7 +103,7 @@ class PairsTap(Tap[Coupling]):
             share = 1.0 / self.layer.tp_cp_group.size()
             pair = self.layer.moe_layer_index - 1
             what = self._loss.name, pair, products, routing.tokens, -1.0, share
-            call.micro_batch.notes.add(self.layer.recorder.record_mean, *what)
+            call.micro_batch.notes.add(self.layer.losses.record_mean, *what)
 
     def _observe_pathway(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
         """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
@@ -118,11 +118,11 @@ class PairsTap(Tap[Coupling]):
         joined = (joint_EE * previous.successors_EE).sum()
         value = 1.0 / layer.tp_cp_group.size() - joined
         what = self._loss.name, layer.moe_layer_index - 1, value, routing.tokens.counts
-        call.micro_batch.notes.add(layer.recorder.record_loss, *what)
+        call.micro_batch.notes.add(layer.losses.record_loss, *what)
 
     def _is_fused(self, logits: Tensor) -> bool:
         """Whether the kernels compute, in fp32."""
-        return not self._in_fp64 and choose(self.layer.recorder.spec.kernels, logits.device)
+        return not self._in_fp64 and choose(self.layer.config.kernels, logits.device)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.index_in_chunk

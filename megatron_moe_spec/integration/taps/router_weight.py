@@ -39,7 +39,7 @@ class RouterWeightTap(Tap[RouterWeightLoss]):
         for loss in self.computed_losses():
             value = loss.of_weight(self.layer.router.weight.detach()) / self.layer.tp_cp_group.size()
             what = loss.name, self.layer.moe_layer_index, value, call.routing.tokens.counts
-            call.micro_batch.notes.add(self.layer.recorder.record_loss, *what)
+            call.micro_batch.notes.add(self.layer.losses.record_loss, *what)
 
     def _gradients(self, call: RouterCall) -> list[Tensor]:
         weight = self.layer.router.weight.detach().requires_grad_()

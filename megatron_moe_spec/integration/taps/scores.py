@@ -35,7 +35,7 @@ class ScoresTap(Tap[ScoresLoss]):
         for loss in computed:
             value = self._observe(loss, scores_TE, routing, call.padding_mask)
             what = loss.name, self.layer.moe_layer_index, value.detach(), routing.tokens
-            call.micro_batch.notes.add(self.layer.recorder.record_mean, *what)
+            call.micro_batch.notes.add(self.layer.losses.record_mean, *what)
 
     def _observe(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
         """This rank's sum over its tokens; keeps the means that it needs, and the gradient with respect to them."""

@@ -1,0 +1,157 @@
+"""Values of the losses of a training step, kept on the device and reduced over ranks once a step."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.integration.compat.release import current_device
+from megatron_moe_spec.integration.hooks.routing import TokenCount
+from megatron_moe_spec.integration.step.clock import StepClock
+from megatron_moe_spec.integration.step.reduction import reduced
+
+_MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
+
+
+@dataclass(frozen=True)
+class ReducedLosses:
+    """The losses of a step over all ranks, by name. One that is off, and was not measured, is left out.
+
+    Attributes:
+        means: over micro-batches, layers (pairs) and ranks; scalars on the device. A mean of nothing is NaN.
+        numbers: of values in each mean, on the device.
+        of_layers: the mean of each layer (pair) by layer index (of a pair, the first one's), without those of nothing;
+            empty where losses are not kept for each layer.
+    """
+
+    means: dict[str, Tensor]
+    numbers: dict[str, Tensor]
+    of_layers: dict[str, dict[int, float]]
+
+
+class StepLosses:
+    """Sums up the losses that the taps of one model compute in a step.
+
+    Attributes:
+        recorded: name and MoE layer index (first of a pair) of the losses that this rank has recorded in this step.
+
+    Args:
+        layer_indices: of the MoE layers, among all layers of the model.
+        tp_cp_group: the ranks that share a micro-batch; the losses they record for it sum to its loss.
+        groups: process groups to reduce over, one after another.
+        logs_each_layer: whether losses are kept for each layer in every step, not only in measured ones.
+    """
+
+    def __init__(
+        self,
+        config: SpecConfig,
+        clock: StepClock,
+        layer_indices: Sequence[int],
+        tp_cp_group: Optional[dist.ProcessGroup] = None,
+        groups: Sequence[dist.ProcessGroup] = (),
+        logs_each_layer: bool = False,
+    ):
+        self._computed = config.computed_losses
+        self._names = [loss.name for loss in self._computed]
+        self._clock, self._layer_indices, self._groups = clock, layer_indices, groups
+        self._share = 1.0 / tp_cp_group.size() if tp_cp_group is not None else 1.0
+        self._logs_each_layer = logs_each_layer
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        self._device = current_device()
+        self._per_layer = self._clock.measuring or self._logs_each_layer
+        # Of each loss and layer: sum of its recorded values, and their number; on the device, and what the host knows.
+        num_layers = len(self._layer_indices) if self._per_layer else 1
+        self._sums = torch.zeros(len(self._names), num_layers, 2, dtype=torch.float64, device=self._device)
+        self._known = [[[0.0, 0.0] for _ in range(num_layers)] for _ in self._names]
+        # See ``record_mean``: by loss, layer and factor; by loss, layer, factor and offset, with numbers of tokens.
+        self._terms: dict[tuple[int, int, float], list[Tensor]] = {}
+        self._terms_of_tokens: dict[tuple[int, int, float, float], list[tuple[Tensor, Tensor]]] = {}
+        self._num_terms = 0
+        self.recorded: set[tuple[str, int]] = set()
+
+    def record_loss(self, name: str, layer: int, value: Tensor, counts: Union[Tensor, bool]) -> None:
+        """Records this rank's part of a loss of one layer (pair) and micro-batch.
+
+        Args:
+            layer: MoE layer index, of a pair that of the first one.
+            counts: whether the micro-batch has tokens.
+        """
+        self.recorded.add((name, layer))
+        loss, layer = self._place(name, layer)
+        entry = self._sums[loss, layer]
+        if isinstance(counts, Tensor):
+            entry[0] += value.detach() * counts
+            entry[1] += self._share * counts.double()
+        elif counts:
+            entry[0] += value.detach()
+            self._known[loss][layer][1] += self._share
+
+    def record_mean(
+        self, name: str, layer: int, terms: Tensor, tokens: TokenCount, factor: float = 1.0, offset: float = 0.0
+    ) -> None:
+        """Records offset + factor * the sum of ``terms`` / number of the micro-batch's tokens, see ``record_loss``.
+
+        The terms have no gradient.
+
+        Nothing is computed before the terms of many layers are there: operations on small tensors cost the time that
+        they take to be launched.
+        """
+        self.recorded.add((name, layer))
+        loss, layer = self._place(name, layer)
+        terms = terms if terms.dim() == 1 else terms.reshape(-1)
+        if isinstance(tokens.total, Tensor):
+            self._terms_of_tokens.setdefault((loss, layer, factor, offset), []).append((terms, tokens.total))
+        elif tokens.counts:
+            known = self._known[loss][layer]
+            known[0] += offset
+            known[1] += self._share
+            self._terms.setdefault((loss, layer, factor / tokens.divisor), []).append(terms)
+        self._num_terms += terms.numel()
+        if self._num_terms > _MOST_TERMS:
+            self._add_terms()
+
+    def _place(self, name: str, layer: int) -> tuple[int, int]:
+        return self._names.index(name), layer if self._per_layer else 0
+
+    def _add_terms(self) -> None:
+        for (loss, layer, factor), of_known in self._terms.items():
+            self._sums[loss, layer, 0] += torch.cat(of_known).sum(dtype=torch.float64) * factor
+        for (loss, layer, factor, offset), waiting in self._terms_of_tokens.items():
+            terms, totals = zip(*waiting, strict=True)
+            lengths = torch.tensor([len(x) for x in terms], device=self._device)
+            tokens = torch.stack(totals)
+            counts = (tokens > 0).double()
+            weights = factor * counts / tokens.double().clamp_min(1)
+            weights = weights.repeat_interleave(lengths, output_size=sum(map(len, terms)))
+            self._sums[loss, layer, 0] += (torch.cat(terms) * weights).sum() + offset * counts.sum()
+            self._sums[loss, layer, 1] += self._share * counts.sum()
+        self._terms.clear()
+        self._terms_of_tokens.clear()
+        self._num_terms = 0
+
+    def reduce(self) -> ReducedLosses:
+        """The losses of this step so far. A collective: every rank calls it, once a step.
+
+        Synchronises with the device where losses are kept for each layer.
+        """
+        if not self._names:
+            return ReducedLosses({}, {}, {})
+        self._add_terms()
+        known = torch.tensor(self._known, dtype=torch.float64, device=self._device)
+        sums = reduced(self._sums + known, self._groups)
+        totals = sums.sum(dim=1)
+        means = (totals[:, 0] / totals[:, 1]).float()
+        of_layers = [
+            {layer: total / number for layer, (total, number) in zip(self._layer_indices, layers) if number}
+            for layers in (sums.tolist() if self._per_layer else ())
+        ]
+        return ReducedLosses(self._by_name(means), self._by_name(totals[:, 1]), self._by_name(of_layers))
+
+    def _by_name(self, values: Iterable) -> dict:
+        return {loss.name: value for loss, value in zip(self._computed, values) if self._clock.is_computed(loss)}

@@ -152,7 +152,7 @@ def _config(values: dict) -> SpecConfig:
         else:
             options[setting.loss][setting.option.name] = number
     extra = [loss(**values) for loss, values in options.items()]
-    return SpecConfig(**fields, extra_losses=tuple(loss for loss in extra if loss.coeff > 0 or loss.measured))
+    return SpecConfig(**fields, extra_losses=tuple(loss for loss in extra if loss.is_trained or loss.measured))
 
 
 def _number(value, option: Field):

@@ -1,7 +1,8 @@
 """Pretrain a small Mixture-of-Experts GPT with a training loop on megatron.core alone.
 
 For those who have their own loop, or Megatron-Core without ``megatron.training`` (0.16). What the losses add to the
-loop: ``add_moe_spec_args`` for their flags, ``attach`` once the model is built, ``handle.end_step`` once a step.
+loop: ``add_moe_spec_args`` for their flags, ``attach`` once the model is built, ``handle.end_step`` once a step, and
+``MetricsWriter`` for what that returns.
 
     torchrun --nproc-per-node 2 examples/pretrain_core.py --data-path my_text_document --output build/run \\
         --moe-specialization-loss-coeff 2e-3 --moe-coupling-loss-coeff 1e-3
@@ -38,9 +39,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moe_spec import attach
+from megatron_moe_spec import MetricsWriter, attach
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
-from megatron_moe_spec.integration.training import METRICS_FILE, MetricsFile
+from megatron_moe_spec.metrics.json_lines import JsonLines
+from megatron_moe_spec.metrics.writer import METRICS_FILE
 
 
 class ByteTokenizer:
@@ -239,15 +241,16 @@ def main():
     training, validation = build_datasets(args)
     model = build_model(args)
     optimizer, scheduler = build_optimizer(model, args)
-    handle = attach(model, spec_config_from_args(args))
+    config = spec_config_from_args(args)
+    handle = attach(model, config)
 
-    is_writer = dist.get_rank() == 0
+    is_first = dist.get_rank() == 0
     paths = [args.output / "log.jsonl", args.output / METRICS_FILE]
-    log, metrics_log = map(MetricsFile, paths)
-    if is_writer:
-        args.output.mkdir(parents=True, exist_ok=True)
+    if is_first:
         for path in paths:
             path.unlink(missing_ok=True)
+    log = JsonLines(paths[0])
+    writer = MetricsWriter(paths[1] if config.metrics_interval else None)
 
     data_iterator = micro_batches(training, args.iterations, args)
     for iteration in range(1, args.iterations + 1):
@@ -257,16 +260,15 @@ def main():
         lm_loss = run_micro_batches(model, data_iterator, num_microbatches, args, forward_only=False)
         optimizer.step()
         scheduler.step(increment=args.global_batch_size)
-        metrics = handle.end_step()
-        diagnostics = metrics.pop("diagnostics", None)
+        values = handle.end_step()
         step_time = time.perf_counter() - start
-        record = {"iteration": iteration, "lm_loss": lm_loss, **metrics, "step_time_s": step_time}
+        writer.write(iteration, values)
+        values.pop("diagnostics", None)
+        record = {"iteration": iteration, "lm_loss": lm_loss, **values, "step_time_s": step_time}
         if iteration % args.eval_interval == 0 or iteration == args.iterations:
             record["validation_loss"] = evaluate(model, validation, num_microbatches, args)
-        if is_writer:
+        if is_first:
             log.append(record)
-            if diagnostics is not None:
-                metrics_log.append({"iteration": iteration, **metrics, **diagnostics})
             if iteration % 10 == 0 or "validation_loss" in record:
                 shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name != "iteration")
                 print(f"iteration {iteration}/{args.iterations}  {shown}", flush=True)

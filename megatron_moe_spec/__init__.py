@@ -10,14 +10,17 @@ if TYPE_CHECKING:
     from megatron_moe_spec import losses
     from megatron_moe_spec.config import SpecConfig
     from megatron_moe_spec.integration.attach import SpecHandle, attach
+    from megatron_moe_spec.metrics.writer import MetricsWriter
 
 __version__ = "0.1.0"
-__all__ = ["SpecConfig", "SpecHandle", "attach", "losses"]
+__all__ = ["MetricsWriter", "SpecConfig", "SpecHandle", "attach", "losses"]
 
 
 def __getattr__(name):
     if name == "SpecConfig":
         return import_module("megatron_moe_spec.config").SpecConfig
+    if name == "MetricsWriter":
+        return import_module("megatron_moe_spec.metrics.writer").MetricsWriter
     if name in ("SpecHandle", "attach"):
         return getattr(import_module("megatron_moe_spec.integration.attach"), name)
     if name == "losses":

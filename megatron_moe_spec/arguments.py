@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import Field, dataclass
 from types import SimpleNamespace
-from typing import Optional
+from typing import Any, NoReturn, Optional
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.losses import Loss
@@ -66,7 +66,7 @@ def _add_flags(parser: argparse.ArgumentParser, defaults: dict) -> None:
         )
 
 
-def spec_config_from_args(args, command_line: Optional[Sequence[str]] = None) -> SpecConfig:
+def spec_config_from_args(args: Any, command_line: Optional[Sequence[str]] = None) -> SpecConfig:
     """Builds the SpecConfig from parsed arguments; a flag the parser did not know keeps its default.
 
     With Megatron's ``--yaml-cfg`` all parsed arguments are replaced by the file's. Then the file's keys count in any
@@ -99,7 +99,7 @@ def spec_config_from_command_line(command_line: Optional[Sequence[str]] = None) 
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
@@ -152,10 +152,10 @@ def _config(values: dict) -> SpecConfig:
         else:
             options[setting.loss][setting.option.name] = number
     extra = [loss(**values) for loss, values in options.items()]
-    return SpecConfig(**fields, extra_losses=tuple(loss for loss in extra if loss.coeff > 0 or loss.measured))
+    return SpecConfig(**fields, extra_losses=tuple(loss for loss in extra if loss.is_trained or loss.measured))
 
 
-def _number(value, option: Field):
+def _number(value: Any, option: Field) -> Any:
     # PyYAML reads 2e-3, without a dot, as a string.
     if isinstance(value, str) and not option.metadata["choices"]:
         try:

@@ -1,42 +1,66 @@
-"""Settings: one field per command-line flag, made from the options of the losses."""
+"""Settings: one field per command-line flag."""
 
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_moe_spec.losses import LOSSES, Loss, option
 from megatron_moe_spec.losses.base import THIRD_PARTY, check_options, config_field, options_of
 
-if TYPE_CHECKING:
-    _LossOptions: Any = object
-else:
-    _LossOptions = dataclasses.make_dataclass(
-        "_LossOptions",
-        [
-            (config_field(one), one.type, dataclasses.field(default=one.default, metadata=one.metadata))
-            for loss in LOSSES
-            for one in options_of(loss)
-        ],
-        frozen=True,
-    )
+_OPTIONS = {config_field(one): one for loss in LOSSES for one in options_of(loss)}
+
+
+def _of_a_loss(field: str) -> Any:
+    """The option that a loss declares for a field: its default, its flag, its help."""
+    one = _OPTIONS[field]
+    return dataclasses.field(default=one.default, metadata=one.metadata)
 
 
 @dataclass(frozen=True)
-class SpecConfig(_LossOptions):
+class SpecConfig:
     """The auxiliary losses to add to a model, and their weights.
 
-    Its first fields are the options of the losses in ``megatron_moe_spec.losses.LOSSES``: a coefficient for each, and
-    what else it may be told. Every coefficient is 0 by default; with all of them 0 and no metrics, nothing is hooked.
+    Every coefficient is 0 by default; with all of them 0 and neither metrics nor traces, nothing is hooked. The flags'
+    help has more on each field.
 
     Attributes:
-        extra_losses: losses of one's own, instances of classes derived from ``RowsLoss``, ``ScoresLoss`` or
+        specialization_loss_coeff: weight of the squared cosines between the activations of a token's experts.
+        specialization_token_stride: that loss uses every N-th token only.
+        specialization_a2a_dtype: how its rows travel between expert-parallel ranks: "same", in their dtype, or "fp8".
+        coupling_loss_coeff: weight of one minus the joint probability of a token's experts in adjacent MoE layers.
+        coupling_type: that probability per token, "mass", or of the pathways in a micro-batch, "pathway".
+        coupling_across_stages: pairs of layers in different pipeline stages: "exact", "drop", or "auto".
+        orthogonality_loss_coeff: weight of the squared projections of the outputs of a token's experts on each other.
+        score_variance_loss_coeff: weight of minus the variance of the experts' scores over tokens.
+        erc_loss_coeff: weight of how much more a router row, as a token, excites other experts than its own.
+        erc_alpha: the share of its norm in its own expert that its norm in another expert may reach.
+        router_orthogonality_loss_coeff: weight of how far the rows of a router's weight are from orthogonal.
+        router_orthogonality_type: measured by the "squared" cosines of rows, or the "absolute" entries of W W^T - I.
+        kernels: implementation of the losses: "torch", "triton", or "auto", the fastest that can run.
+        metrics_interval: measure every MoE layer in every N-th step; 0: never.
+        wandb_metrics: what of the metrics goes to W&B: "brief", means over layers, or "full".
+        trace_path: folder for routing traces; empty: none.
+        trace_interval: trace every N-th step, if there is a path.
+        extra_losses: custom losses, instances of classes derived from ``RowsLoss``, ``ScoresLoss`` or
             ``RouterWeightLoss``.
 
     Raises:
         ValueError: a field is out of range; the message names the field and its flag.
     """
 
+    specialization_loss_coeff: float = _of_a_loss("specialization_loss_coeff")
+    specialization_token_stride: int = _of_a_loss("specialization_token_stride")
+    specialization_a2a_dtype: str = _of_a_loss("specialization_a2a_dtype")
+    coupling_loss_coeff: float = _of_a_loss("coupling_loss_coeff")
+    coupling_type: str = _of_a_loss("coupling_type")
+    coupling_across_stages: str = _of_a_loss("coupling_across_stages")
+    orthogonality_loss_coeff: float = _of_a_loss("orthogonality_loss_coeff")
+    score_variance_loss_coeff: float = _of_a_loss("score_variance_loss_coeff")
+    erc_loss_coeff: float = _of_a_loss("erc_loss_coeff")
+    erc_alpha: float = _of_a_loss("erc_alpha")
+    router_orthogonality_loss_coeff: float = _of_a_loss("router_orthogonality_loss_coeff")
+    router_orthogonality_type: str = _of_a_loss("router_orthogonality_type")
     kernels: str = option(
         "auto",
         "--moe-spec-kernels",
@@ -68,7 +92,7 @@ class SpecConfig(_LossOptions):
     )
     extra_losses: tuple[Loss, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "extra_losses", tuple(self.extra_losses))
         check_options(self)
         names_in_use = {loss.name for loss in LOSSES}
@@ -92,12 +116,12 @@ class SpecConfig(_LossOptions):
     @property
     def computed_losses(self) -> tuple[Loss, ...]:
         """Those that are trained on, and those that are measured."""
-        return tuple(loss for loss in self.losses if loss.coeff > 0 or (loss.measured and self.metrics_interval))
+        return tuple(loss for loss in self.losses if loss.is_trained or (loss.measured and self.metrics_interval))
 
     @property
     def trained_losses(self) -> tuple[str, ...]:
         """Log names of the losses with a coefficient."""
-        return tuple(loss.name for loss in self.losses if loss.coeff > 0)
+        return tuple(loss.name for loss in self.losses if loss.is_trained)
 
     @property
     def enabled(self) -> bool:

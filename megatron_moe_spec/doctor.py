@@ -289,7 +289,7 @@ def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
     from megatron_moe_spec.integration.taps.cuda_graphs import is_router_graphed
 
     transformer_config, stages = facts.transformer_config, facts.stages
-    trained = [loss for loss in spec.losses if loss.coeff > 0]
+    trained = [loss for loss in spec.losses if loss.is_trained]
     losses = ", ".join(map(str, trained)) or "none"
     if not trained and spec.metrics_interval:
         losses += ", measuring alone"

@@ -295,14 +295,14 @@ MUTATIONS = [
     (
         "rows travel in their dtype, whatever was asked for",
         "integration/taps/expert_rows.py",
-        "run.num_rows, self._transport, asks=",
+        "run.num_rows, self._a2a_dtype, asks=",
         "run.num_rows, asks=",
-        "tests/layouts/test_layouts.py::test_fp8_transport_trains_nearly_the_same",
+        "tests/layouts/test_layouts.py::test_fp8_a2a_trains_nearly_the_same",
     ),
     (
         "a part of an exchange forgets how rows travel",
         "parallel/row_exchange.py",
-        "rows_from, self._group, self._transport, self._counts_L)",
+        "rows_from, self._group, self._a2a_dtype, self._counts_L)",
         "rows_from, self._group, 'same', self._counts_L)",
         "tests/parallel/test_row_exchange.py::test_rows_come_to_their_tokens_and_go_back",
     ),

@@ -5,21 +5,22 @@ that builds the model, and the one that logs a training step.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch.distributed as dist
+from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.attach import SpecHandle, attach
 from megatron_moe_spec.integration.compat.release import require_megatron
 from megatron_moe_spec.integration.compat.schedules import around_schedules
 from megatron_moe_spec.integration.compat.settings import training_modules, training_writers
-from megatron_moe_spec.metrics.json_lines import JsonLines, finite
+from megatron_moe_spec.metrics.writer import METRICS_FILE, MetricsWriter
 
-METRICS_FILE = "moe_spec_metrics.jsonl"
 NEVER_ATTACHED = (
     "the command line asks for losses or metrics of megatron_moe_spec, and they were attached to no model: this is not "
     "the training loop of the megatron.training that is imported here. Where the script has built its model, add two "
@@ -28,7 +29,11 @@ NEVER_ATTACHED = (
 )
 
 
-def install(add_arguments: Callable, config_from_arguments: Callable) -> None:
+AddArguments = Callable[[ArgumentParser], ArgumentParser]
+ConfigFromArguments = Callable[[Any], SpecConfig]
+
+
+def install(add_arguments: AddArguments, config_from_arguments: ConfigFromArguments) -> None:
     """Makes the next ``megatron.training.pretrain`` of this process take the flags and train with the losses.
 
     Does nothing to a Megatron that has both already: by an earlier call, or changed by one of ``patches/``.
@@ -60,7 +65,7 @@ class AttachedGuard:
         around_schedules(self, AttachedGuard._around_schedule)
 
     @contextmanager
-    def _around_schedule(self, name: str, arguments: dict):
+    def _around_schedule(self, name: str, arguments: dict) -> Iterator[dict]:
         if not arguments.get("forward_only", False) and never_attached(self._asked):
             raise RuntimeError(NEVER_ATTACHED)
         yield arguments
@@ -71,25 +76,24 @@ def never_attached(asked: Callable[[], bool]) -> bool:
     return not SpecHandle.ever_attached and asked()
 
 
-def _wrap(arguments, training, add_arguments: Callable, losses: "TrainingLosses") -> None:
-    define, build, log = (
-        arguments.add_megatron_arguments,
-        training.setup_model_and_optimizer,
-        training.training_log,
-    )
+def _wrap(arguments: Any, training: Any, add_arguments: AddArguments, losses: "TrainingLosses") -> None:
+    define, build = arguments.add_megatron_arguments, training.setup_model_and_optimizer
+    log = training.training_log
 
     @functools.wraps(define)
-    def add_megatron_arguments(parser):
+    def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
         return add_arguments(define(parser))
 
     @functools.wraps(build)
-    def setup_model_and_optimizer(*args, **kwargs):
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
         model, *rest = build(*args, **kwargs)
         losses.attach(model, training.get_args())
         return (model, *rest)
 
     @functools.wraps(log)
-    def training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs):
+    def training_log(
+        loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> Any:
         loss_dict = losses.finish_step(loss_dict, iteration)
         return log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
 
@@ -106,13 +110,13 @@ class TrainingLosses:
         config_from_arguments: parsed arguments -> SpecConfig.
     """
 
-    def __init__(self, config_from_arguments: Callable):
+    def __init__(self, config_from_arguments: ConfigFromArguments):
         self._config_from_arguments = config_from_arguments
         self._handle: Optional[SpecHandle] = None
-        self._metrics_file: Optional[MetricsFile] = None
+        self._writer: Optional[MetricsWriter] = None
         self._skipped: frozenset[int] = frozenset()
 
-    def attach(self, model, args) -> None:
+    def attach(self, model: Sequence[nn.Module], args: Any) -> None:
         """Attaches what the flags ask for, once the model is built and its checkpoint loaded.
 
         Args:
@@ -126,32 +130,30 @@ class TrainingLosses:
         spec = self._config_from_arguments(args)
         if not spec.enabled:
             return
-        if spec.metrics_interval:
-            folder = Path(getattr(args, "tensorboard_dir", None) or getattr(args, "save", None) or ".")
-            self._metrics_file = MetricsFile(folder / METRICS_FILE)
-            self._metrics_file.check()
+        folder = Path(getattr(args, "tensorboard_dir", None) or getattr(args, "save", None) or ".")
+        file = folder / METRICS_FILE if spec.metrics_interval else None
+        tensorboard, wandb = training_writers()
+        self._writer = MetricsWriter(file, tensorboard, wandb, spec.wandb_metrics, log_losses=False)
         self._skipped = frozenset(getattr(args, "iterations_to_skip", None) or ())
         self._handle = attach(model, spec)
         self._handle.start_after(self._last_before_training(getattr(args, "iteration", 0)))
         if dist.get_rank() == 0:
-            described = _describe(spec, self._metrics_file)
-            print(f"MoE specialization: {described}; {self._handle.describe()}", flush=True)
+            print(f"MoE specialization: {_describe(spec, file)}; {self._handle.describe()}", flush=True)
 
     def finish_step(self, loss_dict: dict, iteration: int) -> dict:
         """Returns ``loss_dict`` with the losses' values added, to be logged for a training step. A collective.
 
         Args:
             loss_dict: first argument of Megatron's ``training_log``.
-            iteration: number of the step that has just ended.
+            iteration: index of the step that has just ended.
         """
         if self._handle is None:
             return loss_dict
         losses, diagnostics = self._handle.finish_step(iteration)
         if (last := self._last_before_training(iteration)) != iteration:
             self._handle.start_after(last)
-        if diagnostics is not None:
-            self._write(iteration, losses, diagnostics)
-        self._log_layers(iteration)
+        values = losses if diagnostics is None else {**losses, "diagnostics": diagnostics}
+        self._writer.write(iteration, values, self._handle.losses_of_layers)
         trained = self._handle.config.trained_losses
         return {**loss_dict, **{name: loss for name, loss in losses.items() if name in trained}}
 
@@ -161,81 +163,11 @@ class TrainingLosses:
             iteration += 1
         return iteration
 
-    def _write(self, iteration: int, losses: dict, diagnostics: dict) -> None:
-        if any(training_writers()):
-            scalars = _scalars(diagnostics)
-            brief = self._handle.config.wandb_metrics == "brief"
-            self._log(iteration, scalars, _brief(diagnostics) if brief else scalars)
-        if dist.get_rank() == 0:
-            line = {"iteration": iteration, **{name: float(loss) for name, loss in losses.items()}, **diagnostics}
-            self._metrics_file.append(line)
 
-    def _log_layers(self, iteration: int) -> None:
-        """Each layer's losses, under the names that Megatron gives its own ones with --moe-per-layer-logging."""
-        if of_layers := self._handle.losses_of_layers:
-            scalars = {f"moe/{name}_layer_{i}": v for name, layers in of_layers.items() for i, v in layers.items()}
-            self._log(iteration, scalars, scalars)
-
-    @staticmethod
-    def _log(iteration: int, for_tensorboard: dict[str, float], for_wandb: dict[str, float]) -> None:
-        tensorboard, wandb = training_writers()
-        if tensorboard:
-            for tag, value in for_tensorboard.items():
-                tensorboard.add_scalar(tag, value, iteration)
-        if wandb:
-            wandb.log(for_wandb, iteration)
-
-
-class MetricsFile(JsonLines):
-    """The file of metrics, which rank 0 writes."""
-
-    def check(self) -> None:
-        """Raises OSError, on every rank, where rank 0 cannot write the file. A collective."""
-        problem = [self.problem() if dist.get_rank() == 0 else ""]
-        dist.broadcast_object_list(problem)
-        if problem[0]:
-            raise OSError(
-                f"{self} cannot be written ({problem[0]}): set --tensorboard-dir, or --save, to another folder, "
-                "or --moe-spec-metrics-interval to 0"
-            )
-
-    def append(self, line: dict) -> None:
-        """Writes a line, with null for what is not finite."""
-        self.extend([finite(line)])
-
-
-def _describe(spec: SpecConfig, metrics_file: Optional[MetricsFile]) -> str:
-    parts = [str(loss) for loss in spec.losses if loss.coeff > 0]
+def _describe(spec: SpecConfig, metrics_file: Optional[Path]) -> str:
+    parts = [str(loss) for loss in spec.losses if loss.is_trained]
     if metrics_file:
         parts.append(f"measured every {spec.metrics_interval} iterations to {metrics_file}")
     if spec.trace_path:
         parts.append(f"traced every {spec.trace_interval} iterations to {spec.trace_path}")
     return ", ".join(parts)
-
-
-def _scalars(diagnostics: dict) -> dict[str, float]:
-    """Flat tags for the loggers: moe_spec/<measure>/layer_<i> and moe_spec/<measure>/layers_<i>_<j>."""
-    return {
-        f"moe_spec/{name}/{'layers' if len(layers) > 1 else 'layer'}_{'_'.join(map(str, layers))}": value
-        for name, layers, value in _measures(diagnostics)
-    }
-
-
-def _brief(diagnostics: dict) -> dict[str, float]:
-    """The same, of all layers together: moe_spec/<measure>, its mean, and of some measures the largest value."""
-    values: dict[str, list[float]] = {}
-    for name, _, value in _measures(diagnostics):
-        values.setdefault(name, []).append(value)
-    largest = {
-        f"moe_spec/{name}_largest": max(values[name]) for name in ("max_violation", "dead_experts") if name in values
-    }
-    return {**{f"moe_spec/{name}": sum(found) / len(found) for name, found in values.items()}, **largest}
-
-
-def _measures(diagnostics: dict) -> Iterator[tuple[str, list[int], float]]:
-    """(measure, layer or pair of layers, value) of what was measured and is a number."""
-    for row in (*diagnostics["layers"], *diagnostics["pairs"]):
-        layers = row["layers"] if "layers" in row else [row["layer"]]
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name not in ("layer", "layer_index"):
-                yield name, layers, value

@@ -27,7 +27,7 @@ PAIRS = "pairs of layers"  # the routing of adjacent MoE layers
 ROUTER_WEIGHT = "router weight"
 EXPERT_WEIGHTS = "expert weights"  # together with the router's
 
-TRANSPORTS = ("same", "fp8")  # how vectors travel between ranks: in their dtype, or as e4m3 with a scale each
+A2A_DTYPES = ("same", "fp8")  # how vectors travel between ranks: in their dtype, or as e4m3 with a scale each
 
 
 def option(
@@ -98,7 +98,7 @@ class Loss:
         name: in the logs; ends in ``_loss``.
         reads: what it reads of a layer; one of the constants above, among ``may_read``.
         measured: whether it is computed and logged in steps of ``metrics_interval``, too, if its coefficient is 0.
-        coeff: its weight; the loss trains if that is above 0.
+        coeff: its weight; see ``is_trained``.
     """
 
     name: ClassVar[str]
@@ -130,6 +130,11 @@ class Loss:
         words += [f"{one.name} {value if one.metadata['choices'] else format(value, 'g')}" for one, value in changed]
         shown = f" ({', '.join(words)})" if words else ""
         return f"{self.title}{shown} x {self.coeff:g}"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it adds a gradient."""
+        return self.coeff > 0
 
     @property
     def flag(self) -> str:
@@ -168,7 +173,7 @@ class RowsLoss(Loss):
 
     Attributes:
         token_stride: use every N-th token only.
-        transport: how the vectors and their gradients travel between ranks, one of ``TRANSPORTS``.
+        a2a_dtype: how the vectors and their gradients travel between ranks, one of ``A2A_DTYPES``.
         uses_lengths: whether ``token_losses`` uses the vectors' lengths. If not, it gets None for them.
         of_squares: whether ``token_losses`` is the mean of the squared cosines of the K (K - 1) ordered pairs: the
             kernels know that gradient.
@@ -176,7 +181,7 @@ class RowsLoss(Loss):
 
     may_read: ClassVar[tuple[str, ...]] = (ACTIVATIONS, OUTPUTS)
     token_stride: ClassVar[int] = 1
-    transport: ClassVar[str] = "same"
+    a2a_dtype: ClassVar[str] = "same"
     uses_lengths: ClassVar[bool] = True
     of_squares: ClassVar[bool] = False
 

@@ -46,7 +46,7 @@ class Coupling(Loss):
     @property
     def carries_messages(self) -> bool:
         """Whether routing travels between pipeline stages; ``attach`` resolves auto before it asks."""
-        return self.coeff > 0 and self.across_stages == "exact"
+        return self.is_trained and self.across_stages == "exact"
 
 
 def coupling_loss(

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Optional
 
 from torch import Tensor
 
-from megatron_moe_spec.losses.base import ACTIVATIONS, TRANSPORTS, RowsLoss, option
+from megatron_moe_spec.losses.base import A2A_DTYPES, ACTIVATIONS, RowsLoss, option
 
 PAPER = "2e-3"  # the paper's coefficient; of a sum over pairs, by second-hand accounts
 
@@ -37,12 +37,12 @@ class Specialization(RowsLoss):
         "micro-batch and step. Unbiased; cuts its cost, and its traffic under expert parallelism, N-fold.",
         minimum=1,
     )
-    transport: str = option(  # type: ignore[misc]
+    a2a_dtype: str = option(  # type: ignore[misc]
         "same",
-        "--moe-specialization-transport",
+        "--moe-specialization-a2a-dtype",
         "How activations and their gradients travel between expert-parallel ranks for the specialization loss: "
         "'same', in their own dtype; 'fp8', as e4m3 with one fp32 scale per vector, half the bytes of bf16.",
-        choices=TRANSPORTS,
+        choices=A2A_DTYPES,
         hidden_by_default=True,
     )
 

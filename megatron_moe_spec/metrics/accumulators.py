@@ -4,7 +4,7 @@ Suffixes: T tokens, E experts, K experts per token, H hidden size.
 """
 
 from collections.abc import Callable
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch import Tensor
 from megatron_moe_spec.metrics.information import conditional_entropy, entropy, normalized_mutual_information
 
 Measure = Union[float, list[float], None]
+Count = Union[int, Tensor]
 
 
-def at_once(function: Callable, *args) -> None:
+def at_once(function: Callable, *args: Any) -> None:
     function(*args)
 
 
@@ -36,7 +37,7 @@ class LayerStatistics:
         self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)
         self.loads: list[Tensor] = []
 
-    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens, when: Callable = at_once) -> None:
+    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens: Count, when: Callable = at_once) -> None:
         """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts.
 
         Args:
@@ -48,7 +49,7 @@ class LayerStatistics:
         when(self._add_routing, num_tokens, entropy(scores_TE).sum(), torch.cat([masses_K, scores_TE.sum(0), load_E]))
         when(self.loads.append, load_E)
 
-    def _add_routing(self, num_tokens, entropies: Tensor, sums: Tensor) -> None:
+    def _add_routing(self, num_tokens: Count, entropies: Tensor, sums: Tensor) -> None:
         self.sums[0] += num_tokens
         self.sums[1] += entropies
         self.sums[self._SCALARS :] += sums

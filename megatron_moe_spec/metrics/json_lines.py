@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 
 class JsonLines:
@@ -16,7 +17,7 @@ class JsonLines:
         self._path = path
         self._warned = False
 
-    def __str__(self):
+    def __str__(self) -> str:
         return str(self._path)
 
     def problem(self) -> str:
@@ -27,6 +28,10 @@ class JsonLines:
         except OSError as error:
             return f"{error.strerror}: {error.filename}"
         return ""
+
+    def append(self, line: dict) -> None:
+        """Writes a line, with null for what is not finite."""
+        self.extend([finite(line)])
 
     def extend(self, lines: Iterable[dict]) -> None:
         """Writes lines, all of them or none. They hold no NaN and no infinity: see ``finite``."""
@@ -50,7 +55,7 @@ class JsonLines:
                 )
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """The same with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}

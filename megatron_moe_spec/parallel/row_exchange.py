@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_spec.losses.base import TRANSPORTS
+from megatron_moe_spec.losses.base import A2A_DTYPES
 
 Result = TypeVar("Result")
 
@@ -42,7 +42,7 @@ class RowExchange:
         rows_for: number of rows for each rank of the group.
         rows_from: number of rows of this rank's tokens that lie with each rank.
         group: the ranks.
-        transport: how floating-point rows [P, D] travel, both ways: "same", in their dtype, or "fp8", see
+        a2a_dtype: how floating-point rows [P, D] travel, both ways: "same", in their dtype, or "fp8", see
             ``quantized``: D + 4 bytes a row. They arrive in their dtype, and the same rows alike each time.
         counts_L: numbers of rows of each local expert, where only the exchange knows them.
         asked: whether a rank of the group has asked for the rows to be checked; the same on all of them.
@@ -55,20 +55,20 @@ class RowExchange:
         rows_for: Sequence[int],
         rows_from: Sequence[int],
         group,
-        transport: str = "same",
+        a2a_dtype: str = "same",
         counts_L: Optional[Sequence[int]] = None,
         asked: bool = False,
     ):
         if (num_rows if order is None else len(order)) != sum(rows_for):
             raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}; got {transport!r}")
+        if a2a_dtype not in A2A_DTYPES:
+            raise ValueError(f"a2a_dtype must be one of {', '.join(A2A_DTYPES)}; got {a2a_dtype!r}")
         self._order = order
         self._num_rows = num_rows
         self._rows_for = [int(rows) for rows in rows_for]
         self._rows_from = [int(rows) for rows in rows_from]
         self._group = group
-        self._transport = transport
+        self._a2a_dtype = a2a_dtype
         self._counts_L = counts_L
         self.asked = asked
 
@@ -126,7 +126,7 @@ class RowExchange:
         return self._of(order, sum(blocks_L), self._rows_for, self._rows_from)
 
     def _of(self, order, num_rows: int, rows_for: Sequence[int], rows_from: Sequence[int]) -> "RowExchange":
-        return RowExchange(order, num_rows, rows_for, rows_from, self._group, self._transport, self._counts_L)
+        return RowExchange(order, num_rows, rows_for, rows_from, self._group, self._a2a_dtype, self._counts_L)
 
     def to_tokens(self, x_PD: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""
@@ -153,7 +153,7 @@ class RowExchange:
         return x_PD if self._order is None else x_PD[self._order]
 
     def _quantizes(self, x: Tensor) -> bool:
-        return self._transport == "fp8" and x.is_floating_point()
+        return self._a2a_dtype == "fp8" and x.is_floating_point()
 
     def _begin(self, x: Tensor, send: list[int], receive: list[int]) -> Pending[Tensor]:
         sent = quantized(x) if self._quantizes(x) else x.contiguous()

@@ -13,8 +13,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.integration.training import METRICS_FILE
 from megatron_moe_spec.losses import LOSSES
+from megatron_moe_spec.metrics.writer import METRICS_FILE
 from megatron_moe_spec.traces.files import read_trace
 from megatron_moe_spec.traces.schema import Trace
 

@@ -149,13 +149,13 @@ def check_layouts():
             check(case, dispatcher, blocks, pads(case, padded), 1)
 
 
-def exchanges(transport, order=True, empty=False):
+def exchanges(a2a_dtype, order=True, empty=False):
     """Of 0 to 6 rows between each two ranks; the number of rows that leave, and that arrive."""
     rank = dist.get_rank()
     numbers = torch.randint(0, 1 if empty else 7, (4, 4), generator=torch.Generator().manual_seed(3))
     rows_for, rows_from = numbers[rank].tolist(), numbers[:, rank].tolist()
     order = torch.randperm(sum(rows_for)) if order else None
-    return RowExchange(order, sum(rows_for), rows_for, rows_from, dist.group.WORLD, transport), *map(
+    return RowExchange(order, sum(rows_for), rows_for, rows_from, dist.group.WORLD, a2a_dtype), *map(
         sum, (rows_for, rows_from)
     )
 
@@ -187,7 +187,7 @@ def check_fp8():
                 assert torch.equal(first.nan_to_num(), second.nan_to_num()), "backward's rows are not forward's"
                 flags = torch.randint(0, 256, (number,), dtype=torch.uint8)
                 assert torch.equal(exchange.to_tokens(flags), exact.to_tokens(flags))
-                assert exchange.part(torch.ones(home, dtype=torch.bool))._transport == "fp8"
+                assert exchange.part(torch.ones(home, dtype=torch.bool))._a2a_dtype == "fp8"
     for order in (False, True):
         exchange, _, _ = exchanges("fp8", order, empty=True)
         assert exchange.to_tokens(torch.zeros(0, 5)).shape == exchange.to_experts(torch.zeros(0, 5)).shape == (0, 5)

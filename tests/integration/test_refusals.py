@@ -31,7 +31,7 @@ ERC = SpecConfig(erc_loss_coeff=1.0)
         ("coupling_type", "joint", "--moe-coupling-type"),
         ("specialization_token_stride", 0, "--moe-specialization-token-stride"),
         ("specialization_token_stride", 1.5, "--moe-specialization-token-stride"),
-        ("specialization_transport", "bf16", "--moe-specialization-transport"),
+        ("specialization_a2a_dtype", "bf16", "--moe-specialization-a2a-dtype"),
         ("coupling_across_stages", "maybe", "--moe-coupling-across-stages"),
         ("orthogonality_loss_coeff", -1e-4, "--moe-orthogonality-loss-coeff"),
         ("score_variance_loss_coeff", float("inf"), "--moe-score-variance-loss-coeff"),
@@ -53,7 +53,7 @@ def test_flags_become_the_config():
     parser = add_moe_spec_args(argparse.ArgumentParser())
     args = parser.parse_args(
         "--moe-specialization-loss-coeff 2e-3 --moe-specialization-token-stride 4 "
-        "--moe-specialization-transport fp8 --moe-coupling-loss-coeff 1e-3 "
+        "--moe-specialization-a2a-dtype fp8 --moe-coupling-loss-coeff 1e-3 "
         "--moe-coupling-type pathway --moe-coupling-across-stages drop "
         "--moe-orthogonality-loss-coeff 1e-4 --moe-score-variance-loss-coeff 5e-3 "
         "--moe-erc-loss-coeff 0.5 --moe-erc-alpha 0.7 "
@@ -63,7 +63,7 @@ def test_flags_become_the_config():
     assert spec_config_from_args(args) == SpecConfig(
         specialization_loss_coeff=2e-3,
         specialization_token_stride=4,
-        specialization_transport="fp8",
+        specialization_a2a_dtype="fp8",
         coupling_loss_coeff=1e-3,
         coupling_type="pathway",
         coupling_across_stages="drop",
@@ -81,8 +81,8 @@ def test_flags_become_the_config():
 
 def test_messages_name_options_that_are_not_default():
     assert str(Specialization(2e-3)) == "specialization x 0.002"
-    assert str(Specialization(2e-3, transport="fp8")) == "specialization (transport fp8) x 0.002"
-    assert str(Specialization(2e-3, 4, "fp8")) == "specialization (token_stride 4, transport fp8) x 0.002"
+    assert str(Specialization(2e-3, a2a_dtype="fp8")) == "specialization (a2a_dtype fp8) x 0.002"
+    assert str(Specialization(2e-3, 4, "fp8")) == "specialization (token_stride 4, a2a_dtype fp8) x 0.002"
     assert spec_config_from_args(argparse.Namespace()) == SpecConfig()
 
 

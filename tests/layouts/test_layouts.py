@@ -426,11 +426,11 @@ def test_overlapped_forward_and_backward(jobs, layout, model):
     assert _worst_error(overlapped, plain) == 0.0
 
 
-def test_fp8_transport_trains_nearly_the_same(jobs):
+def test_fp8_a2a_trains_nearly_the_same(jobs):
     """Another gradient than without it, by little: rows of other ranks, and their gradients, are rounded to 4 bits."""
 
-    def case(coefficient, transport):
-        config = dict(specialization_loss_coeff=coefficient, specialization_transport=transport, kernels="torch")
+    def case(coefficient, a2a_dtype):
+        config = dict(specialization_loss_coeff=coefficient, specialization_a2a_dtype=a2a_dtype, kernels="torch")
         return {**_case({}, 0.0), "config": {**config, "specialization_token_stride": 1}}
 
     none, same, fp8 = jobs.run("EP2", [case(0.0, "same"), case(1.0, "same"), case(1.0, "fp8")])

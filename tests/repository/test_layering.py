@@ -96,4 +96,6 @@ def test_losses_need_neither_triton_nor_distributed():
     for part, file in _files():
         if part in ("config", "losses", "metrics", "traces"):
             for name in _imports(file):
-                assert "triton" not in name and "distributed" not in name, file
+                assert "triton" not in name, file
+                # Which rank writes, and that all know whether it can, is a question to the ranks.
+                assert "distributed" not in name or file == ROOT / "metrics" / "writer.py", file

@@ -27,7 +27,7 @@ of_each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda pat
 
 
 def test_table_of_flags():
-    rows = re.findall(r"^\| `(--moe-[a-z-]+)` \| `(\w+)` \| `?(\w*)`? \|", README, re.M)
+    rows = re.findall(r"^\| `(--moe-[a-z0-9-]+)` \| `(\w+)` \| `?(\w*)`? \|", README, re.M)
     assert rows == [
         (f.metadata["flag"], f.name, f"{f.default:g}" if isinstance(f.default, float) else str(f.default))
         for f in options_of(SpecConfig)

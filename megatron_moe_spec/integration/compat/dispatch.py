@@ -64,7 +64,7 @@ def dispatch_problems(transformer_config, expert_tensor_size: int) -> Iterator[s
 
 
 def row_exchange(
-    dispatcher, dispatched_TE: Tensor, num_rows: int, transport: str = "same", asks: bool = False
+    dispatcher, dispatched_TE: Tensor, num_rows: int, a2a_dtype: str = "same", asks: bool = False
 ) -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their sources; None where each rank has all experts.
 
@@ -76,7 +76,7 @@ def row_exchange(
         dispatcher: MoEAlltoAllTokenDispatcher, MoEAllGatherTokenDispatcher or MoEFlexTokenDispatcher.
         dispatched_TE: bool, the dispatched map of this source's tokens.
         num_rows: that the dispatcher has handed to the local experts.
-        transport: see ``RowExchange``.
+        a2a_dtype: see ``RowExchange``.
         asks: whether this rank asks for the rows to be checked; of the flex dispatcher, the others get to know it, see
             ``RowExchange.asked``.
 
@@ -88,13 +88,13 @@ def row_exchange(
     kind = dispatcher.config.moe_token_dispatcher_type
     if kind == "flex":
         order, counts_L, rows_for, rows_from, asked = _of_flex(dispatcher, dispatched_TE, asks)
-        return RowExchange(order, sum(counts_L), rows_for, rows_from, dispatcher.ep_group, transport, counts_L, asked)
+        return RowExchange(order, sum(counts_L), rows_for, rows_from, dispatcher.ep_group, a2a_dtype, counts_L, asked)
     of_alltoall = _of_alltoall_and_gather if dispatcher.tp_size > 1 else _of_alltoall
     layout = _of_allgather if kind == "allgather" else of_alltoall
     order, rows_for, rows_from = layout(dispatcher, dispatched_TE)
     if num_rows != sum(rows_for):
         raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
-    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group, transport)
+    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group, a2a_dtype)
 
 
 def _of_alltoall(dispatcher, dispatched_TE: Tensor) -> tuple[Optional[Tensor], list[int], list[int]]:

@@ -51,7 +51,7 @@ class StepClock:
 
     def is_computed(self, loss: Loss) -> bool:
         """Whether a loss is to be computed in this step."""
-        return loss.coeff > 0 or (self.measuring and loss.measured)
+        return loss.is_trained or (self.measuring and loss.measured)
 
     def start_after(self, iteration: int) -> None:
         """The step after ``iteration`` begins."""

@@ -27,7 +27,7 @@ def by_tap(losses: Sequence[Loss]) -> Iterator[tuple[type[Tap], list[Loss]]]:
         alike: dict[tuple, list[Loss]] = {}
         for loss in losses:
             if loss.reads == reads:
-                moved = getattr(loss, "token_stride", 1), getattr(loss, "transport", "same")
+                moved = getattr(loss, "token_stride", 1), getattr(loss, "a2a_dtype", "same")
                 alike.setdefault(moved, []).append(loss)
         for together in alike.values():
             yield tap, together

@@ -127,7 +127,7 @@ class Tap(Generic[L]):
 
     def __init__(self, losses: Sequence[L], layer: TappedLayer):
         self.losses, self.layer = losses, layer
-        self.trained = [loss for loss in losses if loss.coeff > 0]
+        self.trained = [loss for loss in losses if loss.is_trained]
 
     @classmethod
     def problems(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[str]:

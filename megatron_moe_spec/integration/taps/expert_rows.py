@@ -99,7 +99,7 @@ class RowsTap(Tap[RowsLoss]):
 
     def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
         super().__init__(losses, layer)
-        self._stride, self._transport = losses[0].token_stride, losses[0].transport
+        self._stride, self._a2a_dtype = losses[0].token_stride, losses[0].a2a_dtype
         self._run: Optional[_Run] = None
         self._check = RowCheck(layer, self._note_sent)
         experts = layer.module.experts
@@ -183,7 +183,7 @@ class RowsTap(Tap[RowsLoss]):
         dispatcher = self.layer.dispatcher
         run.num_rows, run.tokens_per_expert = len(inputs_PH), tokens_per_expert
         dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), etp_group(dispatcher))
-        exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._transport, asks=self._check.is_due)
+        exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._a2a_dtype, asks=self._check.is_due)
         if self._check.is_due or (exchange is not None and exchange.asked):
             self._check.check(inputs_PH.detach(), run.sent_TH, dispatched_TE, run.counts_L, exchange)
         run.rows.locate(dispatched_TE, exchange)
@@ -276,7 +276,7 @@ class RowsTap(Tap[RowsLoss]):
                 losses_T = torch.where(has_some_T, one_per_token(loss, losses_T, len(active_TK)), 0.0)
                 what = loss.name, layer, losses_T[rows.own].detach(), run.routing.tokens, run.stride
                 run.note(self.layer.losses.record_mean, *what)
-                if loss.coeff > 0:
+                if loss.is_trained:
                     total = total + loss.coeff * losses_T.sum()
             if not self.trained:
                 return

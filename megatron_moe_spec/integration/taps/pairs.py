@@ -40,7 +40,7 @@ class PairsTap(Tap[Coupling]):
     @classmethod
     def problems(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[str]:
         for loss in losses:
-            if loss.coeff > 0:
+            if loss.is_trained:
                 yield from _layer_problems(loss, model)
                 yield from _precision_problems(model)
             if loss.carries_messages and model.stages.several_ranks:

@@ -1,0 +1,1 @@
+"""Adapters for frameworks that train Megatron-Core models. None imports its framework."""

@@ -12,6 +12,12 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def check_floating(name: str, x: Tensor, shape: str) -> None:
+    """Raises ValueError that names the argument x unless it is floating-point, with the dimensions of a "[T, E]"."""
+    if x.dim() != len(shape.split(",")) or not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor {shape}; got {x.dtype} {list(x.shape)}")
+
+
 def normalized_scores(logits: Tensor, score_function: str = "softmax") -> Tensor:
     """Scores s(t, e) of every token for every expert, each row summing to 1.
 

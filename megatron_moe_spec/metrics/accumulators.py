@@ -4,7 +4,7 @@ Suffixes: T tokens, E experts, K experts per token, H hidden size.
 """
 
 from collections.abc import Callable
-from typing import Union
+from typing import Any, Union
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from megatron_moe_spec.metrics.information import conditional_entropy, entropy, 
 Measure = Union[float, list[float], None]
 
 
-def at_once(function: Callable, *args) -> None:
+def at_once(function: Callable[..., object], *args: Any) -> None:
     function(*args)
 
 
@@ -36,7 +36,9 @@ class LayerStatistics:
         self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)
         self.loads: list[Tensor] = []
 
-    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens, when: Callable = at_once) -> None:
+    def add_routing(
+        self, scores_TE: Tensor, active_TE: Tensor, num_tokens: Union[int, Tensor], when: Callable[..., None] = at_once
+    ) -> None:
         """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts.
 
         Args:
@@ -48,12 +50,12 @@ class LayerStatistics:
         when(self._add_routing, num_tokens, entropy(scores_TE).sum(), torch.cat([masses_K, scores_TE.sum(0), load_E]))
         when(self.loads.append, load_E)
 
-    def _add_routing(self, num_tokens, entropies: Tensor, sums: Tensor) -> None:
+    def _add_routing(self, num_tokens: Union[int, Tensor], entropies: Tensor, sums: Tensor) -> None:
         self.sums[0] += num_tokens
         self.sums[1] += entropies
         self.sums[self._SCALARS :] += sums
 
-    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor, when: Callable = at_once) -> None:
+    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor, when: Callable[..., None] = at_once) -> None:
         """Adds the cosines between the vectors of each token's experts."""
         magnitude = cosines_TKK.abs()
         live = active_TK.sum(dim=1)
@@ -94,7 +96,7 @@ class LayerStatistics:
             "dead_experts": (load_E == 0).double().mean() if tokens else nothing,
             "effective_experts": entropy(load_E).exp() / len(load_E) if tokens else nothing,
         }
-        return {**{name: _plain(value) for name, value in measures.items()}, "load": load_E.long().tolist()}
+        return {**{name: _json_value(value) for name, value in measures.items()}, "load": load_E.long().tolist()}
 
 
 def violation(load: Tensor) -> Tensor:
@@ -135,10 +137,10 @@ class RouterStatistics:
             "router_max_abs_cos": largest / ranks,
             "router_singular_values": self.sums[self._SCALARS :] / ranks,
         }
-        return {name: _plain(value) for name, value in measures.items()}
+        return {name: _json_value(value) for name, value in measures.items()}
 
 
-def _plain(value: Tensor) -> Measure:
+def _json_value(value: Tensor) -> Measure:
     if not bool(value.isfinite().all()):
         return None
     return float(value) if value.dim() == 0 else [float(f"{one:.6g}") for one in value.tolist()]
@@ -157,10 +159,10 @@ class PairStatistics:
     def __init__(self, num_experts: int, num_experts_next: int, device: torch.device):
         self.sums = torch.zeros(2, num_experts, num_experts_next, dtype=torch.float64, device=device)
 
-    def add(self, active_TE: Tensor, active_next_TE: Tensor, when: Callable = at_once) -> None:
+    def add(self, active_TE: Tensor, active_next_TE: Tensor, when: Callable[..., None] = at_once) -> None:
         """Adds a micro-batch's dispatched experts in both layers, [T, E] and [T, E'] bool."""
         this, following = active_TE.double(), active_next_TE.double()
-        # A generator of its own: measuring must not change the random numbers of training.
+        # A separate generator: measuring must not change the random numbers of training.
         generator = torch.Generator("cpu").manual_seed(len(this))
         order = torch.randperm(len(this), generator=generator, device="cpu")
         shuffled = following[order.to(following.device)]

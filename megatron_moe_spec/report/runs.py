@@ -5,6 +5,7 @@ Suffixes: M MoE layers, E experts.
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,6 +84,11 @@ class Run:
     def last_iteration(self) -> int:
         return max((values[-1][0] for values in self.series.values() if values), default=0)
 
+    @property
+    def measured_iterations(self) -> list[int]:
+        """Those in which layers were measured, ascending."""
+        return sorted({i for layers in self.layers.values() for values in layers.values() for i, _ in values})
+
 
 def same_model(run: Run, other: Run) -> bool:
     """Whether the two may be of the same model, by what is known of both."""
@@ -153,9 +159,8 @@ def final(values: Series, last_iteration: int, window: int) -> Optional[float]:
 
 
 def median(values: Series) -> Optional[float]:
-    """Median of the values, or None without any."""
-    ordered = sorted(value for _, value in values)
-    return ordered[len(ordered) // 2] if ordered else None
+    """Median of the values, the upper of two, or None without any."""
+    return statistics.median_high(value for _, value in values) if values else None
 
 
 def _one_value_an_iteration(name: str, values: Series) -> Series:
@@ -170,7 +175,7 @@ def _one_value_an_iteration(name: str, values: Series) -> Series:
     return [(iteration, sum(same) / len(same)) for iteration, same in sorted(by_iteration.items())]
 
 
-def _add(series: dict[str, Series], name: str, iteration: int, value) -> None:
+def _add(series: dict[str, Series], name: str, iteration: int, value: object) -> None:
     if isinstance(value, (int, float)) and math.isfinite(value):
         series.setdefault(name, []).append((iteration, float(value)))
 

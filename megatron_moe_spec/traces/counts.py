@@ -12,8 +12,8 @@ _PART = 2**14  # tokens whose pairs of experts are in memory at once
 
 def loads(trace: Trace) -> Tensor:
     """[M, E] int64: tokens that each expert served."""
-    rows = [_counts(layer.reshape(-1).long(), trace.num_experts) for layer in trace.experts_TMK.unbind(dim=1)]
-    return torch.stack(rows)
+    layers = (layer.flatten().long() for layer in trace.experts_TMK.unbind(dim=1))
+    return torch.stack([torch.bincount(layer[layer >= 0], minlength=trace.num_experts) for layer in layers])
 
 
 def transitions(experts_TK: Tensor, experts_next_TK: Tensor, num_experts: int) -> Tensor:
@@ -60,8 +60,3 @@ def recombined(trace: Trace, seed: int = 0) -> Trace:
             order_T = torch.randperm(num_tokens, generator=generator)
             experts_TMK[:, layer, column] = mixed_TMK[order_T, layer, column]
     return replace(trace, experts_TMK=experts_TMK)
-
-
-def _counts(numbers: Tensor, size: int) -> Tensor:
-    """How often each of 0 to size - 1 occurs; negative numbers are passed over."""
-    return torch.bincount(numbers[numbers >= 0], minlength=size)

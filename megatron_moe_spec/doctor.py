@@ -102,6 +102,8 @@ def judge(argv: list[str]) -> Verdict:
 
 
 def _judge(argv: list[str], device: "torch.device") -> Verdict:
+    import torch
+
     from megatron_moe_spec.arguments import spec_config_from_args
     from megatron_moe_spec.integration.compat.assumed import missing_libraries
     from megatron_moe_spec.integration.compat.settings import moe_layers_of_stages
@@ -121,18 +123,12 @@ def _judge(argv: list[str], device: "torch.device") -> Verdict:
     problems = unsupported_settings(facts, spec, device if device.type == "cuda" else None)
     if not sum(numbers):
         return Verdict(problems=problems)
-    machine = ", ".join([*missing_libraries(transformer_config), *_assumed_gpu(device)])
-    used = list(_used(facts, spec, assumed, device))
-    if machine:
-        used.append(("assumed", f"{machine} (not installed here)"))
+    used, absent = list(_used(facts, spec, assumed, device)), missing_libraries(transformer_config)
+    if device.type != "cuda":
+        absent.append("a GPU of capability {}.{}".format(*torch.cuda.get_device_capability()))
+    if absent:
+        used.append(("assumed", f"{', '.join(absent)} (not installed here)"))
     return Verdict(used, notices(facts, spec), problems)
-
-
-def _assumed_gpu(device: "torch.device") -> list[str]:
-    import torch
-
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    return [] if device.type == "cuda" else [f"a GPU of capability {capability}"]
 
 
 def _with_coefficients(spec: "SpecConfig", argv: list[str]) -> "SpecConfig":

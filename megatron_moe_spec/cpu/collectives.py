@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+Group = Optional[dist.ProcessGroup]
 _all_gather = dist.all_gather
 _reduce_scatter = dist.reduce_scatter
 # Names of two functions, in different releases of torch.
@@ -60,9 +61,7 @@ def _of_flat_tensors(collective: Callable[..., Any]) -> Callable[..., Any]:
     return flat_collective
 
 
-def all_gather(
-    tensor_list: list[Tensor], tensor: Tensor, group: Optional[dist.ProcessGroup] = None, async_op: bool = False
-) -> Any:
+def all_gather(tensor_list: list[Tensor], tensor: Tensor, group: Group = None, async_op: bool = False) -> Any:
     """``torch.distributed.all_gather``, for any shapes: all ranks pad to the largest."""
     if _same_shapes(tensor_list):
         return _all_gather(tensor_list, tensor, group=group, async_op=async_op)
@@ -77,11 +76,7 @@ def all_gather(
 
 
 def reduce_scatter(
-    output: Tensor,
-    input_list: list[Tensor],
-    op: Any = dist.ReduceOp.SUM,
-    group: Optional[dist.ProcessGroup] = None,
-    async_op: bool = False,
+    output: Tensor, input_list: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
 ) -> Any:
     """``torch.distributed.reduce_scatter``, for any shapes: one reduction per rank."""
     if _same_shapes(input_list):

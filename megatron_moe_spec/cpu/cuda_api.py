@@ -102,12 +102,9 @@ def _replace_queries() -> None:
     _set_constants(cuda, _DEVICE_NAME, "get_device_name")
     _set_constants(cuda, _CAPABILITY, "get_device_capability")
     _set_constants(cuda, (_MEMORY_BYTES, _MEMORY_BYTES), "mem_get_info")
+    major, minor = _CAPABILITY
     properties = SimpleNamespace(
-        name=_DEVICE_NAME,
-        major=_CAPABILITY[0],
-        minor=_CAPABILITY[1],
-        total_memory=_MEMORY_BYTES,
-        multi_processor_count=1,
+        name=_DEVICE_NAME, major=major, minor=minor, total_memory=_MEMORY_BYTES, multi_processor_count=1
     )
     _set_constants(cuda, properties, "get_device_properties")
     profiler = SimpleNamespace(cudaProfilerStart=_constant(None), cudaProfilerStop=_constant(None))

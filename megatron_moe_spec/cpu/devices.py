@@ -72,11 +72,7 @@ def _is_cuda(device: object) -> bool:
 
 
 def _on_cpu(function: Function, position: Optional[int] = None) -> Function:
-    """The function on pageable CPU memory where it is asked for a cuda device, or for pinned memory.
-
-    Args:
-        position: that of a device among the positional arguments.
-    """
+    """The function on pageable CPU memory for a cuda device (at ``position``, or by keyword) or pinned memory."""
 
     def on_cpu(*args: Any, **kwargs: Any) -> Any:
         if position is not None and len(args) > position and _is_cuda(args[position]):

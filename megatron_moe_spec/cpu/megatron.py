@@ -4,7 +4,7 @@ import contextlib
 import importlib.abc
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Optional
@@ -23,9 +23,7 @@ def patch_on_import() -> None:
 
 
 class _PatchingFinder(importlib.abc.MetaPathFinder):
-    def find_spec(
-        self, name: str, path: Optional[Sequence[str]], target: Optional[ModuleType] = None
-    ) -> Optional[ModuleSpec]:
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[ModuleSpec]:
         patches = _PATCHES.get(name, ())
         spec = PathFinder.find_spec(name, path, target) if patches else None
         if spec is None:

@@ -119,15 +119,12 @@ def proxy_tokens(router_weight: Tensor, noise: Optional[Tensor]) -> Tensor:
 
 
 def proxy_norms(proxies: Tensor, gate_weight: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """M: how strongly each proxy token excites the gate of each of some experts.
+    """M [E, L]: how strongly each proxy token excites the gate of each of L experts. An entry of 0 has gradient 0.
 
     Args:
         proxies: [E, H].
-        gate_weight: [L, F, H] of L of the experts, or a sequence of L matrices [F, H].
+        gate_weight: [L, F, H], or a sequence of L matrices [F, H].
         total: where the F rows are divided over ranks, the sum over these.
-
-    Returns:
-        [E, L]. The gradient of an entry that is 0 is 0.
     """
     squares = torch.stack([(proxies @ gate.to(proxies.dtype).T).square().sum(dim=-1) for gate in gate_weight], dim=-1)
     squares = total(squares)

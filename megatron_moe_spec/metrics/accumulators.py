@@ -41,8 +41,7 @@ class LayerStatistics:
     ) -> None:
         """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts.
 
-        Args:
-            when: calls a function with arguments, later or never, here and below.
+        ``when`` calls a function with arguments, later or never, here and below.
         """
         top_k = self._sizes[1]
         masses_K = (scores_TE * active_TE).topk(top_k, dim=1).values.cumsum(dim=1).sum(dim=0)
@@ -68,12 +67,7 @@ class LayerStatistics:
         self.largest_cosine.copy_(torch.maximum(self.largest_cosine, largest))
 
     def add_violations(self, loads: Tensor, share: float) -> None:
-        """Adds the load violation of micro-batches.
-
-        Args:
-            loads: [micro-batches, E], of all ranks that share each of them.
-            share: 1 / number of those ranks.
-        """
+        """Adds those of loads [micro-batches, E], sums over the ranks of a micro-batch; ``share``: 1 / their number."""
         loads = loads[loads.sum(dim=1) > 0].double()
         self.sums[4] += share * violation(loads).sum()
         self.sums[5] += share * len(loads)
@@ -105,11 +99,7 @@ def violation(load: Tensor) -> Tensor:
 
 
 class RouterStatistics:
-    """Geometry of a router's weight, the same on all ranks that hold it.
-
-    Attributes:
-        sums: fp64 vector that adds up over ranks.
-    """
+    """Geometry of a router's weight, the same on all ranks that hold it. ``sums``, fp64, adds up over ranks."""
 
     _SCALARS = 3  # ranks that hold it, mean |cos|, max |cos|; then singular values [E]
 
@@ -150,10 +140,7 @@ class PairStatistics:
     """Joint counts of the experts of this MoE layer and of the next, and the same for shuffled tokens.
 
     Shuffling destroys the link between the layers and keeps their loads: its mutual information is what a finite
-    number of tokens shows by chance.
-
-    Attributes:
-        sums: fp64 [2, E, E'], counts for the tokens as they are and shuffled.
+    number of tokens shows by chance. ``sums``: fp64 [2, E, E'], counts for the tokens as they are and shuffled.
     """
 
     def __init__(self, num_experts: int, num_experts_next: int, device: torch.device):

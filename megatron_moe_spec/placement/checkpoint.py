@@ -56,7 +56,9 @@ def reorder_experts(checkpoint: Path, order: Mapping[int, Sequence[int]], out: P
         new_name, value = entry.reorder(name, value, order) if entry else (name, value)
         reordered[new_name] = value
     target = out / source.name
-    _save(reordered, target)
+    target.mkdir(parents=True)
+    writer = dcp.FileSystemWriter(target)
+    dcp.save(reordered, storage_writer=writer, planner=_RawSave(flatten_state_dict=False), no_dist=True)
     for file in source.iterdir():  # what Megatron keeps beside the tensors
         if file.name not in index and not (target / file.name).exists():
             shutil.copy(file, target)
@@ -153,12 +155,6 @@ def _load(folder: Path) -> tuple[dict, set[str]]:
             state[name] = torch.empty(stored.size, dtype=stored.properties.dtype) if tensor else b""
     dcp.load(state, storage_reader=reader, planner=_RawLoad(flatten_state_dict=False), no_dist=True)
     return state, {entry.relative_path for entry in metadata.storage_data.values()} | {".metadata"}
-
-
-def _save(state: dict, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    writer = dcp.FileSystemWriter(folder)
-    dcp.save(state, storage_writer=writer, planner=_RawSave(flatten_state_dict=False), no_dist=True)
 
 
 class _RawLoad(DefaultLoadPlanner):

@@ -48,13 +48,9 @@ def page(
     sections: Sequence[Section],
     pictures: Mapping[str, tuple[bytes, bytes]],
 ) -> str:
-    """HTML of a report.
+    """HTML of a report: its title, facts (what was read), notices and sections.
 
-    Args:
-        title: of the run.
-        facts: lines below it: what was read.
-        notices: what the reader should know.
-        pictures: PNGs of the sections' figures by their names, for a light and for a dark page.
+    ``pictures``: PNGs of the sections' figures by their names, for a light and for a dark page.
     """
     parts = [f"<p class='dim'>{'<br>'.join(map(escape, facts))}</p>"]
     parts += [f"<p class='note'>{escape(notice)}</p>" for notice in notices]

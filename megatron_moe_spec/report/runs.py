@@ -22,7 +22,6 @@ from megatron_moe_spec.traces.schema import Trace
 TRAIN_LOSS = "lm_loss"
 VALIDATION_LOSS = "validation_loss"
 STEP_TIME = "step_time_s"
-MEMORY = "memory_bytes"
 AUXILIARY = ("load_balancing_loss", *(loss.name for loss in LOSSES))
 LOG_FILE = "log.jsonl"
 
@@ -31,7 +30,6 @@ TENSORBOARD_TAGS = {
     "lm loss": TRAIN_LOSS,
     "lm loss validation": VALIDATION_LOSS,
     "iteration-time": STEP_TIME,
-    "mem-max-allocated-bytes": MEMORY,
     **{name: name for name in AUXILIARY},
 }
 _LARGEST = ("max_abs_cos", "router_max_abs_cos")  # of all layers, the largest counts; else their mean
@@ -54,7 +52,7 @@ class Run:
         layers: by measure and layer, or pair of layers: "3", "3-4".
         lists: by measure and layer, the lists of the last measured step.
         loads: by iteration, tokens of each expert, [M, E].
-        names: of the MoE layers, their numbers in the whole model; empty where nothing tells.
+        names: of the MoE layers, their indices in the whole model; empty where nothing tells.
         num_experts: of each layer; None where nothing tells.
         top_k: experts of a token; None where nothing tells.
         sources: the files that were read.
@@ -123,17 +121,15 @@ def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[in
             f"{path} has no {METRICS_FILE}, {LOG_FILE} or TensorBoard events: train with "
             "--moe-spec-metrics-interval and --tensorboard-dir, and name that folder"
         )
+    run.sources += [*events, *logs, *metrics]
     for one in events:
-        run.sources.append(one)
         _read_tensorboard(one, run.series)
     for one in logs:
-        run.sources.append(one)
         for _, record in _json_lines(one, run.notices):
             for name in (TRAIN_LOSS, VALIDATION_LOSS, STEP_TIME, *AUXILIARY):
                 _add(run.series, name, record["iteration"], record.get(name))
     run.series = {name: _one_value_an_iteration(name, values) for name, values in run.series.items()}
     for one in metrics:
-        run.sources.append(one)
         _read_metrics(one, run)
     if traces is not None:
         _add_trace(run, traces, num_experts)
@@ -141,11 +137,7 @@ def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[in
 
 
 def find_traces(path: Path) -> Optional[Path]:
-    """The folder of a run's routing trace.
-
-    Raises:
-        RunError: there are several.
-    """
+    """The folder of a run's routing trace; raises RunError if there are several."""
     found = sorted({file.parent for file in path.rglob("router_trace_rank*.jsonl")}) if path.is_dir() else []
     if len(found) > 1:
         raise RunError(f"{path} holds several traces ({', '.join(map(str, found))}): name one with --traces")
@@ -181,7 +173,7 @@ def _add(series: dict[str, Series], name: str, iteration: int, value: object) ->
 
 
 def _json_lines(path: Path, notices: list[str]) -> Iterator[tuple[int, dict]]:
-    """(number of the line, record) of a file of JSON lines; the last one may be cut off."""
+    """(line, record) of a file of JSON lines; the last one may be cut off."""
     broken = 0
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):

@@ -40,8 +40,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if not _found("torch"):
         _print_section("installed", [("torch", "not installed (needed)")])
         return _print_verdict(["No module named 'torch': pip install torch"])
-    device = _device()
-    gpu = _gpu(device)
+    gpu = _gpu(_device())
     _do_without_gpu()
     broken = _do_without_broken_library()
     _print_section("installed", [("GPU", gpu), *_installed(broken)])

@@ -58,9 +58,9 @@ def option(
         paper: the value in the paper, and where it stands there.
         hidden_by_default: whether messages leave a word out where it is the default, as they do numbers.
     """
-    hidden_by_default = hidden_by_default or choices is None
     metadata = {"flag": flag, "help": help, "choices": choices, "minimum": minimum, "paper": paper}
-    return dataclasses.field(default=default, metadata={**metadata, "hidden_by_default": hidden_by_default})
+    metadata["hidden_by_default"] = hidden_by_default or choices is None
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def options_of(owner: Any) -> list[dataclasses.Field[Any]]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from megatron_moe_spec.metrics.information import conditional_entropy, entropy, normalized_mutual_information
 
 Measure = Union[float, list[float], None]
+Count = Union[int, Tensor]
+When = Callable[..., None]  # calls a function with arguments: at once, later or never
 
 
 def at_once(function: Callable[..., object], *args: Any) -> None:
@@ -36,25 +38,20 @@ class LayerStatistics:
         self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)
         self.loads: list[Tensor] = []
 
-    def add_routing(
-        self, scores_TE: Tensor, active_TE: Tensor, num_tokens: Union[int, Tensor], when: Callable[..., None] = at_once
-    ) -> None:
-        """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts.
-
-        ``when`` calls a function with arguments, later or never, here and below.
-        """
+    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens: Count, when: When = at_once) -> None:
+        """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts."""
         top_k = self._sizes[1]
         masses_K = (scores_TE * active_TE).topk(top_k, dim=1).values.cumsum(dim=1).sum(dim=0)
         load_E = active_TE.sum(dim=0)
         when(self._add_routing, num_tokens, entropy(scores_TE).sum(), torch.cat([masses_K, scores_TE.sum(0), load_E]))
         when(self.loads.append, load_E)
 
-    def _add_routing(self, num_tokens: Union[int, Tensor], entropies: Tensor, sums: Tensor) -> None:
+    def _add_routing(self, num_tokens: Count, entropies: Tensor, sums: Tensor) -> None:
         self.sums[0] += num_tokens
         self.sums[1] += entropies
         self.sums[self._SCALARS :] += sums
 
-    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor, when: Callable[..., None] = at_once) -> None:
+    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor, when: When = at_once) -> None:
         """Adds the cosines between the vectors of each token's experts."""
         magnitude = cosines_TKK.abs()
         live = active_TK.sum(dim=1)
@@ -146,7 +143,7 @@ class PairStatistics:
     def __init__(self, num_experts: int, num_experts_next: int, device: torch.device):
         self.sums = torch.zeros(2, num_experts, num_experts_next, dtype=torch.float64, device=device)
 
-    def add(self, active_TE: Tensor, active_next_TE: Tensor, when: Callable[..., None] = at_once) -> None:
+    def add(self, active_TE: Tensor, active_next_TE: Tensor, when: When = at_once) -> None:
         """Adds a micro-batch's dispatched experts in both layers, [T, E] and [T, E'] bool."""
         this, following = active_TE.double(), active_next_TE.double()
         # A separate generator: measuring must not change the random numbers of training.

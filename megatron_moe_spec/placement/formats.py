@@ -61,17 +61,10 @@ def write_trtllm(placement: Placement, trace: Trace, path: Path) -> None:
 
 def write_vllm_ascend(placement: Placement, trace: Trace, path: Path) -> None:
     """JSON for ``expert_map_path``; ``layer_id`` counts only MoE layers, from 0."""
-    cluster = placement.cluster
-    layers = [
-        {
-            "layer_id": index,
-            "device_count": cluster.num_devices,
-            "device_list": [
-                {"device_id": device, "device_expert": experts} for device, experts in enumerate(rows.tolist())
-            ],
-        }
-        for index, rows in enumerate(placement.logical_MS.unflatten(1, (cluster.num_devices, -1)))
-    ]
+    num_devices, layers = placement.cluster.num_devices, []
+    for index, devices in enumerate(placement.logical_MS.unflatten(1, (num_devices, -1)).tolist()):
+        listed = [{"device_id": device, "device_expert": experts} for device, experts in enumerate(devices)]
+        layers.append({"layer_id": index, "device_count": num_devices, "device_list": listed})
     path.write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}))
 
 

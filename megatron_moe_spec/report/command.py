@@ -50,15 +50,7 @@ def write_report(
     force: bool = False,
     num_experts: Optional[int] = None,
 ) -> None:
-    """Writes the page ``out`` and the folder of figures beside it.
-
-    Args:
-        path: of the run.
-        baseline: of another one; None: nothing to compare with.
-        traces: of the run's routing; None: what is found in the run's folder.
-        out: its name ends in .html.
-        force: replace what is there.
-        num_experts: of a layer, for a trace that does not say.
+    """Writes the page ``out`` and the folder of figures next to it; the arguments are those of the command line.
 
     Raises:
         ValueError: a run or trace cannot be read, the two are of different models, or ``out`` cannot be written.

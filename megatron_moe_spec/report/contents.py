@@ -7,7 +7,7 @@ from typing import Optional
 
 from megatron_moe_spec.metrics.information import normalized_mutual_information
 from megatron_moe_spec.report import panels
-from megatron_moe_spec.report.figures import MOST_LINES, Figure, Panel
+from megatron_moe_spec.report.figures import Figure
 from megatron_moe_spec.report.runs import AUXILIARY, TRAIN_LOSS, VALIDATION_LOSS, Run
 from megatron_moe_spec.report.table import summary, title_of, window_of
 from megatron_moe_spec.traces.counts import coactivation, shuffled, transitions
@@ -95,24 +95,20 @@ def sections(run: Run, baseline: Optional[Run]) -> Iterator[Section]:
 
 
 def _curves(run: Run, baseline: Run, name: str) -> Figure:
-    return Figure(name, f"{title_of(name)} over iterations", [partial(panels.curve, run, baseline, name)])
+    return Figure(name, f"{title_of(name)} over iterations", [panels.curve(run, baseline, name)])
 
 
 def _of_layers(run: Run, baseline: Run, name: str) -> Figure:
-    num_layers = len(run.layers.get(name, {}))
-    if num_layers < 2:
+    if len(run.layers.get(name, {})) < 2:
         return _curves(run, baseline, name)
-    drawn: list[Panel] = [partial(panels.layers, run, baseline, name)]
-    if num_layers > MOST_LINES:
-        mean = partial(panels.curve, run, baseline, name, label="all layers")
-        drawn = [mean, partial(panels.layers_as_heat, run, name)]
+    drawn = panels.layers(run, baseline, name)
     return Figure(name, f"{title_of(name)} of each layer over iterations", drawn, columns=len(drawn))
 
 
 def _information(run: Run, baseline: Run) -> Iterator[Figure]:
     if "normalized_mutual_information" in run.series:
         alt = "mutual information of adjacent layers, and of shuffled tokens"
-        yield Figure("mutual_information", alt, [partial(panels.information, run, baseline)])
+        yield Figure("mutual_information", alt, [panels.information(run, baseline)])
 
 
 def _loads(run: Run) -> Iterator[Figure]:
@@ -120,19 +116,17 @@ def _loads(run: Run) -> Iterator[Figure]:
     if relative_ME is None:
         return
     alt = "load of each expert of each layer, over the layer's mean"
-    yield Figure("load", alt, [partial(panels.load, relative_ME, run.names)])
+    yield Figure("load", alt, [panels.load(relative_ME, run.names)])
     if len(run.loads) > 1:
         worst = int(relative_ME.amax(dim=1).argmax())
         alt = f"load of the experts of layer {run.names[worst]} over iterations"
-        yield Figure("load_over_time", alt, [partial(panels.load_over_time, run, worst)])
+        yield Figure("load_over_time", alt, [panels.load_over_time(run, worst)])
 
 
 def _transitions(trace: Optional[Trace]) -> Iterator[Figure]:
     """Of the pairs of layers with the strongest pathways, next to those of shuffled tokens."""
     if trace is None or len(trace.layers) < 2:
         return
-    from scipy.optimize import linear_sum_assignment
-
     some = trace.experts_TMK[:: -(-len(trace.experts_TMK) // _TOKENS_TO_CHOOSE) or 1].unbind(dim=1)
 
     def strength(pair: int) -> float:
@@ -144,18 +138,9 @@ def _transitions(trace: Optional[Trace]) -> Iterator[Figure]:
     for pair in sorted(strongest[:_MOST_PAIRS]):
         here, there = trace.layers[pair : pair + 2]
         joint, chance = (transitions(of[pair], of[pair + 1], trace.num_experts) for of in (experts, by_chance))
-        # Columns in the order in which they follow the rows: a pathway is a bright diagonal.
-        _, order = linear_sum_assignment(-joint.numpy())
-        share_EE, chance_EE = (x.double() / x.double().sum(dim=1, keepdim=True).clamp_min(1) for x in (joint, chance))
-        titles = {"probability of the next layer's expert": share_EE, "the same, tokens shuffled": chance_EE}
-        largest, layers = float(share_EE.max()), (here, there)
-        yield Figure(
-            f"transitions_{here}_{there}",
-            f"which experts of layer {there} follow those of layer {here}, and the same for shuffled tokens",
-            [partial(panels.flows, title, x_EE, order, largest, layers) for title, x_EE in titles.items()],
-            columns=2,
-            height=4.4,
-        )
+        alt = f"which experts of layer {there} follow those of layer {here}, and the same for shuffled tokens"
+        drawn = panels.flows(joint, chance, here, there)
+        yield Figure(f"transitions_{here}_{there}", alt, drawn, columns=2, height=4.4)
 
 
 def _coactivation(trace: Optional[Trace]) -> Iterator[Section]:
@@ -165,8 +150,7 @@ def _coactivation(trace: Optional[Trace]) -> Iterator[Section]:
     for index in sorted({0, len(trace.layers) // 2, len(trace.layers) - 1}):
         layer, counts_EE = trace.layers[index], coactivation(trace.experts_TMK[:, index], trace.num_experts)
         alt = f"how often two experts of layer {layer} serve the same token"
-        panel = partial(panels.coactivation, counts_EE, layer)
-        drawn.append(Figure(f"coactivation_{layer}", alt, [panel], height=4.4))
+        drawn.append(Figure(f"coactivation_{layer}", alt, [panels.coactivation(counts_EE, layer)], height=4.4))
     sentence = "How often two experts serve the same token, over what their loads alone would give: 1 is chance."
     yield Section("Co-activation", sentence, drawn)
 
@@ -194,13 +178,13 @@ def _overview(run: Run, baseline: Run) -> Optional[Figure]:
     loss = [name for name in (VALIDATION_LOSS, TRAIN_LOSS) if name in run.series][:1]
     auxiliary = [name for name in ("specialization_loss", "coupling_loss") if name in run.series]
     measures = [name for name in ("mean_abs_cos", "routing_entropy") if name in run.series]
-    chosen: list[Panel] = [partial(panels.curve, run, baseline, name) for name in (*loss, *measures)]
+    chosen = [panels.curve(run, baseline, name) for name in (*loss, *measures)]
     if auxiliary:
-        chosen.insert(len(loss), partial(panels.auxiliary, run, baseline, auxiliary))
+        chosen.insert(len(loss), panels.auxiliary(run, baseline, auxiliary))
     if (relative_ME := panels.relative_loads(run)) is not None:
-        chosen.append(partial(panels.load, relative_ME, run.names))
+        chosen.append(panels.load(relative_ME, run.names))
     if "normalized_mutual_information" in run.series:
-        chosen.append(partial(panels.information, run, baseline))
+        chosen.append(panels.information(run, baseline))
     if len(chosen) < 2:
         return None
     return Figure("overview", "losses, overlap, entropy, load and pathways at a glance", chosen, columns=3)

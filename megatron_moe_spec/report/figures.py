@@ -112,7 +112,7 @@ def finish(axis: "Axes", title: str, x: str = "iteration", legend: bool = True) 
         axis.legend()
 
 
-def draw_curves(axis: "Axes", title: str, curves: Mapping[str, Points], baseline: Mapping[str, Points]) -> None:
+def draw_curves(title: str, curves: Mapping[str, Points], baseline: Mapping[str, Points], axis: "Axes") -> None:
     """Named curves of a run in one panel; those of the baseline dashed, in the same colour."""
     for colour, (name, points) in zip(COLOURS, curves.items()):
         curve(axis, points, name, colour)
@@ -130,7 +130,7 @@ def colour_of_layer(index: int, num_layers: int) -> Colour:
     return module.get_cmap("viridis")(first + 0.45 * index / max(1, num_layers - 1))
 
 
-def draw_layers(axis: "Axes", title: str, layers: Mapping[str, Points], mean: Points, baseline: Points) -> None:
+def draw_layers(title: str, layers: Mapping[str, Points], mean: Points, baseline: Points, axis: "Axes") -> None:
     """A measure of each layer as thin lines, and of all layers together as a thick one."""
     for index, (name, points) in enumerate(layers.items()):
         curve(axis, points, f"layer {name}", colour_of_layer(index, len(layers)), width=1.0)
@@ -140,12 +140,12 @@ def draw_layers(axis: "Axes", title: str, layers: Mapping[str, Points], mean: Po
     finish(axis, title)
 
 
-def draw_layers_as_heat(axis: "Axes", title: str, layers: Mapping[str, Points]) -> None:
+def draw_layers_as_heat(title: str, layers: Mapping[str, Points], axis: "Axes") -> None:
     """A measure of each layer, a row, over iterations."""
     iterations = thinned_columns(sorted({x for points in layers.values() for x, _ in points}))
     values = [dict(points) for points in layers.values()]
     table = [[of_layer.get(x, float("nan")) for x in iterations] for of_layer in values]
-    draw_heat(axis, title, table, ("iteration", iterations), ("layer", list(layers)))
+    draw_heat(title, table, ("iteration", iterations), ("layer", list(layers)), axis)
 
 
 def thinned_columns(columns: Sequence[Any]) -> Sequence[Any]:
@@ -154,7 +154,7 @@ def thinned_columns(columns: Sequence[Any]) -> Sequence[Any]:
 
 
 def draw_heat(
-    axis: "Axes", title: str, table: Any, x: Names, y: Names, vmin: Optional[float] = None, vmax: Optional[float] = None
+    title: str, table: Any, x: Names, y: Names, axis: "Axes", vmin: Optional[float] = None, vmax: Optional[float] = None
 ) -> None:
     """A table of numbers as colours, with names at some of the ticks."""
     image = axis.imshow(table, aspect="auto", cmap=HEAT, interpolation="nearest", vmin=vmin, vmax=vmax)

@@ -95,12 +95,11 @@ def same_model(run: Run, other: Run) -> bool:
 
 
 def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[int] = None) -> Run:
-    """Reads a run.
+    """Reads a run: its folder, with whatever is below it, or its file of metrics.
 
     Args:
-        path: its folder, with whatever is below it, or its file of metrics.
-        traces: a routing trace to read with it; None: none is read.
-        num_experts: of the model, for a trace that does not say; None: what the trace says.
+        traces: a routing trace to read with it.
+        num_experts: of the model, for a trace that does not say.
 
     Raises:
         RunError: there is nothing, there are several runs, a file is broken, or the trace is of another model.
@@ -257,8 +256,8 @@ def _read_record(record: dict, run: Run, means: dict, layers: dict) -> None:
 def _add_trace(run: Run, path: Path, num_experts: Optional[int]) -> None:
     # A run that still goes on has not written all of its last micro-batch.
     trace = read_trace(path, num_experts, drop_incomplete=True)
-    of_trace = Run(path, names=list(map(str, trace.layers)), num_experts=trace.num_experts)
-    of_trace.top_k = trace.experts_TMK.shape[2]
+    names, top_k = list(map(str, trace.layers)), trace.experts_TMK.shape[2]
+    of_trace = Run(path, names=names, num_experts=trace.num_experts, top_k=top_k)
     if not same_model(run, of_trace):
         raise RunError(
             f"{path} has {of_trace.model}, the metrics of {run.path} {run.model}: "

@@ -24,6 +24,7 @@ from megatron_moe_spec.traces.megatron_records import (
 from megatron_moe_spec.traces.schema import MODEL_FILE, PADDING, Trace
 from megatron_moe_spec.traces.sglang_records import read_recordings
 
+_Model = dict[str, Optional[int]]
 _MicroBatch = tuple[int, int]  # step, and index in the step
 
 
@@ -99,9 +100,9 @@ def _read_jsonl(files: list[Path], num_experts: Optional[int], num_layers: Optio
     )
 
 
-def _model(file: Path, num_experts: Optional[int], num_layers: Optional[int]) -> dict[str, Optional[int]]:
+def _model(file: Path, num_experts: Optional[int], num_layers: Optional[int]) -> _Model:
     """What the arguments, or the file where there is one, say of the model; None: not known."""
-    model: dict[str, Optional[int]] = dict.fromkeys(("num_experts", "num_layers", "topk", "hidden_size"))
+    model: _Model = dict.fromkeys(("num_experts", "num_layers", "topk", "hidden_size"))
     if file.exists():
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -117,9 +118,7 @@ def _model(file: Path, num_experts: Optional[int], num_layers: Optional[int]) ->
     return model
 
 
-def _read_ranks(
-    files: list[Path], model: dict[str, Optional[int]], drop: bool, notices: list[str]
-) -> list[RankRecords]:
+def _read_ranks(files: list[Path], model: _Model, drop: bool, notices: list[str]) -> list[RankRecords]:
     """Each rank that has records, ascending, checked to be of one model."""
     ranks: dict[int, RankRecords] = {}
     for file in files:

@@ -144,15 +144,10 @@ def _rows(rows: Any, num_tokens: int, top_k: int, place: str) -> Tensor:
 
 
 def sorted_rows(experts_TK: Tensor, num_experts: Optional[int], place: str) -> Tensor:
-    """The rows with the experts ascending, then ``DROPPED``; rows of ``PADDING`` stay.
+    """The rows, int16, with the experts ascending, then ``DROPPED``; rows of ``PADDING`` stay.
 
-    Args:
-        experts_TK: int16.
-        num_experts: None: not known.
-        place: where the rows stand, for errors.
-
-    Raises:
-        TraceError: a number is none of an expert, or a row has an expert twice or is padding in part.
+    Raises TraceError that names the ``place`` if a number is none of an expert, or a row has an expert twice or is
+    padding in part.
     """
     if len(experts_TK) == 0:
         return experts_TK

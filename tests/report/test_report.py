@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from functools import partial
 from html.parser import HTMLParser
 
 import pytest
@@ -376,7 +375,7 @@ def test_many_layers_become_heat_maps_of_bounded_size(tmp_path):
 
 def test_coactivation_by_chance_is_one():
     for counts in (torch.ones(4, 4), torch.full((7, 7), 3)):
-        panel = partial(panels.coactivation, counts.long().fill_diagonal_(0), 0)
+        panel = panels.coactivation(counts.long().fill_diagonal_(0), 0)
         lift = figures.Figure("", "", [panel]).draw().axes[0].get_images()[0].get_array()
         assert lift.mask.sum() == len(counts) and lift.compressed() == pytest.approx(1.0)
     figures.pyplot().close("all")

@@ -9,9 +9,14 @@ import importlib.util
 import io
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Optional
+from typing import TYPE_CHECKING, Any, Optional
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_moe_spec.config import SpecConfig
 
 USABLE, REFUSED, USAGE = 0, 1, 2
 
@@ -35,8 +40,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if not _found("torch"):
         _print_section("installed", [("torch", "not installed (needed)")])
         return _print_verdict(["No module named 'torch': pip install torch"])
-    device = _device()
-    gpu = _gpu(device)
+    gpu = _gpu(_device())
     _do_without_gpu()
     broken = _do_without_broken_library()
     _print_section("installed", [("GPU", gpu), *_installed(broken)])
@@ -64,7 +68,7 @@ class Verdict:
         used: rows (name, text): what would be used.
         notices: what is worth knowing.
         problems: why they are refused, with the remedies; empty if they are usable.
-        megatron_error: why Megatron itself does not take them; empty if it does.
+        megatron_error: why Megatron itself rejects them; empty if it does not.
     """
 
     used: list[tuple[str, str]] = dataclasses.field(default_factory=list)
@@ -90,13 +94,15 @@ def judge(argv: list[str]) -> Verdict:
     with training_machine(has_gpu=device.type == "cuda"):
         try:
             return _judge(argv, device)
-        except _NotTaken as error:
+        except _Rejected as error:
             return Verdict(megatron_error=str(error))
         except ValueError as error:
             return Verdict(problems=[str(error)])
 
 
-def _judge(argv: list[str], device) -> Verdict:
+def _judge(argv: list[str], device: "torch.device") -> Verdict:
+    import torch
+
     from megatron_moe_spec.arguments import spec_config_from_args
     from megatron_moe_spec.integration.compat.assumed import missing_libraries
     from megatron_moe_spec.integration.compat.settings import moe_layers_of_stages
@@ -105,9 +111,9 @@ def _judge(argv: list[str], device) -> Verdict:
     from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
 
     args, transformer_config = _settings(argv)
-    spec = spec_config_from_args(args, argv)
-    if assumed := not spec.enabled and not _gives_coefficient(argv):
-        spec = _of_the_paper(spec)
+    given = spec_config_from_args(args, argv)
+    spec = _with_coefficients(given, argv)
+    assumed = spec is not given
     numbers = moe_layers_of_stages(args, transformer_config)
     stages = Stages(numbers, [0], transformer_config.num_moe_experts or 0)
     spec = resolve_across_stages(spec, stages, transformer_config)
@@ -116,36 +122,25 @@ def _judge(argv: list[str], device) -> Verdict:
     problems = unsupported_settings(facts, spec, device if device.type == "cuda" else None)
     if not sum(numbers):
         return Verdict(problems=problems)
-    machine = ", ".join([*missing_libraries(transformer_config), *_assumed_gpu(device)])
-    used = [
-        *_used(facts, spec, assumed, device),
-        *([("assumed", f"{machine} (not installed here)")] if machine else []),
-    ]
+    used, absent = list(_used(facts, spec, assumed, device)), missing_libraries(transformer_config)
+    if device.type != "cuda":
+        absent.append("a GPU of capability {}.{}".format(*torch.cuda.get_device_capability()))
+    if absent:
+        used.append(("assumed", f"{', '.join(absent)} (not installed here)"))
     return Verdict(used, notices(facts, spec), problems)
 
 
-def _assumed_gpu(device) -> list[str]:
-    import torch
-
-    capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    return [] if device.type == "cuda" else [f"a GPU of capability {capability}"]
-
-
-def _gives_coefficient(argv: list[str]) -> bool:
-    from megatron_moe_spec.losses import LOSSES
-    from megatron_moe_spec.losses.base import options_of
-
-    known = {one.metadata["flag"] for loss in LOSSES for one in options_of(loss) if one.name == "coeff"}
-    return bool(known & {flag.partition("=")[0] for flag in argv})
-
-
-def _of_the_paper(spec):
-    """With the losses that are measured by default, at their paper's coefficients."""
+def _with_coefficients(spec: "SpecConfig", argv: list[str]) -> "SpecConfig":
+    """Unless the flags set any, with the paper's coefficients of the losses that are measured by default."""
     from megatron_moe_spec.losses import LOSSES
     from megatron_moe_spec.losses.base import config_field, options_of
 
-    coefficients = [one for loss in LOSSES if loss.measured for one in options_of(loss) if one.name == "coeff"]
-    papers = {config_field(one): float(one.metadata["paper"].split(",")[0]) for one in coefficients}
+    options = [(loss, one) for loss in LOSSES for one in options_of(loss) if one.name == "coeff"]
+    if spec.enabled or {one.metadata["flag"] for _, one in options} & {flag.partition("=")[0] for flag in argv}:
+        return spec
+    papers: dict[str, Any] = {
+        config_field(one): float(one.metadata["paper"].split(",")[0]) for loss, one in options if loss.measured
+    }
     return dataclasses.replace(spec, **papers)
 
 
@@ -160,7 +155,7 @@ def _numbered(texts: list[str]) -> list[tuple[str, str]]:
     return [(str(number), text) for number, text in enumerate(texts, 1)]
 
 
-def _print_section(title: str, rows) -> None:
+def _print_section(title: str, rows: Iterable[tuple[str, str]]) -> None:
     print(f"\n{title}")
     for name, value in rows:
         print(f"  {name:<20} {value}")
@@ -175,16 +170,12 @@ def _installed(broken: Optional[str]) -> Iterator[tuple[str, str]]:
     yield "megatron.training", "found" if _found("megatron.training") else "not found (needed by the launcher alone)"
     engine = _version("transformer-engine")
     if broken:
-        yield "transformer-engine", f"{engine or 'installed'}, cannot be imported, nor Megatron with it ({broken})"
-    else:
-        yield (
-            "transformer-engine",
-            engine or "not installed (needed by models of --transformer-impl transformer_engine)",
-        )
+        engine = f"{engine or 'installed'}, cannot be imported, nor Megatron with it ({broken})"
+    yield "transformer-engine", engine or "not installed (needed by models of --transformer-impl transformer_engine)"
     yield "apex", _version("apex") or "not installed (not needed)"
 
 
-def _device():
+def _device() -> "torch.device":
     """Device that a model would be on; asked before the CPU back end is on."""
     import torch
 
@@ -233,7 +224,7 @@ def _found(module: str) -> bool:
         return False
 
 
-def _gpu(device) -> str:
+def _gpu(device: "torch.device") -> str:
     import torch
 
     if device.type != "cuda":
@@ -257,11 +248,11 @@ def _missing(wants_training: bool) -> Optional[str]:
     return None
 
 
-class _NotTaken(Exception):
-    """Megatron's own megatron_error to the flags."""
+class _Rejected(Exception):
+    """Megatron itself rejects the flags."""
 
 
-def _settings(flags: list[str]):
+def _settings(flags: list[str]) -> tuple[Any, Any]:
     from megatron_moe_spec.arguments import add_moe_spec_args
     from megatron_moe_spec.integration.compat.settings import settings_of_flags
     from megatron_moe_spec.losses.installed import installed_losses
@@ -271,20 +262,20 @@ def _settings(flags: list[str]):
         try:
             return settings_of_flags(flags, add_moe_spec_args)
         except SystemExit as error:
-            raise _NotTaken((printed.getvalue().strip().splitlines() or ["it shows its help"])[-1]) from error
+            raise _Rejected((printed.getvalue().strip().splitlines() or ["it shows its help"])[-1]) from error
         except Exception as error:
-            raise _NotTaken(f"{type(error).__name__}: {error}") from error
+            raise _Rejected(f"{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
-def _silence():
+def _silence() -> Iterator[io.StringIO]:
     """Megatron's arguments fill pages, and its parser shows all flags before an error."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
         yield printed
 
 
-def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
+def _used(facts: Any, spec: "SpecConfig", assumed: bool, device: "torch.device") -> Iterator[tuple[str, str]]:
     from megatron_moe_spec.integration.taps import by_tap
     from megatron_moe_spec.integration.taps.cuda_graphs import is_router_graphed
 
@@ -309,7 +300,7 @@ def _used(facts, spec, assumed: bool, device) -> Iterator[tuple[str, str]]:
     yield "kernels", _kernels(spec, device)
 
 
-def _kernels(spec, device) -> str:
+def _kernels(spec: "SpecConfig", device: "torch.device") -> str:
     from megatron_moe_spec.kernels import choose, unavailable
 
     why = unavailable(device)

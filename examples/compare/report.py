@@ -15,7 +15,7 @@ from examples.compare.paired import Difference, family
 from examples.compare.table import Table
 from examples.quickstart.training import ROOT, shown
 from megatron_moe_spec.report import figures
-from megatron_moe_spec.report.contents import ROWS
+from megatron_moe_spec.report.table import ROWS
 
 EVIDENCE = ROOT / "docs/evidence"
 ALPHA = 0.05

@@ -10,7 +10,7 @@ from examples.quickstart.training import series_of, shown
 from megatron_moe_spec.report import figures
 from megatron_moe_spec.report import runs as results
 from megatron_moe_spec.report.command import write_report
-from megatron_moe_spec.report.contents import ROWS
+from megatron_moe_spec.report.table import ROWS
 
 CURVES = (
     (f"training loss (means of {LOG_INTERVAL} steps)", results.TRAIN_LOSS),

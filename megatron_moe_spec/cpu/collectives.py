@@ -6,11 +6,15 @@ tensor parallelism; and those of one tensor for all ranks whatever its shape, su
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
+Group = Optional[dist.ProcessGroup]
 _all_gather = dist.all_gather
 _reduce_scatter = dist.reduce_scatter
 # Names of two functions, in different releases of torch.
@@ -23,15 +27,15 @@ _OF_ONE_TENSOR = (
 class _Done:
     """The work handle of a collective that has run already."""
 
-    def wait(self, timeout=None):
+    def wait(self, timeout: Any = None) -> bool:
         return True
 
-    def is_completed(self):
+    def is_completed(self) -> bool:
         return True
 
 
 def replace() -> None:
-    """Puts the functions below in the place of ``torch.distributed``'s."""
+    """Replaces those of ``torch.distributed`` by the functions below."""
     for module in (dist, distributed_c10d):
         module.all_gather = all_gather
         module.reduce_scatter = reduce_scatter
@@ -42,13 +46,13 @@ def replace() -> None:
                 setattr(module, name, collective)
 
 
-def _of_flat_tensors(collective):
+def _of_flat_tensors(collective: Callable[..., Any]) -> Callable[..., Any]:
     # NCCL counts elements; gloo wants shapes that are concatenated.
     signature = inspect.signature(collective)
     output, input = list(signature.parameters)[:2]
 
     @functools.wraps(collective)
-    def flat_collective(*args, **kwargs):
+    def flat_collective(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         call.arguments[output] = call.arguments[output].view(-1)
         call.arguments[input] = call.arguments[input].reshape(-1)
@@ -57,7 +61,7 @@ def _of_flat_tensors(collective):
     return flat_collective
 
 
-def all_gather(tensor_list, tensor, group=None, async_op=False):
+def all_gather(tensor_list: list[Tensor], tensor: Tensor, group: Group = None, async_op: bool = False) -> Any:
     """``torch.distributed.all_gather``, for any shapes: all ranks pad to the largest."""
     if _same_shapes(tensor_list):
         return _all_gather(tensor_list, tensor, group=group, async_op=async_op)
@@ -71,7 +75,9 @@ def all_gather(tensor_list, tensor, group=None, async_op=False):
     return _Done() if async_op else None
 
 
-def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_op=False):
+def reduce_scatter(
+    output: Tensor, input_list: list[Tensor], op: Any = dist.ReduceOp.SUM, group: Group = None, async_op: bool = False
+) -> Any:
     """``torch.distributed.reduce_scatter``, for any shapes: one reduction per rank."""
     if _same_shapes(input_list):
         return _reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
@@ -83,5 +89,5 @@ def reduce_scatter(output, input_list, op=dist.ReduceOp.SUM, group=None, async_o
     return _Done() if async_op else None
 
 
-def _same_shapes(tensors) -> bool:
+def _same_shapes(tensors: list[Tensor]) -> bool:
     return len({t.shape for t in tensors}) <= 1

@@ -5,7 +5,9 @@ import os
 import time
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any, Optional
 
 import torch
 
@@ -15,67 +17,53 @@ _MEMORY_BYTES = 80 << 30
 _CAPABILITY = (9, 0)
 
 
+def _constant(value: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: value
+
+
 class Stream:
     """A stream on which everything has run by the time it is asked."""
 
     cuda_stream = 0
     stream_id = 0
     device = torch.device("cpu")
+    wait_stream = _constant(None)
+    wait_event = _constant(None)
+    synchronize = _constant(None)
+    query = _constant(True)
+    priority_range = staticmethod(_constant((0, -1)))
+    __exit__ = _constant(None)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def wait_stream(self, stream):
-        pass
+    def __enter__(self) -> "Stream":
+        return self
 
-    def wait_event(self, event):
-        pass
-
-    def record_event(self, event=None):
+    def record_event(self, event: "Optional[Event]" = None) -> "Event":
         event = event or Event()
         event.record(self)
         return event
 
-    def synchronize(self):
-        pass
-
-    def query(self):
-        return True
-
-    @staticmethod
-    def priority_range():
-        return (0, -1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        return False
-
 
 class ExternalStream(Stream):
-    """Of ``torch.cuda.ExternalStream``; a class of its own, since torch._dynamo refuses one with two names."""
+    """Of ``torch.cuda.ExternalStream``; a separate class, since torch._dynamo refuses one with two names."""
 
 
 class Event:
     """An event that has happened when it is recorded; ``elapsed_time`` is wall-clock time."""
 
-    def __init__(self, *args, **kwargs):
+    wait = _constant(None)
+    synchronize = _constant(None)
+    query = _constant(True)
+
+    def __init__(self, *args: Any, **kwargs: Any):
         self._time = time.perf_counter()
 
-    def record(self, stream=None):
+    def record(self, stream: Any = None) -> None:
         self._time = time.perf_counter()
 
-    def wait(self, stream=None):
-        pass
-
-    def synchronize(self):
-        pass
-
-    def query(self):
-        return True
-
-    def elapsed_time(self, end_event) -> float:
+    def elapsed_time(self, end_event: "Event") -> float:
         """Milliseconds from this event to ``end_event``."""
         return (end_event._time - self._time) * 1e3
 
@@ -91,12 +79,8 @@ def replace() -> None:
     torch.compile = _compile
 
 
-def _constant(value):
-    return lambda *args, **kwargs: value
-
-
-def _set_constants(module, value, *names) -> None:
-    # Each name gets a function of its own: torch._dynamo keys a table by the functions of torch.cuda.
+def _set_constants(module: Any, value: Any, *names: str) -> None:
+    # Each name gets a separate function: torch._dynamo keys a table by the functions of torch.cuda.
     for name in names:
         setattr(module, name, _constant(value))
 
@@ -118,12 +102,9 @@ def _replace_queries() -> None:
     _set_constants(cuda, _DEVICE_NAME, "get_device_name")
     _set_constants(cuda, _CAPABILITY, "get_device_capability")
     _set_constants(cuda, (_MEMORY_BYTES, _MEMORY_BYTES), "mem_get_info")
+    major, minor = _CAPABILITY
     properties = SimpleNamespace(
-        name=_DEVICE_NAME,
-        major=_CAPABILITY[0],
-        minor=_CAPABILITY[1],
-        total_memory=_MEMORY_BYTES,
-        multi_processor_count=1,
+        name=_DEVICE_NAME, major=major, minor=minor, total_memory=_MEMORY_BYTES, multi_processor_count=1
     )
     _set_constants(cuda, properties, "get_device_properties")
     profiler = SimpleNamespace(cudaProfilerStart=_constant(None), cudaProfilerStop=_constant(None))
@@ -169,6 +150,6 @@ def _hide_accelerator() -> None:
     warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
 
 
-def _compile(model=None, **kwargs):
+def _compile(model: Optional[Callable[..., Any]] = None, **kwargs: Any) -> Callable[..., Any]:
     # Megatron's jit_fuser. Compiling small functions takes far longer than what a run on CPU gains by it.
     return model if model is not None else _compile

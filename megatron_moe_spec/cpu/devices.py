@@ -5,10 +5,13 @@ thousand functions and attributes of tensors in a training step, and has to be t
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, Optional
 
 import torch
 from torch.utils._device import DeviceContext, _device_constructors
 
+Function = Callable[..., Any]
 _CPU = torch.device("cpu")
 # Those that a release of torch lacks are passed over.
 _FACTORIES = {
@@ -45,7 +48,7 @@ def map_cuda_to_cpu() -> None:
     _replace(DeviceContext, "__init__", functools.partial(_on_cpu, position=1))
 
 
-def _replace(owner, name, wrap) -> None:
+def _replace(owner: Any, name: str, wrap: Callable[[Function], Function]) -> None:
     function = getattr(owner, name)
     replacement = functools.wraps(function)(wrap(function))
     # Pickle looks for functions by these names.
@@ -59,7 +62,7 @@ def _replace(owner, name, wrap) -> None:
     setattr(owner, name, replacement)
 
 
-def _is_cuda(device) -> bool:
+def _is_cuda(device: object) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
     if isinstance(device, str):
@@ -68,14 +71,10 @@ def _is_cuda(device) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-def _on_cpu(function, position=None):
-    """The function on plain CPU memory where it is asked for a cuda device, or for pinned memory.
+def _on_cpu(function: Function, position: Optional[int] = None) -> Function:
+    """The function on pageable CPU memory for a cuda device (at ``position``, or by keyword) or pinned memory."""
 
-    Args:
-        position: that of a device among the positional arguments.
-    """
-
-    def on_cpu(*args, **kwargs):
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
         if position is not None and len(args) > position and _is_cuda(args[position]):
             args = (*args[:position], _CPU, *args[position + 1 :])
         if _is_cuda(kwargs.get("device")):
@@ -87,13 +86,13 @@ def _on_cpu(function, position=None):
     return on_cpu
 
 
-def _itself(method):
+def _itself(method: Function) -> Function:
     return lambda self, *args, **kwargs: self
 
 
-def _type_on_cuda(method):
+def _type_on_cuda(method: Function) -> Function:
     # Megatron's optimizers take torch.cuda.FloatTensor and its like, and no others.
-    def type_on_cuda(self, *args, **kwargs):
+    def type_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return method(self, *args, **kwargs)
         return method(self).replace("torch.", "torch.cuda.", 1)

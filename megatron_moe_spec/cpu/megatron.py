@@ -2,40 +2,47 @@
 
 import contextlib
 import importlib.abc
-import importlib.machinery
 import logging
 import sys
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import Any, Optional
 
 import torch
+from torch import Tensor
 
-_PATCHES: dict = {}
+Patch = Callable[[Any], None]  # of a module
+_PATCHES: dict[str, list[Patch]] = {}
+_async_loop: Optional[Callable[..., None]] = None  # Megatron's, once it is replaced
 
 
 def patch_on_import() -> None:
-    """Has every module that a patch below names patched right after its import."""
+    """Patches every module that a patch below names, right after its import."""
     sys.meta_path.insert(0, _PatchingFinder())
 
 
 class _PatchingFinder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        patches = _PATCHES.get(name)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if patches else None
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[ModuleSpec]:
+        patches = _PATCHES.get(name, ())
+        spec = PathFinder.find_spec(name, path, target) if patches else None
         if spec is None:
             return None
         # Set on this module's loader, not wrapped in another: inspect and linecache ask the loader for the source.
-        execute = spec.loader.exec_module
+        loader: Any = spec.loader
+        execute = loader.exec_module
 
-        def execute_and_patch(module):
+        def execute_and_patch(module: ModuleType) -> None:
             execute(module)
             for patch in patches:
                 patch(module)
 
-        spec.loader.exec_module = execute_and_patch
+        loader.exec_module = execute_and_patch
         return spec
 
 
-def _after_import(name):
-    def register(patch):
+def _after_import(name: str) -> Callable[[Patch], Patch]:
+    def register(patch: Patch) -> Patch:
         _PATCHES.setdefault(name, []).append(patch)
         return patch
 
@@ -43,7 +50,7 @@ def _after_import(name):
 
 
 @contextlib.contextmanager
-def _override(config, **values):
+def _override(config: Any, **values: Any) -> Iterator[None]:
     """The config with other values for the time of the ``with`` block."""
     saved = {name: getattr(config, name) for name in values}
     for name, value in values.items():
@@ -56,28 +63,28 @@ def _override(config, **values):
 
 
 @_after_import("megatron.core.transformer.moe.moe_utils")
-def _convert_splits(module):
+def _convert_splits(module: Any) -> None:
     # Only for tensors that say is_cuda does Megatron turn the all-to-all's split sizes into what gloo takes.
-    def maybe_move_tensor_to_cpu(tensor, as_numpy=False, record_stream=False):
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
 
 @_after_import("megatron.core.transformer.moe.moe_utils")
-def _define_te_general_gemm(module):
+def _define_te_general_gemm(module: Any) -> None:
     # 0.16 reads this name without Transformer Engine too, where it does not define it.
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None
 
 
 @_after_import("megatron.core.transformer.torch_norm")
-def _allow_sequence_parallel_norm(module):
+def _allow_sequence_parallel_norm(module: Any) -> None:
     # Torch's norms are refused under sequence parallelism. They compute the same; what they lack is the mark by
     # which finalize_model_grads sums their weights' gradients over the tensor-parallel group.
     new = module.WrappedTorchNorm.__new__
 
-    def new_norm(cls, config, *args, **kwargs):
+    def new_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
         with _override(config, sequence_parallel=False):
             norm = new(cls, config, *args, **kwargs)
         for weight in norm.parameters():
@@ -88,17 +95,19 @@ def _allow_sequence_parallel_norm(module):
 
 
 @_after_import("megatron.core.transformer.dot_product_attention")
-def _allow_context_parallel_attention(module):
+def _allow_context_parallel_attention(module: Any) -> None:
     # The local attention refuses context parallelism. Here every rank gathers all keys and values, and masks them
     # by their true positions: rank r of n holds the chunks r and 2n - 1 - r of 2n.
     attention = module.DotProductAttention
     init, forward = attention.__init__, attention.forward
 
-    def patched_init(self, config, *args, **kwargs):
+    def patched_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         with _override(config, context_parallel_size=1):
             init(self, config, *args, **kwargs)
 
-    def patched_forward(self, query, key, value, attention_mask, *args, **kwargs):
+    def patched_forward(
+        self: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
         if self.config.context_parallel_size > 1:
             if self.attn_mask_type != module.AttnMaskType.causal or getattr(self.config, "window_size", None):
                 raise NotImplementedError("context parallelism on CPU: causal attention without a window only")
@@ -114,11 +123,11 @@ def _allow_context_parallel_attention(module):
     attention.__init__, attention.forward = patched_init, patched_forward
 
 
-def _zigzag_causal_mask(length, rank, size):
+def _zigzag_causal_mask(length: int, rank: int, size: int) -> Tensor:
     """[1, 1, length, size * length], True where a query of this rank may not look."""
     half = length // 2
 
-    def positions(r):
+    def positions(r: int) -> Tensor:
         chunks = (r, 2 * size - 1 - r)
         return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in chunks])
 
@@ -127,12 +136,12 @@ def _zigzag_causal_mask(length, rank, size):
 
 
 @_after_import("megatron.core.tensor_parallel.random")
-def _recompute_without_transformer_engine(module):
+def _recompute_without_transformer_engine(module: Any) -> None:
     # The constructor takes fp8=False for fp8 (it tests `is not None`), and calls Transformer Engine for it.
     checkpoint = module.CheckpointWithoutOutput
     init = checkpoint.__init__
 
-    def patched_init(self, *args, **kwargs):
+    def patched_init(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         self.fp8 = self.fp8 and module.HAVE_TE
 
@@ -140,22 +149,22 @@ def _recompute_without_transformer_engine(module):
 
 
 @_after_import("megatron.core.tensor_parallel.random")
-def _recompute_without_compiler(module):
+def _recompute_without_compiler(module: Any) -> None:
     # Newer versions compile a C++ extension on first use, so that the discarded tensor shares the recomputed one's
     # storage. A copy into the discarded storage reaches all of its views as well.
     if not hasattr(module, "_get_share_storage"):
         return
 
-    def copy_storage(destination, source):
-        source, destination = source.untyped_storage(), destination.untyped_storage()
-        destination.resize_(source.nbytes())
-        destination.copy_(source)
+    def copy_storage(destination: Tensor, source: Tensor) -> None:
+        storage = destination.untyped_storage()
+        storage.resize_(source.untyped_storage().nbytes())
+        storage.copy_(source.untyped_storage())
 
     module._get_share_storage = lambda: copy_storage
 
 
 @_after_import("megatron.core.tensor_parallel.random")
-def _silence_shared_generator(module):
+def _silence_shared_generator(module: Any) -> None:
     # "cuda" and "cpu" share one generator here, so what this warning reports is no fault.
     logging.getLogger(module.__name__).addFilter(
         lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
@@ -163,13 +172,13 @@ def _silence_shared_generator(module):
 
 
 @_after_import("megatron.core.optimizer.distrib_optimizer")
-def _resume_torch_adam(module):
+def _resume_torch_adam(module: Any) -> None:
     # Without Transformer Engine and Apex the optimizer is torch's, whose state is empty until the first step, which
     # state_dict() cannot take: a torch_dist checkpoint could not be loaded. Loading overwrites the state made here.
     optimizer = module.DistributedOptimizer
     state_dict = optimizer.state_dict
 
-    def patched_state_dict(self):
+    def patched_state_dict(self: Any) -> Any:
         if not module.HAVE_APEX_OR_TE and not self.optimizer.state:
             for group in self.optimizer.param_groups:
                 for weight in group["params"]:
@@ -184,13 +193,13 @@ def _resume_torch_adam(module):
 
 
 @_after_import("megatron.core.optimizer.distrib_optimizer")
-def _load_torch_adam(module):
+def _load_torch_adam(module: Any) -> None:
     optimizer = module.DistributedOptimizer
     set_states = optimizer._set_main_param_and_optimizer_states
 
     # no_grad: in fp32 the main weights are views of the model's, which require grad, and they are written in place.
     @torch.no_grad()
-    def patched_set_states(self, model_param, tensors):
+    def patched_set_states(self: Any, model_param: Any, tensors: Any) -> None:
         group, index = self.model_param_group_index_map[model_param]
         weight = self.optimizer.param_groups[group]["params"][index]
         # The step has come with the parameter group; the weight's own tensors hold none. One tensor serves all weights
@@ -204,15 +213,16 @@ def _load_torch_adam(module):
 
 
 @_after_import("megatron.core.dist_checkpointing.strategies.async_utils")
-def _save_in_worker(module):
+def _save_in_worker(module: Any) -> None:
     # --use-persistent-ckpt-worker. The worker's process, where this backend is not enabled, gets a reference to the
     # function, and would die in it for want of a GPU, for which the training process waits without end.
     if hasattr(module.PersistentAsyncCaller, "async_loop"):
-        run_checkpoint_worker.original = module.PersistentAsyncCaller.async_loop
+        global _async_loop
+        _async_loop = module.PersistentAsyncCaller.async_loop
         module.PersistentAsyncCaller.async_loop = staticmethod(run_checkpoint_worker)
 
 
-def run_checkpoint_worker(*args):
+def run_checkpoint_worker(*args: Any) -> None:
     """Megatron's loop of the worker that saves checkpoints, in a process that has no GPU."""
     from megatron_moe_spec.cpu import cuda_api
 
@@ -220,15 +230,15 @@ def run_checkpoint_worker(*args):
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     # A main script that enables the backend whenever it is imported has patched it in this process, too.
-    getattr(run_checkpoint_worker, "original", PersistentAsyncCaller.async_loop)(*args)
+    (_async_loop or PersistentAsyncCaller.async_loop)(*args)
 
 
 @_after_import("megatron.core.datasets.utils")
-def _use_compiled_helpers(module):
+def _use_compiled_helpers(module: Any) -> None:
     # initialize_megatron() always runs `make`; the wheel ships the compiled helpers and no Makefile.
     compile_helpers = module.compile_helpers
 
-    def compile_if_missing():
+    def compile_if_missing() -> None:
         try:
             import megatron.core.datasets.helpers_cpp  # noqa: F401
         except ImportError:
@@ -238,6 +248,6 @@ def _use_compiled_helpers(module):
 
 
 @_after_import("megatron.legacy.fused_kernels")
-def _skip_fused_kernels(module):
+def _skip_fused_kernels(module: Any) -> None:
     # initialize_megatron() of the 0.16 source tree asks nvcc for its version.
     module.load = lambda args: None

@@ -4,6 +4,8 @@ import functools
 import inspect
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -12,18 +14,18 @@ _warned = False
 
 
 def replace() -> None:
-    """Has ``init_process_group`` and ``new_group`` of ``torch.distributed`` take gloo for NCCL."""
+    """Makes ``init_process_group`` and ``new_group`` of ``torch.distributed`` use gloo for NCCL."""
     for name in ("init_process_group", "new_group"):
         function = _on_gloo(getattr(distributed_c10d, name))
         for module in (dist, distributed_c10d):
             setattr(module, name, function)
 
 
-def _on_gloo(function):
+def _on_gloo(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def on_gloo(*args, **kwargs):
+    def on_gloo(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs)
         backend = str(call.arguments.get("backend")).lower()
         if "nccl" in backend:

@@ -11,12 +11,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.scores import accumulation_dtype
+from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
 from megatron_moe_spec.losses.vectors import checked_vectors, pair_cosines, unit_vectors
 
 # What a loss may read of an MoE layer.
@@ -30,15 +30,23 @@ EXPERT_WEIGHTS = "expert weights"  # together with the router's
 A2A_DTYPES = ("same", "fp8")  # how vectors travel between ranks: in their dtype, or as e4m3 with a scale each
 
 
+class ModelSettings(Protocol):
+    """What losses read of Megatron's TransformerConfig."""
+
+    moe_router_topk: int
+    num_moe_experts: int
+    gated_linear_unit: bool
+
+
 def option(
-    default,
+    default: Any,
     flag: str,
     help: str,
     choices: Optional[Sequence[str]] = None,
     minimum: float = 0,
     paper: str = "",
     hidden_by_default: bool = False,
-):
+) -> Any:
     """A dataclass field that is a command-line flag, and a field of ``SpecConfig``.
 
     Args:
@@ -50,22 +58,22 @@ def option(
         paper: the value in the paper, and where it stands there.
         hidden_by_default: whether messages leave a word out where it is the default, as they do numbers.
     """
-    hidden_by_default = hidden_by_default or choices is None
     metadata = {"flag": flag, "help": help, "choices": choices, "minimum": minimum, "paper": paper}
-    return dataclasses.field(default=default, metadata={**metadata, "hidden_by_default": hidden_by_default})
+    metadata["hidden_by_default"] = hidden_by_default or choices is None
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def options_of(owner) -> list[dataclasses.Field]:
+def options_of(owner: Any) -> list[dataclasses.Field[Any]]:
     """The options of a dataclass, or of an instance of one."""
     return [one for one in dataclasses.fields(owner) if "flag" in one.metadata]
 
 
-def config_field(one: dataclasses.Field) -> str:
+def config_field(one: dataclasses.Field[Any]) -> str:
     """The field of ``SpecConfig`` that holds an option."""
     return one.metadata["flag"].removeprefix("--moe-").removeprefix("spec-").replace("-", "_")
 
 
-def check_options(owner) -> None:
+def check_options(owner: object) -> None:
     """Raises ValueError that names the field of ``SpecConfig`` and the flag of an option without a fitting value."""
     for one in options_of(owner):
         value, choices, minimum = getattr(owner, one.name), one.metadata["choices"], one.metadata["minimum"]
@@ -107,7 +115,7 @@ class Loss:
     measured: ClassVar[bool] = False
     coeff: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         which, reads = f"the loss {type(self).__name__}", getattr(self, "reads", None)
         if not isinstance(getattr(self, "name", None), str):
             raise ValueError(f"{which} needs a name, as a class attribute")
@@ -146,7 +154,7 @@ class Loss:
         """Whether it needs the routing of layers in other pipeline stages."""
         return False
 
-    def problems(self, transformer_config: Any) -> Iterator[str]:
+    def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
         """Yields what the arithmetic lacks in a model, with the remedy. The tap says what cannot be read.
 
         Args:
@@ -154,7 +162,7 @@ class Loss:
         """
         return iter(())
 
-    def units(self, transformer_config: Any) -> Iterator[str]:
+    def units(self, transformer_config: ModelSettings) -> Iterator[str]:
         """Yields what the coefficient is in the units of the loss's paper, where those differ; see ``problems``."""
         return iter(())
 
@@ -180,8 +188,8 @@ class RowsLoss(Loss):
     """
 
     may_read: ClassVar[tuple[str, ...]] = (ACTIVATIONS, OUTPUTS)
-    token_stride: ClassVar[int] = 1
-    a2a_dtype: ClassVar[str] = "same"
+    token_stride = 1
+    a2a_dtype = "same"
     uses_lengths: ClassVar[bool] = True
     of_squares: ClassVar[bool] = False
 
@@ -195,7 +203,7 @@ class RowsLoss(Loss):
         """
         raise NotImplementedError
 
-    def problems(self, transformer_config: Any) -> Iterator[str]:
+    def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
         if transformer_config.moe_router_topk < 2:
             yield (
                 f"{self.title} compares the experts of a token and needs at least two "
@@ -244,8 +252,7 @@ class ScoresLoss(Loss):
         Raises:
             ValueError: a shape or dtype does not fit.
         """
-        if scores.dim() != 2 or not scores.is_floating_point():
-            raise ValueError(f"scores must be a floating-point tensor [T, E]; got {scores.dtype} {list(scores.shape)}")
+        check_floating("scores", scores, "[T, E]")
         scores = scores.to(accumulation_dtype(scores))
         active = torch.zeros_like(scores, dtype=torch.bool) if active is None else active
         statistics = self.token_statistics(scores, active)

@@ -1,13 +1,13 @@
 """Cross-layer coupling loss (arXiv 2602.14159, Eq. 7): routing of adjacent MoE layers, jointly confident."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Optional
+from typing import ClassVar, Optional, Union
 
 import torch
 from torch import Tensor
 
 from megatron_moe_spec.losses.base import PAIRS, Loss, option
-from megatron_moe_spec.losses.scores import accumulation_dtype
+from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
 
 COUPLING_TYPES = ("mass", "pathway")
 
@@ -76,9 +76,8 @@ def coupling_loss(
     Raises:
         ValueError: a shape, dtype or option does not fit; the message names the argument.
     """
-    for name, value in (("scores", scores), ("scores_next", scores_next)):
-        if value.dim() != 2 or not value.is_floating_point():
-            raise ValueError(f"{name} must be a floating-point tensor [T, E]; got {value.dtype} {list(value.shape)}")
+    check_floating("scores", scores, "[T, E]")
+    check_floating("scores_next", scores_next, "[T, E]")
     if scores.shape[0] != scores_next.shape[0]:
         raise ValueError(
             f"scores_next must hold the same tokens as scores: {scores.shape[0]} tokens; got {scores_next.shape[0]}"
@@ -102,13 +101,13 @@ def routed_mass(scores: Tensor, routing_map: Tensor) -> Tensor:
     return (scores * routing_map).sum(dim=-1)
 
 
-def joint_scores(scores: Tensor, scores_next: Tensor, num_tokens) -> Tensor:
+def joint_scores(scores: Tensor, scores_next: Tensor, num_tokens: Union[Tensor, int]) -> Tensor:
     """[E, E'] mean over tokens of the outer product of the two layers' scores; sums to 1."""
     return scores.T @ scores_next / num_tokens
 
 
 def strongest_successors(joint: Tensor, top_k: int) -> Tensor:
-    """[E, E'] bool: the top-k entries of each row of the joint matrix. CrossStageCoupling no gradient."""
+    """[E, E'] bool: the top-k entries of each row of the joint matrix. Carries no gradient."""
     chosen = joint.detach().topk(top_k, dim=-1).indices
     return torch.zeros_like(joint, dtype=torch.bool).scatter_(1, chosen, True)
 

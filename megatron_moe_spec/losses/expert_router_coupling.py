@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, ClassVar, Optional
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.base import EXPERT_WEIGHTS, Loss, option
-from megatron_moe_spec.losses.scores import accumulation_dtype
+from megatron_moe_spec.losses.base import EXPERT_WEIGHTS, Loss, ModelSettings, option
+from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class ExpertRouterCoupling(Loss):
 
     name: ClassVar[str] = "erc_loss"
     reads: ClassVar[str] = EXPERT_WEIGHTS
-    title: ClassVar[str] = "ERC"  # type: ignore[misc]
+    title = "ERC"
 
     coeff: float = option(
         0.0,
@@ -34,7 +34,7 @@ class ExpertRouterCoupling(Loss):
         paper="1",
     )
 
-    def problems(self, transformer_config: Any) -> Iterator[str]:
+    def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
         if transformer_config.num_moe_experts < 2:
             yield f"ERC compares experts (--num-experts is {transformer_config.num_moe_experts}; set it to 2 or more)"
         if not transformer_config.gated_linear_unit:
@@ -119,15 +119,12 @@ def proxy_tokens(router_weight: Tensor, noise: Optional[Tensor]) -> Tensor:
 
 
 def proxy_norms(proxies: Tensor, gate_weight: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
-    """M: how strongly each proxy token excites the gate of each of some experts.
+    """M [E, L]: how strongly each proxy token excites the gate of each of L experts. An entry of 0 has gradient 0.
 
     Args:
         proxies: [E, H].
-        gate_weight: [L, F, H] of L of the experts, or a sequence of L matrices [F, H].
+        gate_weight: [L, F, H], or a sequence of L matrices [F, H].
         total: where the F rows are divided over ranks, the sum over these.
-
-    Returns:
-        [E, L]. The gradient of an entry that is 0 is 0.
     """
     squares = torch.stack([(proxies @ gate.to(proxies.dtype).T).square().sum(dim=-1) for gate in gate_weight], dim=-1)
     squares = total(squares)
@@ -146,10 +143,6 @@ def excess(norms: Tensor, alpha: float) -> Tensor:
 
 
 def _check_router(router_weight: Tensor) -> None:
-    if router_weight.dim() != 2 or not router_weight.is_floating_point():
-        raise ValueError(
-            "router_weight must be a floating-point tensor [E, H]; "
-            f"got {router_weight.dtype} {list(router_weight.shape)}"
-        )
+    check_floating("router_weight", router_weight, "[E, H]")
     if len(router_weight) < 2:
         raise ValueError(f"router_weight needs at least two experts to compare them; got E = {len(router_weight)}")

@@ -28,7 +28,7 @@ def installed_losses() -> tuple[type[Loss], ...]:
     return tuple(found)
 
 
-def _check(which: str, loss, others: list[type[Loss]]) -> None:
+def _check(which: str, loss: object, others: list[type[Loss]]) -> None:
     if not (isinstance(loss, type) and issubclass(loss, THIRD_PARTY)):
         raise ValueError(f"{which} is not derived from {', '.join(base.__name__ for base in THIRD_PARTY)}")
     if not any(one.name == "coeff" for one in options_of(loss)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe_spec.losses.base import RouterWeightLoss, option
-from megatron_moe_spec.losses.scores import accumulation_dtype
+from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
 from megatron_moe_spec.losses.vectors import unit_vectors
 
 
@@ -56,9 +56,7 @@ def router_orthogonality_loss(router_weight: Tensor, kind: str = "squared") -> T
     Raises:
         ValueError: a shape, dtype or option does not fit; the message names the argument.
     """
-    if router_weight.dim() != 2 or not router_weight.is_floating_point():
-        got = f"{router_weight.dtype} {list(router_weight.shape)}"
-        raise ValueError(f"router_weight must be a floating-point tensor [E, H]; got {got}")
+    check_floating("router_weight", router_weight, "[E, H]")
     identity = torch.eye(len(router_weight), dtype=accumulation_dtype(router_weight), device=router_weight.device)
     if kind == "squared":
         rows = unit_vectors(router_weight.unsqueeze(0))[0].squeeze(0)

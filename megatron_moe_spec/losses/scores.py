@@ -12,6 +12,12 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def check_floating(name: str, x: Tensor, shape: str) -> None:
+    """Raises ValueError that names the argument x unless it is floating-point, with the dimensions of a "[T, E]"."""
+    if x.dim() != len(shape.split(",")) or not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor {shape}; got {x.dtype} {list(x.shape)}")
+
+
 def normalized_scores(logits: Tensor, score_function: str = "softmax") -> Tensor:
     """Scores s(t, e) of every token for every expert, each row summing to 1.
 
@@ -38,15 +44,8 @@ def normalized_scores(logits: Tensor, score_function: str = "softmax") -> Tensor
 def normalized_scores_gradient(logits: Tensor, score_function: str, scores_gradient: Tensor) -> Tensor:
     """Gradient with respect to the logits, given the gradient with respect to ``normalized_scores``.
 
-    For s = u / sum(u): dL/dx_j = u'(x_j) / sum(u) * (g_j - sum_e g_e s_e); for softmax u' = u.
-
-    Args:
-        logits: [T, E], as given to ``normalized_scores``.
-        score_function: likewise.
-        scores_gradient: [T, E] g.
-
-    Returns:
-        [T, E] in the dtype of ``normalized_scores``.
+    For s = u / sum(u): dL/dx_j = u'(x_j) / sum(u) * (g_j - sum_e g_e s_e); for softmax u' = u. All are [T, E]; the
+    result has the dtype of ``normalized_scores``.
     """
     x = logits.to(accumulation_dtype(logits))
     if score_function == "softmax":

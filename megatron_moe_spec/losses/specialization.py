@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Optional
+from typing import ClassVar, Optional
 
 from torch import Tensor
 
-from megatron_moe_spec.losses.base import A2A_DTYPES, ACTIVATIONS, RowsLoss, option
+from megatron_moe_spec.losses.base import A2A_DTYPES, ACTIVATIONS, ModelSettings, RowsLoss, option
 
 PAPER = "2e-3"  # the paper's coefficient; of a sum over pairs, by second-hand accounts
 
@@ -30,14 +30,14 @@ class Specialization(RowsLoss):
         "coefficient, times k (k - 1), is this one.",
         paper=f"{PAPER}, Eq. 4, of that sum",
     )
-    token_stride: int = option(  # type: ignore[misc]
+    token_stride: int = option(
         1,
         "--moe-specialization-token-stride",
         "Compute the specialization loss on every N-th token of each rank only, starting at another token each "
         "micro-batch and step. Unbiased; cuts its cost, and its traffic under expert parallelism, N-fold.",
         minimum=1,
     )
-    a2a_dtype: str = option(  # type: ignore[misc]
+    a2a_dtype: str = option(
         "same",
         "--moe-specialization-a2a-dtype",
         "How activations and their gradients travel between expert-parallel ranks for the specialization loss: "
@@ -50,7 +50,7 @@ class Specialization(RowsLoss):
         k = cosines_TKK.shape[1]
         return cosines_TKK.square().sum(dim=(1, 2)) / (k * (k - 1))
 
-    def units(self, transformer_config: Any) -> Iterator[str]:
+    def units(self, transformer_config: ModelSettings) -> Iterator[str]:
         k = transformer_config.moe_router_topk
         if pairs := k * (k - 1):
             yield (

@@ -9,13 +9,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.scores import accumulation_dtype
+from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
 
 
 def checked_vectors(name: str, x: Tensor, valid: Optional[Tensor]) -> torch.Size:
     """The shape [T, K, D] of the vectors of each token's k >= 2 experts; raises ValueError that names the argument."""
-    if x.dim() != 3 or not x.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor [T, K, D]; got {x.dtype} {list(x.shape)}")
+    check_floating(name, x, "[T, K, D]")
     if x.shape[1] < 2:
         raise ValueError(f"{name} needs at least two experts per token (k >= 2) to compare them; got k = {x.shape[1]}")
     if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
@@ -29,17 +28,11 @@ def unit_vectors(
     maximum: Callable[[Tensor], Tensor] = lambda x: x,
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> tuple[Tensor, Tensor]:
-    """Directions and inverse lengths of z, in the accumulation dtype; 0 for zero and for invalid vectors.
+    """Directions [T, K, D] and inverse lengths [T, K] of z [T, K, D], in the accumulation dtype.
 
-    Dividing by the largest component first keeps the squares of very small and very large vectors in range.
-
-    Args:
-        z: [T, K, D].
-        valid: [T, K] bool or None.
-        maximum, total: where the D components are divided over ranks, reductions over these.
-
-    Returns:
-        Unit vectors [T, K, D] and 1 / |z| [T, K].
+    0 for zero vectors and where ``valid`` [T, K] is False. Dividing by the largest component first keeps the squares of
+    very small and very large vectors in range. ``maximum``, ``total``: reductions over ranks that divide the D
+    components.
     """
     z = z.to(accumulation_dtype(z))
     if valid is not None:
@@ -62,21 +55,18 @@ def pair_cosines(units: Tensor) -> Tensor:
 
 def packed(cosines_TKK: Tensor) -> Tensor:
     """[T, k (k - 1) / 2] one of the cosines of each pair, in the order (0, 1), (0, 2), ..., (1, 2), ..."""
-    first, second = _pairs(cosines_TKK.shape[1], cosines_TKK.device)
+    k = cosines_TKK.shape[1]
+    first, second = torch.triu_indices(k, k, 1, device=cosines_TKK.device)
     return cosines_TKK[:, first, second]
 
 
 def unpacked(cosines_TN: Tensor, k: int) -> Tensor:
     """[T, k, k] symmetric matrices with 0 on the diagonal, of ``packed`` ones."""
-    first, second = _pairs(k, cosines_TN.device)
+    first, second = torch.triu_indices(k, k, 1, device=cosines_TN.device)
     cosines_TKK = cosines_TN.new_zeros(len(cosines_TN), k, k)
     cosines_TKK[:, first, second] = cosines_TN
     cosines_TKK[:, second, first] = cosines_TN
     return cosines_TKK
-
-
-def _pairs(k: int, device: torch.device) -> Tensor:
-    return torch.triu_indices(k, k, 1, device=device)
 
 
 def inverse(x: Tensor) -> Tensor:
@@ -89,12 +79,7 @@ def mixing_of(cosines_TKK: Tensor, lengths_TK: Tensor, grad_cosines_TKK: Tensor,
     """Matrices by which the gradient with respect to the vectors mixes their directions; see ``mixed``.
 
     d/dx_e = 1 / |x_e| * (sum_v (G_ev + G_ve) (u_v - cos_ev u_e)) + g_e u_e, for G and g the gradients with respect to
-    cosines and lengths, and u the directions.
-
-    Args:
-        cosines_TKK: from ``pair_cosines``.
-        lengths_TK: of the vectors.
-        grad_cosines_TKK, grad_lengths_TK: the gradients with respect to these.
+    cosines (of ``pair_cosines``) and lengths, and u the directions.
 
     Returns:
         [T, K, K] |x_e| times the weight of u_v in the gradient with respect to x_e.

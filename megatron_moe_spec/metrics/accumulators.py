@@ -13,9 +13,10 @@ from megatron_moe_spec.metrics.information import conditional_entropy, entropy, 
 
 Measure = Union[float, list[float], None]
 Count = Union[int, Tensor]
+When = Callable[..., None]  # calls a function with arguments: at once, later or never
 
 
-def at_once(function: Callable, *args: Any) -> None:
+def at_once(function: Callable[..., object], *args: Any) -> None:
     function(*args)
 
 
@@ -37,12 +38,8 @@ class LayerStatistics:
         self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)
         self.loads: list[Tensor] = []
 
-    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens: Count, when: Callable = at_once) -> None:
-        """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts.
-
-        Args:
-            when: calls a function with arguments, later or never, here and below.
-        """
+    def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens: Count, when: When = at_once) -> None:
+        """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts."""
         top_k = self._sizes[1]
         masses_K = (scores_TE * active_TE).topk(top_k, dim=1).values.cumsum(dim=1).sum(dim=0)
         load_E = active_TE.sum(dim=0)
@@ -54,7 +51,7 @@ class LayerStatistics:
         self.sums[1] += entropies
         self.sums[self._SCALARS :] += sums
 
-    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor, when: Callable = at_once) -> None:
+    def add_cosines(self, cosines_TKK: Tensor, active_TK: Tensor, when: When = at_once) -> None:
         """Adds the cosines between the vectors of each token's experts."""
         magnitude = cosines_TKK.abs()
         live = active_TK.sum(dim=1)
@@ -67,12 +64,7 @@ class LayerStatistics:
         self.largest_cosine.copy_(torch.maximum(self.largest_cosine, largest))
 
     def add_violations(self, loads: Tensor, share: float) -> None:
-        """Adds the load violation of micro-batches.
-
-        Args:
-            loads: [micro-batches, E], of all ranks that share each of them.
-            share: 1 / number of those ranks.
-        """
+        """Adds those of loads [micro-batches, E], sums over the ranks of a micro-batch; ``share``: 1 / their number."""
         loads = loads[loads.sum(dim=1) > 0].double()
         self.sums[4] += share * violation(loads).sum()
         self.sums[5] += share * len(loads)
@@ -95,7 +87,7 @@ class LayerStatistics:
             "dead_experts": (load_E == 0).double().mean() if tokens else nothing,
             "effective_experts": entropy(load_E).exp() / len(load_E) if tokens else nothing,
         }
-        return {**{name: _plain(value) for name, value in measures.items()}, "load": load_E.long().tolist()}
+        return {**{name: _json_value(value) for name, value in measures.items()}, "load": load_E.long().tolist()}
 
 
 def violation(load: Tensor) -> Tensor:
@@ -104,11 +96,7 @@ def violation(load: Tensor) -> Tensor:
 
 
 class RouterStatistics:
-    """Geometry of a router's weight, the same on all ranks that hold it.
-
-    Attributes:
-        sums: fp64 vector that adds up over ranks.
-    """
+    """Geometry of a router's weight, the same on all ranks that hold it. ``sums``, fp64, adds up over ranks."""
 
     _SCALARS = 3  # ranks that hold it, mean |cos|, max |cos|; then singular values [E]
 
@@ -136,10 +124,10 @@ class RouterStatistics:
             "router_max_abs_cos": largest / ranks,
             "router_singular_values": self.sums[self._SCALARS :] / ranks,
         }
-        return {name: _plain(value) for name, value in measures.items()}
+        return {name: _json_value(value) for name, value in measures.items()}
 
 
-def _plain(value: Tensor) -> Measure:
+def _json_value(value: Tensor) -> Measure:
     if not bool(value.isfinite().all()):
         return None
     return float(value) if value.dim() == 0 else [float(f"{one:.6g}") for one in value.tolist()]
@@ -149,19 +137,16 @@ class PairStatistics:
     """Joint counts of the experts of this MoE layer and of the next, and the same for shuffled tokens.
 
     Shuffling destroys the link between the layers and keeps their loads: its mutual information is what a finite
-    number of tokens shows by chance.
-
-    Attributes:
-        sums: fp64 [2, E, E'], counts for the tokens as they are and shuffled.
+    number of tokens shows by chance. ``sums``: fp64 [2, E, E'], counts for the tokens as they are and shuffled.
     """
 
     def __init__(self, num_experts: int, num_experts_next: int, device: torch.device):
         self.sums = torch.zeros(2, num_experts, num_experts_next, dtype=torch.float64, device=device)
 
-    def add(self, active_TE: Tensor, active_next_TE: Tensor, when: Callable = at_once) -> None:
+    def add(self, active_TE: Tensor, active_next_TE: Tensor, when: When = at_once) -> None:
         """Adds a micro-batch's dispatched experts in both layers, [T, E] and [T, E'] bool."""
         this, following = active_TE.double(), active_next_TE.double()
-        # A generator of its own: measuring must not change the random numbers of training.
+        # A separate generator: measuring must not change the random numbers of training.
         generator = torch.Generator("cpu").manual_seed(len(this))
         order = torch.randperm(len(this), generator=generator, device="cpu")
         shuffled = following[order.to(following.device)]

@@ -11,10 +11,7 @@ def assign_pairs(cost_SS: np.ndarray, logical_S: np.ndarray, num_devices: int) -
 
     A local search by exact steps: one slot of each device at a time is taken out, and these are assigned anew at least
     cost, given where all others are. First they come in, as many as there are devices at a time, in the order given.
-
-    Args:
-        cost_SS: symmetric.
-        logical_S: the expert in each slot; replicas of an expert are neighbours.
+    ``cost_SS`` is symmetric; ``logical_S`` is the expert in each slot, replicas of an expert next to each other.
     """
     if num_devices == 1:
         return np.zeros(len(logical_S), dtype=np.int64)

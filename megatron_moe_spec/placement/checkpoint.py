@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, WriteItem, WriteItemType
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -34,7 +34,7 @@ def reorder_experts(checkpoint: Path, order: Mapping[int, Sequence[int]], out: P
     Args:
         checkpoint: a folder that Megatron's ``--save`` was given, of which the latest iteration is taken, or one
             iteration's folder.
-        order: for each MoE layer, by its number in the model, the present numbers of its experts in their new order.
+        order: for each MoE layer, by its index in the model, the present indices of its experts in their new order.
         out: a new folder, for Megatron's ``--load``.
 
     Returns:
@@ -56,7 +56,9 @@ def reorder_experts(checkpoint: Path, order: Mapping[int, Sequence[int]], out: P
         new_name, value = entry.reorder(name, value, order) if entry else (name, value)
         reordered[new_name] = value
     target = out / source.name
-    _save(reordered, target)
+    target.mkdir(parents=True)
+    writer = dcp.FileSystemWriter(target)
+    dcp.save(reordered, storage_writer=writer, planner=_RawSave(flatten_state_dict=False), no_dist=True)
     for file in source.iterdir():  # what Megatron keeps beside the tensors
         if file.name not in index and not (target / file.name).exists():
             shutil.copy(file, target)
@@ -66,47 +68,47 @@ def reorder_experts(checkpoint: Path, order: Mapping[int, Sequence[int]], out: P
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a name in the checkpoint says: the layer (None: all, in the first dimension) and the expert it belongs to.
+    """The layers and the experts that a name in the checkpoint belongs to.
 
     Attributes:
         expert: of a name that belongs to one expert; None: experts are a dimension of the tensor.
-        num_layers, num_experts: where they can be told.
+        num_experts: of a layer; None: not known.
+        stacked: whether layers are the tensor's first dimension.
     """
 
-    layer: Optional[int]
+    layers: Sequence[int]
     expert: Optional[int]
-    num_layers: Optional[int]
     num_experts: Optional[int]
+    stacked: bool = False
 
     @staticmethod
-    def of(name: str, value) -> "Optional[_Entry]":
+    def of(name: str, value: Any) -> "Optional[_Entry]":
         """None for what has no experts."""
         found = _LAYER.search(name)
         if not found:
             return None
         layer = int(found["layer"]) if found["layer"] else None
-        if one := _ONE_EXPERT.search(name):
-            return _Entry(layer, int(one[2]), None, None)
+        if layer is not None and (one := _ONE_EXPERT.search(name)):
+            return _Entry([layer], int(one[2]), None)
         if shard := _SHARD.search(name):
             places, sizes = ([int(number) for number in part.split(".")] for part in shard.groups())
             if found["part"] == "router":
                 return None
-            if layer is None:
-                return _Entry(places[0], places[-1], sizes[0], sizes[-1])
-            return _Entry(layer, places[-1], None, sizes[-1])
+            return _Entry([places[0] if layer is None else layer], places[-1], sizes[-1])
         if found["part"] == "router" and found["rest"] not in _OF_EXPERTS:
             raise ValueError(f"{name} belongs to a router in a way that is not known: this model cannot be reordered")
-        dimension = 1 if layer is None else 0
-        if not isinstance(value, torch.Tensor) or value.dim() <= dimension:
+        stacked = layer is None
+        if not isinstance(value, torch.Tensor) or value.dim() <= stacked:
             return None
-        return _Entry(layer, None, value.shape[0] if dimension else None, value.shape[dimension])
+        return _Entry(range(len(value)) if layer is None else [layer], None, value.shape[stacked], stacked)
 
-    def reorder(self, name: str, value, order: Mapping[int, Sequence[int]]):
+    def reorder(self, name: str, value: Any, order: Mapping[int, Sequence[int]]) -> tuple[str, Any]:
+        if self.stacked:
+            return name, torch.stack([value[layer][list(order[layer])] for layer in self.layers])
+        experts = list(order[self.layers[0]])
         if self.expert is None:
-            if self.layer is not None:
-                return name, value[list(order[self.layer])]
-            return name, torch.stack([layer[list(order[number])] for number, layer in enumerate(value)])
-        new = list(order[self.layer]).index(self.expert)
+            return name, value[experts]
+        new = experts.index(self.expert)
         if _ONE_EXPERT.search(name):
             return _ONE_EXPERT.sub(rf"\g<1>{new}.", name), value
         return re.sub(r"(/shard_(?:\d+\.)?)\d+_", rf"\g<1>{new}_", name), value
@@ -117,7 +119,7 @@ def _check(entries: Mapping[str, _Entry], order: Mapping[int, Sequence[int]], ch
         raise ValueError(f"{checkpoint} has no experts: name the checkpoint of the model that was traced")
     layers: set[int] = set()
     for name, entry in entries.items():
-        layers |= set(range(entry.num_layers)) if entry.layer is None else {entry.layer}
+        layers.update(entry.layers)
         for layer, experts in order.items():
             if entry.num_experts is not None and entry.num_experts != len(experts):
                 raise ValueError(
@@ -155,17 +157,11 @@ def _load(folder: Path) -> tuple[dict, set[str]]:
     return state, {entry.relative_path for entry in metadata.storage_data.values()} | {".metadata"}
 
 
-def _save(state: dict, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    writer = dcp.FileSystemWriter(folder)
-    dcp.save(state, storage_writer=writer, planner=_RawSave(flatten_state_dict=False), no_dist=True)
-
-
 class _RawLoad(DefaultLoadPlanner):
-    def load_bytes(self, read_item, value: io.BytesIO) -> None:
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.original_state_dict[read_item.dest_index.fqn] = value.getvalue()
 
 
 class _RawSave(DefaultSavePlanner):
-    def transform_object(self, write_item, object):
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         return io.BytesIO(object) if write_item.type == WriteItemType.BYTE_IO else object

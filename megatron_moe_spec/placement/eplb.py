@@ -13,11 +13,7 @@ def rebalance_experts(weight: Tensor, num_replicas: int, num_groups: int, num_no
     """[M, S] int64: the expert in each physical slot; DeepSeek's first result.
 
     Where ``num_nodes`` divides ``num_groups``, groups of experts are packed onto nodes first, and experts replicated
-    within each node. Otherwise groups and nodes do not count.
-
-    Args:
-        weight: [M, E], load of each expert.
-        num_replicas: slots of a layer.
+    within each node. Otherwise groups and nodes do not count. ``weight`` [M, E]: loads; ``num_replicas``: slots.
     """
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
@@ -38,10 +34,7 @@ def rebalance_experts(weight: Tensor, num_replicas: int, num_groups: int, num_no
 
 
 def replicate(weight_XI: Tensor, num_slots: int, most: Optional[int] = None) -> tuple[Tensor, Tensor]:
-    """Replicas for the items whose replicas bear most.
-
-    Args:
-        most: replicas that an item can have at most; None: any number.
+    """Replicas for the items whose replicas bear most, at most ``most`` of an item (None: any number).
 
     Returns:
         Items in the slots, [X, num_slots] int64, each item first once; replicas of each item, [X, I] int64.

@@ -34,6 +34,7 @@ class Format:
 
 def write_sglang(placement: Placement, trace: Trace, path: Path) -> None:
     """``physical_to_logical_map`` of all layers, dense ones with the experts in order; JSON or .pt."""
+    assert trace.num_layers is not None, "the command line refuses such a trace"
     num_slots = placement.cluster.num_slots
     trivial_S = torch.arange(num_slots) % placement.cluster.num_experts
     logical_S = dict(zip(placement.layers, placement.logical_MS))
@@ -52,25 +53,18 @@ def write_ktransformers(placement: Placement, trace: Trace, path: Path) -> None:
 
 
 def write_trtllm(placement: Placement, trace: Trace, path: Path) -> None:
-    """YAML for ``MoeLoadBalancerConfig``; layers by their numbers in the whole model."""
+    """YAML for ``MoeLoadBalancerConfig``; layers by their indices in the whole model."""
     lines = [f"num_slots: {placement.cluster.num_slots}", "initial_global_assignments:"]
     lines += [f"  {layer}: {row}" for layer, row in zip(placement.layers, placement.logical_MS.tolist())]
     path.write_text("\n".join([*lines, "layer_updates_per_iter: 0", ""]))
 
 
 def write_vllm_ascend(placement: Placement, trace: Trace, path: Path) -> None:
-    """JSON for ``expert_map_path``; ``layer_id`` counts MoE layers alone, from 0."""
-    cluster = placement.cluster
-    layers = [
-        {
-            "layer_id": number,
-            "device_count": cluster.num_devices,
-            "device_list": [
-                {"device_id": device, "device_expert": experts} for device, experts in enumerate(rows.tolist())
-            ],
-        }
-        for number, rows in enumerate(placement.logical_MS.unflatten(1, (cluster.num_devices, -1)))
-    ]
+    """JSON for ``expert_map_path``; ``layer_id`` counts only MoE layers, from 0."""
+    num_devices, layers = placement.cluster.num_devices, []
+    for index, devices in enumerate(placement.logical_MS.unflatten(1, (num_devices, -1)).tolist()):
+        listed = [{"device_id": device, "device_expert": experts} for device, experts in enumerate(devices)]
+        layers.append({"layer_id": index, "device_count": num_devices, "device_list": listed})
     path.write_text(json.dumps({"moe_layer_count": len(layers), "layer_list": layers}))
 
 

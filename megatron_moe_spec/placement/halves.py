@@ -32,12 +32,8 @@ def some_batches(trace: Trace, most: int) -> Trace:
 
 def tokens(trace: Trace, which: Union[slice, Tensor]) -> Trace:
     """The trace of some of its tokens."""
-    return replace(
-        trace,
-        experts_TMK=trace.experts_TMK[which],
-        batch_T=trace.batch_T[which],
-        sequence_T=trace.sequence_T[which],
-    )
+    parts = {name: getattr(trace, name)[which] for name in ("experts_TMK", "batch_T", "sequence_T")}
+    return replace(trace, **parts)
 
 
 def sample(trace: Trace, most: int) -> Trace:

@@ -19,11 +19,7 @@ def judge(
 ) -> dict[str, tuple[Placement, Measures]]:
     """Placements by their names, the objective's last, and how they serve the tokens judged.
 
-    Args:
-        fitted: whose loads EPLB gets.
-        few: what the objective is fitted to.
-        objective: a name in ``OBJECTIVES``.
-        num_groups: of experts, for EPLB.
+    EPLB gets the loads of ``fitted`` and ``num_groups``; the objective, a name in ``OBJECTIVES``, is fitted to ``few``.
     """
     chosen = OBJECTIVES[objective]
     slots_MS = rebalance_experts(loads(fitted), cluster.num_slots, num_groups, cluster.num_nodes, cluster.num_devices)
@@ -40,9 +36,7 @@ def judge(
 def judge_prefetch(fitted: Trace, judged: Trace, num_predicted: int, num_slots: int) -> dict[str, list[float]]:
     """Hit rates in the trace, and in one of shuffled tokens; of predictions also those of the hottest experts.
 
-    Args:
-        num_predicted: experts, for each token in the next layer.
-        num_slots: of each layer's cache.
+    Of ``num_predicted`` experts for each token in the next layer, and of a cache of ``num_slots`` in each layer.
     """
     rates = {}
     if len(fitted.layers) > 1:

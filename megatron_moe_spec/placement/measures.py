@@ -57,14 +57,8 @@ def measure(placement: Placement, trace: Trace) -> Measures:
         loads_M[layer] = imbalance(loads_BD.sum(dim=0))
         batch_loads_M[layer] = imbalance(loads_BD).nanmean()
         before = counts
-    return Measures(
-        load=loads_M,
-        batch_load=batch_loads_M,
-        devices=devices_M.double() / num_tokens,
-        nodes=nodes_M.double() / num_tokens,
-        rows=rows_M.double() / num_tokens,
-        hops=(hops_M.double() / pairs_M)[1:],
-    )
+    devices, nodes, rows = (sums_M.double() / num_tokens for sums_M in (devices_M, nodes_M, rows_M))
+    return Measures(loads_M, batch_loads_M, devices, nodes, rows, (hops_M.double() / pairs_M)[1:])
 
 
 def imbalance(loads_D: Tensor) -> Tensor:
@@ -73,11 +67,9 @@ def imbalance(loads_D: Tensor) -> Tensor:
 
 
 def counts_on_devices(experts_TK: Tensor, devices_ER: Tensor, num_devices: int) -> list[Tensor]:
-    """[T, D] int16, in parts of ``_PART`` tokens: how many of a token's experts it finds on each device.
+    """[T, D] int16, in parts of ``_PART`` tokens: a token's experts (negative: none) on each device.
 
-    Args:
-        experts_TK: negative: none.
-        devices_ER: of the experts' replicas, as ``Placement.devices`` gives them.
+    ``devices_ER``: of the experts' replicas, as ``Placement.devices`` returns them.
     """
     # Dropped ones, -1, get a last row, and so a last column, which is cut off.
     devices_ER = torch.cat([devices_ER, torch.full_like(devices_ER[:1], num_devices)])

@@ -51,8 +51,8 @@ def place_by_fanout(trace: Trace, cluster: Cluster) -> Placement:
         device_S = assign_pairs(-excess_SS, logical_S.numpy(), cluster.num_devices)
         on_SD = np.eye(cluster.num_devices)[device_S]
         node_D = assign_pairs(-on_SD.T @ excess_SS @ on_SD, np.arange(cluster.num_devices), cluster.num_nodes)
-        number_D = node_D.argsort(kind="stable").argsort()  # devices of a node are neighbours
-        rows.append(_by_device(logical_S.numpy(), number_D[device_S]))
+        rank_D = node_D.argsort(kind="stable").argsort()  # devices of a node are neighbours
+        rows.append(_by_device(logical_S.numpy(), rank_D[device_S]))
     return Placement(torch.stack(rows), trace.layers, cluster)
 
 
@@ -139,7 +139,7 @@ def _shares(logical_S: np.ndarray, device_S: np.ndarray, replicas_E: np.ndarray,
 
 
 def _by_device(logical_S: np.ndarray, device_S: np.ndarray) -> Tensor:
-    """[S] int64: the experts in the order of devices, then of their numbers."""
+    """[S] int64: the experts in the order of devices, then of experts."""
     return torch.from_numpy(logical_S[np.lexsort((logical_S, device_S))])
 
 

@@ -19,7 +19,7 @@ class Cluster:
     num_nodes: int = 1
     num_redundant: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         devices, redundant, slots = self.num_devices, self.num_redundant, self.num_slots
         most = self.num_experts * (devices - 1)
         if devices % self.num_nodes:
@@ -28,8 +28,8 @@ class Cluster:
         if redundant > most:
             raise ValueError(f"--redundant {redundant}: use {most} at most, which is each expert on all devices")
         if slots % devices:
-            others = [redundant - slots % devices, redundant - slots % devices + devices]
-            usable = " or ".join(f"--redundant {other}" for other in others if 0 <= other <= most)
+            below = redundant - slots % devices
+            usable = " or ".join(f"--redundant {other}" for other in (below, below + devices) if 0 <= other <= most)
             raise ValueError(
                 f"--devices {devices} does not divide the {slots} slots of {self.num_experts} experts and --redundant "
                 f"{redundant}: use {usable}, or --devices {_divisors_beside(devices, slots)}"
@@ -48,19 +48,18 @@ class Cluster:
 class Placement:
     """The expert in each slot of each MoE layer.
 
-    A token of number t that chooses an expert of r replicas goes to the replica of number t modulo r, in the order of
-    slots.
+    Token t that chooses an expert of r replicas goes to replica t modulo r, in the order of slots.
 
     Attributes:
-        logical_MS: int64, number of the expert in each slot; the slots of a device are neighbours.
-        layers: numbers of the MoE layers in the whole model, ascending.
+        logical_MS: int64, index of the expert in each slot; the slots of a device are neighbours.
+        layers: indices of the MoE layers in the whole model, ascending.
     """
 
     logical_MS: Tensor
     layers: tuple[int, ...]
     cluster: Cluster
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         assert self.logical_MS.shape == (len(self.layers), self.cluster.num_slots)
         assert (self.replicas() > 0).all(), "each expert has a slot"
 
@@ -82,7 +81,7 @@ class Placement:
 
 
 def contiguous(cluster: Cluster, layers: tuple[int, ...]) -> Placement:
-    """Experts in the order of their numbers, from expert 0 again for the redundant ones: what engines do untold."""
+    """Experts in ascending order, from expert 0 again for the redundant ones: what engines do untold."""
     logical_S = torch.arange(cluster.num_slots) % cluster.num_experts
     return Placement(logical_S.repeat(len(layers), 1), layers, cluster)
 

@@ -24,8 +24,7 @@ def popularity_scores(trace: Trace) -> Tensor:
 def predicted_hits(scores: Tensor, trace: Trace, num_predicted: int) -> float:
     """Share of tokens' experts that are among as many predicted one layer before: those of the highest scores.
 
-    Args:
-        scores: [M - 1, E, E]; those of a token's experts in one layer are added up for the next.
+    ``scores`` [M - 1, E, E] of a token's experts in one layer are added up for the next.
     """
     hits = total = 0
     for layer, scores_EE in enumerate(scores):
@@ -44,10 +43,7 @@ def cache_hits(trace: Trace, num_slots: int) -> tuple[float, float]:
 
     The experts of a token are looked up together, then all enter. The least recently used (LRU) of the others leave, or
     the least frequently used in the trace up to here (LFU); of those, the least recently used; of those, the ones of
-    lower numbers.
-
-    Args:
-        num_slots: not less than K.
+    lower indices. ``num_slots`` is not less than K.
     """
     num_tokens, num_layers = trace.experts_TMK.shape[:2]
     rows = np.arange(2 * num_layers)  # a cache each: LRU, then LFU

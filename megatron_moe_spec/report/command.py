@@ -29,7 +29,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     try:
         write_report(args.run, args.baseline, args.traces, args.out, args.force, args.num_experts)
     except ModuleNotFoundError as error:
-        library = error.name.split(".")[0]
+        library = (error.name or "").split(".")[0]
         if library not in ("matplotlib", "scipy", "tensorboard", "numpy"):
             raise
         remedy = "install it, or this package with its extra: pip install -e '.[report]'"
@@ -50,15 +50,7 @@ def write_report(
     force: bool = False,
     num_experts: Optional[int] = None,
 ) -> None:
-    """Writes the page ``out`` and the folder of figures beside it.
-
-    Args:
-        path: of the run.
-        baseline: of another one; None: nothing to compare with.
-        traces: of the run's routing; None: what is found in the run's folder.
-        out: its name ends in .html.
-        force: replace what is there.
-        num_experts: of a layer, for a trace that does not say.
+    """Writes the page ``out`` and the folder of figures next to it; the arguments are those of the command line.
 
     Raises:
         ValueError: a run or trace cannot be read, the two are of different models, or ``out`` cannot be written.
@@ -108,8 +100,8 @@ def _facts(run: Run, baseline: Optional[Run]) -> list[str]:
     if run.names:
         facts.append(run.model)
     if run.last_iteration:
-        measured = {iteration for of in run.layers.values() for one in of.values() for iteration, _ in one}
-        facts.append(f"{run.last_iteration:,} iterations, of which routing was measured in {len(measured):,}")
+        measured = len(run.measured_iterations)
+        facts.append(f"{run.last_iteration:,} iterations, of which routing was measured in {measured:,}")
     if run.trace is not None:
         tokens, layers, top_k = run.trace.experts_TMK.shape
         dropped = int((run.trace.experts_TMK < 0).sum())

@@ -5,7 +5,13 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as MatplotlibFigure
 
 MOST_POINTS = 500  # of a curve
 MOST_COLUMNS = 200  # of a heat map
@@ -16,9 +22,39 @@ MOST_LINES = 12  # in a panel
 _TEXT = {False: "#24292f", True: "#d7dae0"}  # on a light and on a dark page
 
 Points = Sequence[tuple[float, float]]
+Colour = Union[str, tuple[float, ...]]
+Names = tuple[str, Sequence[Any]]  # a label, and names of columns or rows
+Panel = Callable[["Axes"], None]
 
 
-def pyplot():
+@dataclass(frozen=True)
+class Figure:
+    """A figure.
+
+    Attributes:
+        name: of its file.
+        alt: what it shows, in words.
+        panels: each draws on an axis.
+        columns: of panels. The page gives more room to more of them.
+        height: of a panel, in inches.
+    """
+
+    name: str
+    alt: str
+    panels: Sequence[Panel]
+    columns: int = 1
+    height: float = 3.4
+
+    def draw(self) -> "MatplotlibFigure":
+        figure, axes = panels(-(-len(self.panels) // self.columns), self.columns, self.height)
+        for axis, panel in zip(axes, self.panels):
+            panel(axis)
+        for axis in axes[len(self.panels) :]:
+            axis.axis("off")
+        return figure
+
+
+def pyplot() -> ModuleType:
     """matplotlib.pyplot, without a display."""
     import matplotlib
 
@@ -59,7 +95,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]
     return [(sum(x for x, _ in block) / len(block), sum(y for _, y in block) / len(block)) for block in blocks]
 
 
-def curve(axis, points: Points, label: str, colour: str, dashed: bool = False, width: float = 1.4) -> None:
+def curve(axis: "Axes", points: Points, label: str, colour: Colour, dashed: bool = False, width: float = 1.4) -> None:
     """One line, with marks where points are few."""
     points = thinned(points)
     x, y = [x for x, _ in points], [y for _, y in points]
@@ -68,16 +104,15 @@ def curve(axis, points: Points, label: str, colour: str, dashed: bool = False, w
     axis.plot(x, y, style, label=label, color=colour, linewidth=width, marker=marker, markersize=3)
 
 
-def finish(axis, title: str, x: str = "iteration", y: str = "", legend: bool = True) -> None:
+def finish(axis: "Axes", title: str, x: str = "iteration", legend: bool = True) -> None:
     axis.set_title(title)
     axis.set_xlabel(x)
-    axis.set_ylabel(y)
     axis.grid(True)
     if legend and axis.get_legend_handles_labels()[0]:
         axis.legend()
 
 
-def draw_curves(axis, title: str, curves: Mapping[str, Points], baseline: Mapping[str, Points], y: str = "") -> None:
+def draw_curves(title: str, curves: Mapping[str, Points], baseline: Mapping[str, Points], axis: "Axes") -> None:
     """Named curves of a run in one panel; those of the baseline dashed, in the same colour."""
     for colour, (name, points) in zip(COLOURS, curves.items()):
         curve(axis, points, name, colour)
@@ -85,52 +120,54 @@ def draw_curves(axis, title: str, curves: Mapping[str, Points], baseline: Mappin
             several = len(curves) > 1
             label, colour = (f"{name}, baseline", colour) if several else ("baseline", BASELINE)
             curve(axis, baseline[name], label, colour, dashed=True)
-    finish(axis, title, y=y, legend=len(curves) > 1 or any(baseline.get(name) for name in curves))
+    finish(axis, title, legend=len(curves) > 1 or any(baseline.get(name) for name in curves))
 
 
-def colour_of_layer(number: int, num_layers: int):
+def colour_of_layer(index: int, num_layers: int) -> Colour:
     """From blue, the first layer, to green; each can be told from the page, be it light or dark."""
     module = pyplot()
     first = 0.45 if module.rcParams["text.color"] == _TEXT[True] else 0.2
-    return module.get_cmap("viridis")(first + 0.45 * number / max(1, num_layers - 1))
+    return module.get_cmap("viridis")(first + 0.45 * index / max(1, num_layers - 1))
 
 
-def draw_layers(axis, title: str, layers: Mapping[str, Points], mean: Points, baseline: Points) -> None:
+def draw_layers(title: str, layers: Mapping[str, Points], mean: Points, baseline: Points, axis: "Axes") -> None:
     """A measure of each layer as thin lines, and of all layers together as a thick one."""
-    for number, (name, points) in enumerate(layers.items()):
-        curve(axis, points, f"layer {name}", colour_of_layer(number, len(layers)), width=1.0)
+    for index, (name, points) in enumerate(layers.items()):
+        curve(axis, points, f"layer {name}", colour_of_layer(index, len(layers)), width=1.0)
     curve(axis, mean, "all layers", pyplot().rcParams["text.color"], width=2.0)
     if baseline:
         curve(axis, baseline, "all, baseline", BASELINE, dashed=True, width=2.0)
     finish(axis, title)
 
 
-def draw_layers_as_heat(figure, axis, title: str, layers: Mapping[str, Points]) -> None:
+def draw_layers_as_heat(title: str, layers: Mapping[str, Points], axis: "Axes") -> None:
     """A measure of each layer, a row, over iterations."""
     iterations = thinned_columns(sorted({x for points in layers.values() for x, _ in points}))
     values = [dict(points) for points in layers.values()]
     table = [[of_layer.get(x, float("nan")) for x in iterations] for of_layer in values]
-    draw_heat(figure, axis, title, table, "iteration", "layer", iterations, list(layers))
+    draw_heat(title, table, ("iteration", iterations), ("layer", list(layers)), axis)
 
 
-def thinned_columns(columns: Sequence) -> Sequence:
+def thinned_columns(columns: Sequence[Any]) -> Sequence[Any]:
     """Every n-th, so that a heat map gets no more than can be seen."""
     return columns[:: -(-len(columns) // MOST_COLUMNS) or 1]
 
 
-def draw_heat(figure, axis, title: str, table, x: str, y: str, columns, rows, smallest=None, largest=None) -> None:
-    """A table of numbers as colours; ``columns`` and ``rows`` name some of the ticks."""
-    image = axis.imshow(table, aspect="auto", cmap=HEAT, interpolation="nearest", vmin=smallest, vmax=largest)
-    figure.colorbar(image, ax=axis)
-    for set_ticks, names, most in ((axis.set_xticks, columns, 8), (axis.set_yticks, rows, 12)):
+def draw_heat(
+    title: str, table: Any, x: Names, y: Names, axis: "Axes", vmin: Optional[float] = None, vmax: Optional[float] = None
+) -> None:
+    """A table of numbers as colours, with names at some of the ticks."""
+    image = axis.imshow(table, aspect="auto", cmap=HEAT, interpolation="nearest", vmin=vmin, vmax=vmax)
+    axis.figure.colorbar(image, ax=axis)
+    for set_ticks, (_, names), most in ((axis.set_xticks, x, 8), (axis.set_yticks, y, 12)):
         step = -(-len(names) // most)
         set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
     axis.set_title(title)
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
+    axis.set_xlabel(x[0])
+    axis.set_ylabel(y[0])
 
 
-def panels(rows: int, columns: int, height: float = 3.4):
+def panels(rows: int, columns: int, height: float = 3.4) -> tuple["MatplotlibFigure", list["Axes"]]:
     """(figure, axes in a list)."""
     figure, axes = pyplot().subplots(
         rows, columns, figsize=(5.6 * columns, height * rows), layout="constrained", squeeze=False

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from megatron_moe_spec.report import figures
-from megatron_moe_spec.report.contents import Figure, Section
+from megatron_moe_spec.report.contents import Section
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #24292f; --dim: #57606a; --page: #ffffff; --line: #d0d7de; --note: #fff8c5; }
@@ -38,6 +38,7 @@ caption { position: absolute; width: 1px; height: 1px; overflow: hidden; }
 @media print { body { max-width: none; padding: 0; } .figures { grid-template-columns: 1fr 1fr; }
   figure, tr { break-inside: avoid; } h2, p { break-after: avoid; } }
 """.strip()
+_WIDTHS = {1: "", 2: " class='two'", 3: " class='wide'"}  # of figures, by their columns of panels
 
 
 def page(
@@ -47,13 +48,9 @@ def page(
     sections: Sequence[Section],
     pictures: Mapping[str, tuple[bytes, bytes]],
 ) -> str:
-    """HTML of a report.
+    """HTML of a report: its title, facts (what was read), notices and sections.
 
-    Args:
-        title: of the run.
-        facts: lines below it: what was read.
-        notices: what the reader should know.
-        pictures: PNGs of the sections' figures by their names, for a light and for a dark page.
+    ``pictures``: PNGs of the sections' figures by their names, for a light and for a dark page.
     """
     parts = [f"<p class='dim'>{'<br>'.join(map(escape, facts))}</p>"]
     parts += [f"<p class='note'>{escape(notice)}</p>" for notice in notices]
@@ -76,9 +73,9 @@ def page(
     )
 
 
-def _figure(figure: Figure, on_light: bytes, on_dark: bytes) -> str:
+def _figure(figure: figures.Figure, on_light: bytes, on_dark: bytes) -> str:
     light, dark = figures.data_uri(on_light), figures.data_uri(on_dark)
-    wide = f" class='{figure.columns}'" if figure.columns else ""
+    wide = _WIDTHS[figure.columns]
     alt = escape(figure.alt, quote=True)
     # Not <picture>: browsers print the source that was on the screen, the dark one on white paper.
     return (

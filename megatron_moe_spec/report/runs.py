@@ -5,6 +5,7 @@ Suffixes: M MoE layers, E experts.
 
 import json
 import math
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,6 @@ from megatron_moe_spec.traces.schema import Trace
 TRAIN_LOSS = "lm_loss"
 VALIDATION_LOSS = "validation_loss"
 STEP_TIME = "step_time_s"
-MEMORY = "memory_bytes"
 AUXILIARY = ("load_balancing_loss", *(loss.name for loss in LOSSES))
 LOG_FILE = "log.jsonl"
 
@@ -30,7 +30,6 @@ TENSORBOARD_TAGS = {
     "lm loss": TRAIN_LOSS,
     "lm loss validation": VALIDATION_LOSS,
     "iteration-time": STEP_TIME,
-    "mem-max-allocated-bytes": MEMORY,
     **{name: name for name in AUXILIARY},
 }
 _LARGEST = ("max_abs_cos", "router_max_abs_cos")  # of all layers, the largest counts; else their mean
@@ -53,7 +52,7 @@ class Run:
         layers: by measure and layer, or pair of layers: "3", "3-4".
         lists: by measure and layer, the lists of the last measured step.
         loads: by iteration, tokens of each expert, [M, E].
-        names: of the MoE layers, their numbers in the whole model; empty where nothing tells.
+        names: of the MoE layers, their indices in the whole model; empty where nothing tells.
         num_experts: of each layer; None where nothing tells.
         top_k: experts of a token; None where nothing tells.
         sources: the files that were read.
@@ -83,6 +82,11 @@ class Run:
     def last_iteration(self) -> int:
         return max((values[-1][0] for values in self.series.values() if values), default=0)
 
+    @property
+    def measured_iterations(self) -> list[int]:
+        """Those in which layers were measured, ascending."""
+        return sorted({i for layers in self.layers.values() for values in layers.values() for i, _ in values})
+
 
 def same_model(run: Run, other: Run) -> bool:
     """Whether the two may be of the same model, by what is known of both."""
@@ -91,12 +95,11 @@ def same_model(run: Run, other: Run) -> bool:
 
 
 def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[int] = None) -> Run:
-    """Reads a run.
+    """Reads a run: its folder, with whatever is below it, or its file of metrics.
 
     Args:
-        path: its folder, with whatever is below it, or its file of metrics.
-        traces: a routing trace to read with it; None: none is read.
-        num_experts: of the model, for a trace that does not say; None: what the trace says.
+        traces: a routing trace to read with it.
+        num_experts: of the model, for a trace that does not say.
 
     Raises:
         RunError: there is nothing, there are several runs, a file is broken, or the trace is of another model.
@@ -117,17 +120,15 @@ def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[in
             f"{path} has no {METRICS_FILE}, {LOG_FILE} or TensorBoard events: train with "
             "--moe-spec-metrics-interval and --tensorboard-dir, and name that folder"
         )
+    run.sources += [*events, *logs, *metrics]
     for one in events:
-        run.sources.append(one)
         _read_tensorboard(one, run.series)
     for one in logs:
-        run.sources.append(one)
         for _, record in _json_lines(one, run.notices):
             for name in (TRAIN_LOSS, VALIDATION_LOSS, STEP_TIME, *AUXILIARY):
                 _add(run.series, name, record["iteration"], record.get(name))
     run.series = {name: _one_value_an_iteration(name, values) for name, values in run.series.items()}
     for one in metrics:
-        run.sources.append(one)
         _read_metrics(one, run)
     if traces is not None:
         _add_trace(run, traces, num_experts)
@@ -135,11 +136,7 @@ def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[in
 
 
 def find_traces(path: Path) -> Optional[Path]:
-    """The folder of a run's routing trace.
-
-    Raises:
-        RunError: there are several.
-    """
+    """The folder of a run's routing trace; raises RunError if there are several."""
     found = sorted({file.parent for file in path.rglob("router_trace_rank*.jsonl")}) if path.is_dir() else []
     if len(found) > 1:
         raise RunError(f"{path} holds several traces ({', '.join(map(str, found))}): name one with --traces")
@@ -153,9 +150,8 @@ def final(values: Series, last_iteration: int, window: int) -> Optional[float]:
 
 
 def median(values: Series) -> Optional[float]:
-    """Median of the values, or None without any."""
-    ordered = sorted(value for _, value in values)
-    return ordered[len(ordered) // 2] if ordered else None
+    """Median of the values, the upper of two, or None without any."""
+    return statistics.median_high(value for _, value in values) if values else None
 
 
 def _one_value_an_iteration(name: str, values: Series) -> Series:
@@ -170,13 +166,13 @@ def _one_value_an_iteration(name: str, values: Series) -> Series:
     return [(iteration, sum(same) / len(same)) for iteration, same in sorted(by_iteration.items())]
 
 
-def _add(series: dict[str, Series], name: str, iteration: int, value) -> None:
+def _add(series: dict[str, Series], name: str, iteration: int, value: object) -> None:
     if isinstance(value, (int, float)) and math.isfinite(value):
         series.setdefault(name, []).append((iteration, float(value)))
 
 
 def _json_lines(path: Path, notices: list[str]) -> Iterator[tuple[int, dict]]:
-    """(number of the line, record) of a file of JSON lines; the last one may be cut off."""
+    """(line, record) of a file of JSON lines; the last one may be cut off."""
     broken = 0
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
@@ -260,8 +256,8 @@ def _read_record(record: dict, run: Run, means: dict, layers: dict) -> None:
 def _add_trace(run: Run, path: Path, num_experts: Optional[int]) -> None:
     # A run that still goes on has not written all of its last micro-batch.
     trace = read_trace(path, num_experts, drop_incomplete=True)
-    of_trace = Run(path, names=list(map(str, trace.layers)), num_experts=trace.num_experts)
-    of_trace.top_k = trace.experts_TMK.shape[2]
+    names, top_k = list(map(str, trace.layers)), trace.experts_TMK.shape[2]
+    of_trace = Run(path, names=names, num_experts=trace.num_experts, top_k=top_k)
     if not same_model(run, of_trace):
         raise RunError(
             f"{path} has {of_trace.model}, the metrics of {run.path} {run.model}: "

@@ -12,16 +12,12 @@ _PART = 2**14  # tokens whose pairs of experts are in memory at once
 
 def loads(trace: Trace) -> Tensor:
     """[M, E] int64: tokens that each expert served."""
-    rows = [_counts(layer.reshape(-1).long(), trace.num_experts) for layer in trace.experts_TMK.unbind(dim=1)]
-    return torch.stack(rows)
+    layers = (layer.flatten().long() for layer in trace.experts_TMK.unbind(dim=1))
+    return torch.stack([torch.bincount(layer[layer >= 0], minlength=trace.num_experts) for layer in layers])
 
 
 def transitions(experts_TK: Tensor, experts_next_TK: Tensor, num_experts: int) -> Tensor:
-    """[E, E] int64: tokens that the row's expert served in one layer and the column's in the other.
-
-    Args:
-        experts_TK, experts_next_TK: experts of the same tokens in the two layers; negative: none.
-    """
+    """[E, E] int64: tokens that the row's expert served in one layer and the column's in the next; negative: none."""
     columns = num_experts + 1  # a last one for those that have none, which is cut off
     joint = torch.zeros(columns * columns, dtype=torch.int64)
     for here_TK, next_TK in zip(experts_TK.split(_PART), experts_next_TK.split(_PART)):
@@ -33,8 +29,7 @@ def transitions(experts_TK: Tensor, experts_next_TK: Tensor, num_experts: int) -
 
 def coactivation(experts_TK: Tensor, num_experts: int) -> Tensor:
     """[E, E] int64, symmetric, with 0 on the diagonal: tokens that both experts served in a layer."""
-    joint = transitions(experts_TK, experts_TK, num_experts)
-    return joint.fill_diagonal_(0)
+    return transitions(experts_TK, experts_TK, num_experts).fill_diagonal_(0)
 
 
 def shuffled(trace: Trace, seed: int = 0) -> Trace:
@@ -45,10 +40,7 @@ def shuffled(trace: Trace, seed: int = 0) -> Trace:
 
 
 def recombined(trace: Trace, seed: int = 0) -> Trace:
-    """The same trace with each of the K columns of each layer permuted: what ties a token's experts is gone, too.
-
-    A token may get an expert twice by this.
-    """
+    """The same, and what ties a token's experts is gone, too: the K columns are permuted. Experts may come twice."""
     generator = torch.Generator().manual_seed(seed)
     experts_TMK = torch.empty_like(trace.experts_TMK)
     num_tokens, num_layers, top_k = experts_TMK.shape
@@ -60,8 +52,3 @@ def recombined(trace: Trace, seed: int = 0) -> Trace:
             order_T = torch.randperm(num_tokens, generator=generator)
             experts_TMK[:, layer, column] = mixed_TMK[order_T, layer, column]
     return replace(trace, experts_TMK=experts_TMK)
-
-
-def _counts(numbers: Tensor, size: int) -> Tensor:
-    """How often each of 0 to size - 1 occurs; negative numbers are passed over."""
-    return torch.bincount(numbers[numbers >= 0], minlength=size)

@@ -12,11 +12,20 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.traces.megatron_records import MIXED, RankRecords, Record, TraceError, check_top_k, read_rank
+from megatron_moe_spec.traces.megatron_records import (
+    MIXED,
+    RankRecords,
+    Record,
+    TraceError,
+    check_given,
+    check_top_k,
+    read_rank,
+)
 from megatron_moe_spec.traces.schema import MODEL_FILE, PADDING, Trace
 from megatron_moe_spec.traces.sglang_records import read_recordings
 
-_MicroBatch = tuple[int, int]  # step, and number in the step
+_Model = dict[str, Optional[int]]
+_MicroBatch = tuple[int, int]  # step, and index in the step
 
 
 def read_trace(
@@ -31,7 +40,7 @@ def read_trace(
         path: a folder of ``router_trace_rank<r>.jsonl``, one such file, or what SGLang's expert distribution recorder
             wrote in mode per_token: a .pt file, or a folder of those of all ranks.
         num_experts, num_layers: of the model; None: what the files say.
-        drop_incomplete: leave out micro-batches that lack layers, and lines that are cut off; notices say how many.
+        drop_incomplete: skip micro-batches that lack layers, and lines that are cut off; notices say how many.
 
     Raises:
         TraceError: the files are no trace, are incomplete, or belong to several runs or to another model.
@@ -57,24 +66,31 @@ def _read_jsonl(files: list[Path], num_experts: Optional[int], num_layers: Optio
     notices: list[str] = []
     model = _model(files[0].parent / MODEL_FILE, num_experts, num_layers)
     ranks = _read_ranks(files, model, drop, notices)
+    if (known_experts := model["num_experts"]) is None:
+        rows = [record.experts_TK for rank in ranks for record in rank.records]
+        largest = max((int(experts_TK.max()) for experts_TK in rows if len(experts_TK)), default=0)
+        raise TraceError(
+            f"{files[0].parent} has no {MODEL_FILE} with the number of experts. Give --num-experts; the largest number "
+            f"of an expert in the trace is {largest}."
+        )
     notices += _restarts(ranks)
     layers, shards = _shards(ranks)
     tables = [{(r.step, r.micro_batch, r.layer): r for rank in shard for r in rank.records} for shard in shards]
     experts, batches, sequences = [], [], []
     num_padding = num_sequences = 0
-    for batch, (step, number) in enumerate(_complete(layers, shards, tables, drop, notices)):
+    for batch, (step, index) in enumerate(_complete(layers, shards, tables, drop, notices)):
         for table in tables:
-            records = [table[step, number, layer] for layer in layers]
+            records = [table[step, index, layer] for layer in layers]
             experts_TMK, sequence_T = _tokens(records)
             experts.append(experts_TMK)
             batches.append(torch.full_like(sequence_T, batch))
             sequences.append(sequence_T + num_sequences)
             num_padding += len(records[0].experts_TK) - len(experts_TMK)
-            num_sequences += records[0].num_sequences or 1
+            num_sequences += records[0].num_sequences
     return Trace(
         experts_TMK=torch.cat(experts),
         layers=layers,
-        num_experts=model["num_experts"],
+        num_experts=known_experts,
         batch_T=torch.cat(batches),
         sequence_T=torch.cat(sequences),
         num_layers=model["num_layers"],
@@ -84,9 +100,9 @@ def _read_jsonl(files: list[Path], num_experts: Optional[int], num_layers: Optio
     )
 
 
-def _model(file: Path, num_experts: Optional[int], num_layers: Optional[int]) -> dict[str, Optional[int]]:
+def _model(file: Path, num_experts: Optional[int], num_layers: Optional[int]) -> _Model:
     """What the arguments, or the file where there is one, say of the model; None: not known."""
-    model: dict[str, Optional[int]] = dict.fromkeys(("num_experts", "num_layers", "topk", "hidden_size"))
+    model: _Model = dict.fromkeys(("num_experts", "num_layers", "topk", "hidden_size"))
     if file.exists():
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -97,18 +113,12 @@ def _model(file: Path, num_experts: Optional[int], num_layers: Optional[int]) ->
         if not (value is None or type(value) is int):
             raise TraceError(f"{file}: {key} is {value!r:.40}; it must be a whole number.")
     for key, given in (("num_experts", num_experts), ("num_layers", num_layers)):
-        if given is not None and model[key] not in (None, given):
-            raise TraceError(
-                f"--{key.replace('_', '-')} is {given}, but {file} says {model[key]}. Is this a trace of another "
-                "model? If not, leave the flag out."
-            )
+        check_given(key, given, model[key], file)
         model[key] = model[key] if given is None else given
     return model
 
 
-def _read_ranks(
-    files: list[Path], model: dict[str, Optional[int]], drop: bool, notices: list[str]
-) -> list[RankRecords]:
+def _read_ranks(files: list[Path], model: _Model, drop: bool, notices: list[str]) -> list[RankRecords]:
     """Each rank that has records, ascending, checked to be of one model."""
     ranks: dict[int, RankRecords] = {}
     for file in files:
@@ -122,7 +132,7 @@ def _read_ranks(
     first = ranks[min(ranks)]
     for rank in ranks.values():
         check_top_k(rank.records[0], first.records[0])
-        if rank.numbered != first.numbered:
+        if rank.records[0].numbered != first.records[0].numbered:
             raise TraceError(f"Of {first.file} and {rank.file}, only one numbers micro-batches. {MIXED}")
     top_k = first.records[0].experts_TK.shape[1]
     if model["topk"] not in (None, top_k):
@@ -130,14 +140,7 @@ def _read_ranks(
             f"{first.records[0].place}: topk is {top_k}, but {model['topk']} in {MODEL_FILE}. Is this a trace of "
             "another model?"
         )
-    if model["num_experts"] is None:
-        rows = [record.experts_TK for rank in ranks.values() for record in rank.records]
-        largest = max((int(experts_TK.max()) for experts_TK in rows if len(experts_TK)), default=0)
-        raise TraceError(
-            f"{files[0].parent} has no {MODEL_FILE} with the number of experts. Give --num-experts; the largest number "
-            f"of an expert in the trace is {largest}."
-        )
-    if not first.numbered:
+    if not first.records[0].numbered:
         notices.append(
             "Megatron itself wrote this trace. In training it numbers the layers of each pipeline stage from 0, in "
             "inference all layers from 1: with several stages, or from inference, a layer is not the one of its number."
@@ -146,7 +149,7 @@ def _read_ranks(
 
 
 def _restarts(ranks: list[RankRecords]) -> list[str]:
-    """A sentence for each range of steps of which something was left out."""
+    """A sentence for each range of steps of which something was skipped."""
     skipped = set().union(*(rank.superseded for rank in ranks))
     steps = sorted(skipped.union(record.step for rank in ranks for record in rank.records))
     ranges = [list(group) for out, group in groupby(steps, key=lambda step: step in skipped) if out]
@@ -181,22 +184,20 @@ def _complete(
     notices: list[str],
 ) -> list[_MicroBatch]:
     """Micro-batches of which every shard has every layer, from the same run, in their order."""
-    micro_batches = sorted({(step, number) for table in tables for step, number, _ in table})
+    micro_batches = sorted({(step, index) for table in tables for step, index, _ in table})
     problems: dict[_MicroBatch, str] = {}
-    for step, number in micro_batches:
+    for step, index in micro_batches:
         for shard, table in zip(shards, tables):
-            missing = [layer for layer in layers if (step, number, layer) not in table]
+            missing = [layer for layer in layers if (step, index, layer) not in table]
             if missing:
                 file = next(rank.file for rank in shard if missing[0] in rank.layers)
                 names = ", ".join(map(str, missing))
-                problems[step, number] = f"{file} has no layer {names} of step {step}, micro-batch {number}."
+                problems[step, index] = f"{file} has no layer {names} of step {step}, micro-batch {index}."
         if len({rank.superseded[step] for shard in shards for rank in shard}) > 1:
-            problems[step, number] = (
-                f"Step {step} ran again after a restart in the files of some ranks, but not of all."
-            )
-    if not shards[0][0].numbered:  # numbers that follow the order say nothing where a record is missing
+            problems[step, index] = f"Step {step} ran again after a restart in the files of some ranks, but not of all."
+    if not shards[0][0].records[0].numbered:  # indices that follow the order say nothing where a record is missing
         of_step = {step: problem for (step, _), problem in problems.items()}
-        problems = {(step, number): of_step[step] for step, number in micro_batches if step in of_step}
+        problems = {(step, index): of_step[step] for step, index in micro_batches if step in of_step}
     if not problems:
         return micro_batches
     what = f"{len(problems)} of {len(micro_batches)} micro-batches are incomplete"
@@ -214,16 +215,16 @@ def _tokens(records: list[Record]) -> tuple[Tensor, Tensor]:
 
     Returns:
         experts [T, M, K] int16.
-        the number of each token's sequence [T] int32, from 0.
+        the index of each token's sequence [T] int32.
     """
     first = records[0]
-    num_tokens, num_sequences = len(first.experts_TK), first.num_sequences or 1
+    num_tokens, num_sequences = len(first.experts_TK), first.num_sequences
     if num_tokens % num_sequences:
         raise TraceError(f"{first.place}: {num_tokens} tokens cannot be {num_sequences} sequences of the same length.")
     for record in records:
-        if (len(record.experts_TK), record.num_sequences or 1) != (num_tokens, num_sequences):
+        if (len(record.experts_TK), record.num_sequences) != (num_tokens, num_sequences):
             raise TraceError(
-                f"{record.place}: {len(record.experts_TK)} tokens in {record.num_sequences or 1} sequences, but "
+                f"{record.place}: {len(record.experts_TK)} tokens in {record.num_sequences} sequences, but "
                 f"{num_tokens} in {num_sequences} in {first.place}, another layer of the same micro-batch. {MIXED}"
             )
     experts_TMK = torch.stack([record.experts_TK for record in records], dim=1)

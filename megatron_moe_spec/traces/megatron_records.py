@@ -1,4 +1,4 @@
-"""Records of a routing trace: a line of JSON for each MoE layer and micro-batch of one rank (``traces.py``).
+"""Records of a routing trace: a line of JSON for each MoE layer and micro-batch of one rank (``schema.py``).
 
 Suffixes: T tokens, K experts of a token.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_moe_spec.traces.schema import DROPPED, PADDING
 
 MIXED = "Are these files of several runs? Keep those of one."
-_MOST = 2**15 - 1  # experts of a layer; as a number, it stands for DROPPED while rows are sorted
+_MOST = 2**15 - 1  # experts of a layer; as an index, it stands for DROPPED while rows are sorted
 
 
 class TraceError(ValueError):
@@ -30,16 +30,19 @@ class Record:
 
     Attributes:
         place: file and line.
-        micro_batch, num_sequences: None: the record does not say.
-        experts_TK: int16, as ``sorted_rows`` gives them.
+        numbered: whether the record has its micro-batch; Megatron's own does not, and ``read_rank`` counts them.
+        micro_batch: index in the step.
+        num_sequences: 1 where the record does not say.
+        experts_TK: int16, as ``sorted_rows`` returns them.
     """
 
     place: str
     rank: int
     step: int
-    micro_batch: Optional[int]
+    numbered: bool
+    micro_batch: int
     layer: int
-    num_sequences: Optional[int]
+    num_sequences: int
     experts_TK: Tensor
 
 
@@ -48,23 +51,21 @@ class RankRecords:
     """What a rank's file holds of the decoder's layers.
 
     Attributes:
-        layers: their numbers, ascending.
-        records: at least one; steps ascending, micro-batches numbered.
-        numbered: whether the file itself numbers micro-batches; Megatron's own does not.
-        superseded: how often each step was left out, as a run before a restart wrote it.
+        layers: their indices, ascending.
+        records: at least one; steps ascending.
+        superseded: how often each step was skipped, as a run before a restart wrote it.
     """
 
     file: Path
     layers: tuple[int, ...]
     records: list[Record]
-    numbered: bool
     superseded: Counter[int]
 
 
 def read_rank(
     file: Path, num_experts: Optional[int], num_layers: Optional[int], drop_incomplete: bool, notices: list[str]
 ) -> Optional[RankRecords]:
-    """Read a file; what is left out is added to ``notices``. None: it has no record of the decoder's layers."""
+    """Read a file; what is skipped is added to ``notices``. None: it has no record of the decoder's layers."""
     records: list[Record] = []
     other_blocks: Counter[str] = Counter()
     with open(file, encoding="utf-8", errors="replace") as lines:
@@ -94,13 +95,7 @@ def read_rank(
     if not records:
         return None
     last_run, superseded = _last_run(records)
-    return RankRecords(
-        file=file,
-        layers=tuple(sorted({record.layer for record in last_run})),
-        records=last_run,
-        numbered=records[0].micro_batch is not None,
-        superseded=superseded,
-    )
+    return RankRecords(file, tuple(sorted({record.layer for record in last_run})), last_run, superseded)
 
 
 def _record(fields: dict[str, Any], place: str, num_experts: Optional[int], num_layers: Optional[int]) -> Record:
@@ -122,9 +117,10 @@ def _record(fields: dict[str, Any], place: str, num_experts: Optional[int], num_
         place=place,
         rank=number("rank"),
         step=number("step"),
-        micro_batch=number("micro_batch") if "micro_batch" in fields else None,
+        numbered="micro_batch" in fields,
+        micro_batch=number("micro_batch") if "micro_batch" in fields else 0,
         layer=layer,
-        num_sequences=number("num_sequences", least=1) if "num_sequences" in fields else None,
+        num_sequences=number("num_sequences", least=1) if "num_sequences" in fields else 1,
         experts_TK=sorted_rows(experts_TK, num_experts, place),
     )
 
@@ -148,15 +144,10 @@ def _rows(rows: Any, num_tokens: int, top_k: int, place: str) -> Tensor:
 
 
 def sorted_rows(experts_TK: Tensor, num_experts: Optional[int], place: str) -> Tensor:
-    """The rows with the numbers of experts ascending, then ``DROPPED``; rows of ``PADDING`` stay.
+    """The rows, int16, with the experts ascending, then ``DROPPED``; rows of ``PADDING`` stay.
 
-    Args:
-        experts_TK: int16.
-        num_experts: None: not known.
-        place: where the rows stand, for errors.
-
-    Raises:
-        TraceError: a number is none of an expert, or a row has an expert twice or is padding in part.
+    Raises TraceError that names the ``place`` if a number is none of an expert, or a row has an expert twice or is
+    padding in part.
     """
     if len(experts_TK) == 0:
         return experts_TK
@@ -183,12 +174,21 @@ def sorted_rows(experts_TK: Tensor, num_experts: Optional[int], place: str) -> T
     return rows_TK.masked_fill(rows_TK == _MOST, DROPPED)
 
 
+def check_given(name: str, given: Optional[int], found: Optional[int], file: Path) -> None:
+    """Refuse an argument that differs from what a file says; None: not known."""
+    if given is not None and found not in (None, given):
+        raise TraceError(
+            f"--{name.replace('_', '-')} is {given}, but {file} says {found}. Is this a trace of another model? If "
+            "not, leave the flag out."
+        )
+
+
 def _check_alike(record: Record, first: Record) -> None:
     """Refuse a record that cannot stand in a file with the first one."""
     if record.rank != first.rank:
         raise TraceError(f"{record.place}: rank {record.rank}, but rank {first.rank} in {first.place}. {MIXED}")
     check_top_k(record, first)
-    if (record.micro_batch is None) != (first.micro_batch is None):
+    if record.numbered != first.numbered:
         raise TraceError(f"{record.place} and {first.place}: only one of them has a micro_batch. {MIXED}")
 
 
@@ -200,10 +200,10 @@ def check_top_k(record: Record, first: Record) -> None:
 
 
 def _last_run(records: list[Record]) -> tuple[list[Record], Counter[int]]:
-    """Number micro-batches, and leave out what was written before a restart from a checkpoint.
+    """Index micro-batches, and skip what was written before a restart from a checkpoint.
 
     A restart is where steps go backwards, or where a record of the step comes again. Whatever stands before it of that
-    step or later ones is left out; the counts say how often each step was.
+    step or later ones is skipped; the counts say how often each step was.
     """
     kept: list[Record] = []
     superseded: Counter[int] = Counter()
@@ -213,7 +213,7 @@ def _last_run(records: list[Record]) -> tuple[list[Record], Counter[int]]:
         if kept and record.step != kept[-1].step:
             counts.clear()
             seen.clear()
-        if record.micro_batch is None:  # Megatron's own: by their order
+        if not record.numbered:  # Megatron's own: by their order
             record = replace(record, micro_batch=counts[record.layer])
             counts[record.layer] += 1
         key = record.layer, record.micro_batch

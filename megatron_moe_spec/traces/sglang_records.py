@@ -5,7 +5,7 @@ In mode per_token, each rank writes ``expert_distribution_recorder_<time>_<rank>
     records: a list with a dictionary for each forward pass
         forward_pass_id, rank; input_ids and positions of T tokens
         extend_seq_lens: lengths of the sequences that these are; None in decoding, where each is of another request
-        topk_ids_of_layer [L, T, 8] int32: numbers of physical experts; -1 in dense layers and from the top-k-th column
+        topk_ids_of_layer [L, T, 8] int32: indices of physical experts; -1 in dense layers and from the top-k-th column
     last_physical_to_logical_map [L, P]: the expert of which each physical expert is a copy
 
 Suffixes: T tokens, L layers of the whole model, M MoE layers, K experts of a token, P physical experts of a layer.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.traces.megatron_records import MIXED, TraceError, sorted_rows
+from megatron_moe_spec.traces.megatron_records import MIXED, TraceError, check_given, sorted_rows
 from megatron_moe_spec.traces.schema import DROPPED, Trace
 
 _TIME = re.compile(r"expert_distribution_recorder_(\d+(?:\.\d+)?)")
@@ -32,7 +32,7 @@ class _Pass(NamedTuple):
     """A forward pass on one rank."""
 
     recording: int  # of the rank's files
-    number: int  # the same on all ranks
+    pass_id: int  # the same on all ranks
     rank: int
     file: Path
     record: dict[str, Any]
@@ -40,13 +40,13 @@ class _Pass(NamedTuple):
 
     @property
     def place(self) -> str:
-        return f"{self.file}, forward pass {self.number}"
+        return f"{self.file}, forward pass {self.pass_id}"
 
 
 def read_recordings(
     files: list[Path], num_experts: Optional[int], num_layers: Optional[int], drop_incomplete: bool
 ) -> Trace:
-    """Read the recordings of a server, of any number of its ranks; see ``trace_files.read_trace``.
+    """Read the recordings of a server, of any number of its ranks; see ``files.read_trace``.
 
     A batch is a forward pass, on all ranks. A sequence is what a forward pass has of one request; where there is one
     rank with one request, its sequence goes on in the next forward pass.
@@ -64,13 +64,13 @@ def read_recordings(
         lengths, positions = _lengths(each.record), each.record["positions"]
         goes_on = len(lengths) == 1 and positions[0] == following
         following = positions[-1] + 1 if len(lengths) == 1 and is_one_rank else None
-        numbers = num_sequences - goes_on + torch.arange(len(lengths), dtype=torch.int32)
+        indices = num_sequences - goes_on + torch.arange(len(lengths), dtype=torch.int32)
         num_sequences += len(lengths) - goes_on
         is_token_T = (experts_TMK != DROPPED).flatten(1).any(dim=1)
         experts.append(experts_TMK[is_token_T])
-        sequences.append(numbers.repeat_interleave(torch.tensor(lengths))[is_token_T])
+        sequences.append(indices.repeat_interleave(torch.tensor(lengths))[is_token_T])
         num_padding += len(experts_TMK) - len(experts[-1])
-    of_passes = torch.tensor([(each.recording, each.number) for each in passes])
+    of_passes = torch.tensor([(each.recording, each.pass_id) for each in passes])
     batch_of_pass = torch.unique_consecutive(of_passes, dim=0, return_inverse=True)[1].int()
     return Trace(
         experts_TMK=torch.cat(experts),
@@ -154,17 +154,13 @@ def _model(passes: list[_Pass], num_experts: Optional[int], num_layers: Optional
     for file, logical_LP in {each.file: each.logical_LP for each in passes}.items():
         if (int(logical_LP.max()) + 1, len(logical_LP)) != found:
             raise TraceError(f"{first.file} and {file} are of different models. {MIXED}")
-    for flag, given, in_file in (("--num-experts", num_experts, found[0]), ("--num-layers", num_layers, found[1])):
-        if given not in (None, in_file):
-            raise TraceError(
-                f"{flag} is {given}, but {first.file} says {in_file}. Is this a trace of another model? If not, leave "
-                "the flag out."
-            )
+    for name, given, in_file in (("num_experts", num_experts, found[0]), ("num_layers", num_layers, found[1])):
+        check_given(name, given, in_file, first.file)
     return found
 
 
 def _complete(passes: list[_Pass], drop: bool, notices: list[str]) -> tuple[list[int], int, list[_Pass]]:
-    """Numbers of the MoE layers, the top-k, and the forward passes in which all of those layers were recorded."""
+    """Indices of the MoE layers, the top-k, and the forward passes in which all of those layers were recorded."""
     used = torch.stack([(each.record["topk_ids_of_layer"] >= 0).any(dim=1) for each in passes])  # [passes, L, K]
     recorded = used.any(dim=2)
     layers = recorded.any(dim=0).nonzero().flatten().tolist()

@@ -62,14 +62,14 @@ class MetricsWriter:
             self._file.append({"iteration": iteration, **losses, **diagnostics})
         if self._tensorboard is None and self._wandb is None:
             return
-        scalars = losses if self._log_losses else {}
-        scalars |= {f"moe/{name}_layer_{i}": v for name, layers in (of_layers or {}).items() for i, v in layers.items()}
-        measured = {} if diagnostics is None else _of_each_layer(diagnostics)
+        each_layer = {f"moe/{name}_layer_{i}": v for name, of in (of_layers or {}).items() for i, v in of.items()}
+        scalars = {**(losses if self._log_losses else {}), **each_layer}
+        measured, brief = ({}, {}) if diagnostics is None else (_of_each_layer(diagnostics), _brief(diagnostics))
         if self._tensorboard is not None:
             for tag, value in {**scalars, **measured}.items():
                 self._tensorboard.add_scalar(tag, value, iteration)
         if self._wandb is not None and (scalars or measured):
-            self._wandb.log({**scalars, **(_brief(diagnostics) if measured and self._brief else measured)}, iteration)
+            self._wandb.log({**scalars, **(brief if self._brief else measured)}, iteration)
 
 
 def _checked(file: JsonLines) -> Optional[JsonLines]:

@@ -1,7 +1,7 @@
 """The losses in Megatron-Bridge: ``pretrain(cfg, forward_step, callbacks=[SpecCallback(config)])``."""
 
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.attach import SpecHandle, attach
@@ -19,13 +19,14 @@ class SpecCallback:
         config: as for ``attach``.
 
     Attributes:
-        handle: from ``attach``; None before training.
+        handle: from ``attach``; from ``on_train_start`` on.
     """
 
+    handle: SpecHandle
+    _writer: MetricsWriter
+
     def __init__(self, config: SpecConfig):
-        self.handle: Optional[SpecHandle] = None
         self._config = config
-        self._writer: Optional[MetricsWriter] = None
 
     def on_train_start(self, context: Any) -> None:
         """Here the checkpoint is loaded, adapters are on, and DDP is around the model."""

@@ -13,7 +13,7 @@ from megatron_moe_spec.integration.step.clock import StepClock
 from megatron_moe_spec.integration.step.losses import ReducedLosses
 from megatron_moe_spec.integration.step.reduction import reduced
 from megatron_moe_spec.losses.base import PAIRS
-from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics, RouterStatistics, at_once
+from megatron_moe_spec.metrics.accumulators import Count, LayerStatistics, PairStatistics, RouterStatistics, at_once
 from megatron_moe_spec.parallel.collectives import all_reduce_max, all_reduce_sum
 
 
@@ -57,7 +57,7 @@ class StepDiagnostics:
             self._pairs = [PairStatistics(num_experts, num_experts, self._device) for _ in range(num_layers - 1)]
 
     def measure_routing(
-        self, layer: int, scores_TE: Tensor, active_TE: Tensor, num_tokens, when: Callable = at_once
+        self, layer: int, scores_TE: Tensor, active_TE: Tensor, num_tokens: Count, when: Callable = at_once
     ) -> None:
         """Of one micro-batch; ``when`` it counts, here and below, see ``Notes.add``."""
         if self._clock.measuring:

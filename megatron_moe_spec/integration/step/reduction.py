@@ -6,7 +6,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def reduced(x: Tensor, groups: Sequence[dist.ProcessGroup], operation=dist.ReduceOp.SUM) -> Tensor:
+def reduced(
+    x: Tensor, groups: Sequence[dist.ProcessGroup], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
     """x over one process group after another, which is over all ranks; x itself stays as it is. A collective."""
     x = x.clone()
     for group in groups:

@@ -45,18 +45,26 @@ class _EverySetting:
         return True
 
 
-# Stands for any model and any loss in the templates of the rules.
-_ANY_MODEL = SimpleNamespace(
-    transformer_config=_EverySetting(),
-    layer_pattern=["--hybrid-layer-pattern"],
-    switched_on="the losses' coefficients",
-    no_kernels="they need an NVIDIA GPU",
-    expert_tensor_size="N",
-    tensor_size="M",
-    pairs="N",
-    pairs_across="M",
-    moe_layer_index="N",
-)
+class _Fact:
+    """Any fact that a template names: N."""
+
+    def __getattr__(self, name):
+        return self
+
+    def __str__(self):
+        return "N"
+
+
+class _AnyModel(_Fact):
+    """A model in the templates of the rules."""
+
+    transformer_config = _EverySetting()
+    layer_pattern, switched_on = ["--hybrid-layer-pattern"], "the losses' coefficients"
+    no_kernels = "they need an NVIDIA GPU"
+    tensor_size = pairs_across = "M"
+
+
+_ANY_MODEL = _AnyModel()
 _ANY_LOSS = SimpleNamespace(title="the loss", off="its coefficient to 0", flag="its coefficient")
 _ATTACH = {"given": "M", "expected": "N", "made_by": "--num-layers-per-virtual-pipeline-stage"}
 

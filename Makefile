@@ -17,7 +17,7 @@ GPU_ARGS ?=
 SUITE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare recipes environments lint test test-all test-primary test-te test-oldest test-versions
+.PHONY: help quickstart compare recipes unsupported environments lint test test-all test-primary test-te test-oldest test-versions
 .PHONY: megatron-tests gpu clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "                   COMPARE_ARGS=\"--experiment text --arms both-10x --budget-minutes 60\" and the like go to"
 	@echo "                   python -m examples.compare; interrupted, it goes on where it was"
 	@echo "make recipes       judge public training recipes: what takes the losses as it is (docs/recipes.md; 20 seconds)"
+	@echo "make unsupported   write what is not supported, from the list of rules, to docs/unsupported.md"
 	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes);"
 	@echo "                   WORKERS=8 sets the number of processes that run tests, here as in the next four"
 	@echo "make test-all      all tests: the next three"
@@ -65,6 +66,10 @@ compare:
 recipes:
 	@.ci/venv $(PRIMARY)
 	exec .venv/bin/python -W ignore -m examples.recipes --write
+
+unsupported:
+	@.ci/venv $(PRIMARY)
+	exec .venv/bin/python -W ignore -m examples.unsupported --write
 
 # A file's tests run in one worker, so that what they share is made once.
 PYTEST = OMP_NUM_THREADS=1 $(1) -m pytest -n $(WORKERS) --dist loadfile

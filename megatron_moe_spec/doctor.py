@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_moe_spec.config import SpecConfig
+    from megatron_moe_spec.integration.support.facts import ModelFacts
 
 USABLE, REFUSED, USAGE = 0, 1, 2
 
@@ -107,8 +108,9 @@ def _judge(argv: list[str], device: "torch.device") -> Verdict:
     from megatron_moe_spec.integration.compat.assumed import missing_libraries
     from megatron_moe_spec.integration.compat.settings import moe_layers_of_stages
     from megatron_moe_spec.integration.pipeline.stages import Stages
-    from megatron_moe_spec.integration.support.checks import facts_of_flags, notices, unsupported_settings
-    from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
+    from megatron_moe_spec.integration.support.checks import notices, unsupported_settings
+    from megatron_moe_spec.integration.support.facts import ModelFacts
+    from megatron_moe_spec.integration.support.rules_of_pairs import resolve_across_stages
 
     args, transformer_config = _settings(argv)
     given = spec_config_from_args(args, argv)
@@ -117,17 +119,18 @@ def _judge(argv: list[str], device: "torch.device") -> Verdict:
     numbers = moe_layers_of_stages(args, transformer_config)
     stages = Stages(numbers, [0], transformer_config.num_moe_experts or 0)
     spec = resolve_across_stages(spec, stages, transformer_config)
-    facts = facts_of_flags(args, transformer_config, stages, spec)
     # Which kernels can run is a question of the other machine.
-    problems = unsupported_settings(facts, spec, device if device.type == "cuda" else None)
+    known = device if device.type == "cuda" else None
+    facts = ModelFacts.of_flags(args, transformer_config, stages, spec, known)
+    problems = unsupported_settings(facts)
     if not sum(numbers):
         return Verdict(problems=problems)
-    used, absent = list(_used(facts, spec, assumed, device)), missing_libraries(transformer_config)
+    used, absent = list(_used(facts, assumed, device)), missing_libraries(transformer_config)
     if device.type != "cuda":
         absent.append("a GPU of capability {}.{}".format(*torch.cuda.get_device_capability()))
     if absent:
         used.append(("assumed", f"{', '.join(absent)} (not installed here)"))
-    return Verdict(used, notices(facts, spec), problems)
+    return Verdict(used, notices(facts), problems)
 
 
 def _with_coefficients(spec: "SpecConfig", argv: list[str]) -> "SpecConfig":
@@ -275,11 +278,11 @@ def _silence() -> Iterator[io.StringIO]:
         yield printed
 
 
-def _used(facts: Any, spec: "SpecConfig", assumed: bool, device: "torch.device") -> Iterator[tuple[str, str]]:
-    from megatron_moe_spec.integration.taps import by_tap
+def _used(facts: "ModelFacts", assumed: bool, device: "torch.device") -> Iterator[tuple[str, str]]:
+    from megatron_moe_spec.integration.support.description import described_reads
     from megatron_moe_spec.integration.taps.cuda_graphs import is_router_graphed
 
-    transformer_config, stages = facts.transformer_config, facts.stages
+    spec, transformer_config, stages = facts.spec, facts.transformer_config, facts.stages
     trained = [loss for loss in spec.losses if loss.is_trained]
     losses = ", ".join(map(str, trained)) or "none"
     if not trained and spec.metrics_interval:
@@ -295,8 +298,7 @@ def _used(facts: Any, spec: "SpecConfig", assumed: bool, device: "torch.device")
     yield "MoE layers", f"{number}, {experts}{spread}"
     graphed = is_router_graphed(transformer_config)
     yield "router tap", "MoELayer.preprocess, beside the router's CUDA graph" if graphed else "TopKRouter.routing"
-    rows = [row for tap, losses in by_tap(spec.computed_losses) for row in tap.describe(losses, facts)]
-    yield from dict.fromkeys(rows)
+    yield from described_reads(facts)
     yield "kernels", _kernels(spec, device)
 
 

@@ -23,11 +23,11 @@ from megatron_moe_spec.integration.step.clock import StepClock
 from megatron_moe_spec.integration.step.diagnostics import StepDiagnostics
 from megatron_moe_spec.integration.step.losses import ReducedLosses, StepLosses
 from megatron_moe_spec.integration.step.tracer import Tracer
-from megatron_moe_spec.integration.support.checks import check_supported
+from megatron_moe_spec.integration.support.checks import check_chunks, check_supported
+from megatron_moe_spec.integration.support.rules_of_pairs import resolve_across_stages
 from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.integration.taps.layer import LayerTaps
 from megatron_moe_spec.integration.taps.lost_losses import LostLosses, warn_of_decisions, with_reasons
-from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
 from megatron_moe_spec.parallel.collectives import together
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _find(chunks: list[nn.Module]) -> tuple[list[FoundLayers], Any]:
     if any(layer in _attached for one in found for layer in one.included.values()):
         raise RuntimeError("the losses are attached to this model already: call detach() on the first handle")
     transformer_config = model_config(chunks)
-    Stages.check_chunks(chunks, transformer_config)
+    check_chunks(chunks, transformer_config)
     return found, transformer_config
 
 

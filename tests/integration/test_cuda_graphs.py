@@ -4,6 +4,7 @@ import pytest
 import torch
 from loss_names import BOTH, LOSS_NAMES, PEERS, coefficients
 from processes import needs_megatron
+from rule_texts import message_of
 from test_layouts import DEEPEP, HYBRIDEP, PEERS_OF_TOKENS, Jobs, _case, _worst_error, _worst_loss_error
 
 from megatron_moe_spec import SpecConfig, attach
@@ -97,7 +98,8 @@ def test_forward_is_that_of_graphs_without_losses(megatron, scope):
 
 @pytest.mark.parametrize("scope", SCOPES, ids="+".join)
 def test_padding_is_refused_where_the_router_is_not_told(megatron, scope):
-    with pytest.raises(RuntimeError, match="padding.*--cuda-graph-scope attn"):
+    message = message_of("CUDA graphs over moe_router with a padding mask")
+    with pytest.raises(RuntimeError, match=f"{message}.*--cuda-graph-scope attn"):
         _trained(scope, {}, padding=True)
 
 

@@ -8,9 +8,11 @@ import types
 import pytest
 import torch
 from loss_names import coefficients
+from rule_texts import message_of
 
 from megatron_moe_spec import SpecConfig
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args
+from megatron_moe_spec.integration.support.rules import RULES
 from megatron_moe_spec.losses import LOSSES, Specialization
 from megatron_moe_spec.losses.base import ACTIVATIONS, EXPERT_WEIGHTS, ROUTER_WEIGHT
 
@@ -144,11 +146,12 @@ def test_unsupported_setting_is_refused(megatron, field, value, flag):
     ],
 )
 def test_rows_that_cannot_be_followed_are_refused(settings, expert_tensor_size, remedy):
-    from megatron_moe_spec.integration.compat.dispatch import dispatch_problems
-
+    dispatched = [rule for rule in RULES if "which token a row belongs to" in rule.message]
+    assert len(dispatched) == 3
     for kind, number in (("flex", 1), ("alltoall", 0)):
         config = types.SimpleNamespace(moe_token_dispatcher_type=kind, **settings)
-        problems = list(dispatch_problems(config, expert_tensor_size))
+        model = types.SimpleNamespace(transformer_config=config, expert_tensor_size=expert_tensor_size)
+        problems = [rule.text(model, Specialization()) for rule in dispatched if rule.applies(model, Specialization())]
         assert len(problems) == number and all(remedy in problem for problem in problems)
 
 
@@ -175,7 +178,8 @@ def test_kernels_that_cannot_run_are_refused(mm, monkeypatch, config, cuda):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     kernels.choose.cache_clear()
     model, config = mm.build_model(), dataclasses.replace(config, kernels="triton")
-    refused = pytest.raises(ValueError, match="NVIDIA GPU.*--moe-spec-kernels")
+    kernels_refused = message_of("--moe-spec-kernels triton where Triton cannot run")
+    refused = pytest.raises(ValueError, match=f"{kernels_refused}NVIDIA GPU.*--moe-spec-kernels")
     if cuda is None:
         with refused:
             attach(model, config)
@@ -354,7 +358,7 @@ def test_cuda_graphs_over_an_adapted_router_are_refused(megatron):
         adapted = torch.nn.Module()
         adapted.to_wrap = layer.mlp.router
         layer.mlp.router = adapted
-    with pytest.raises(ValueError, match="adapted router.*--cuda-graph-scope attn"):
+    with pytest.raises(ValueError, match=message_of("CUDA graphs over adapted routers") + ".*--cuda-graph-scope attn"):
         attach(model, SPECIALIZATION)
 
 
@@ -392,8 +396,9 @@ def test_a_layer_that_is_captured_whole_all_the_same_is_an_error(megatron):
     attach(model, SPECIALIZATION)
     cuda_graphs._set_capture_start()
     try:
-        with pytest.raises(RuntimeError, match="--cuda-graph-impl"):
+        with pytest.raises(RuntimeError, match=message_of("CUDA graphs over MoE layers, made by no setting")) as error:
             model.decoder.layers[0](torch.ones(4, 2, 16), attention_mask=None)
+        assert "--cuda-graph-impl" in str(error.value)
         model.eval()
         model.decoder.layers[0](torch.ones(4, 2, 16), attention_mask=None)
     finally:
@@ -409,8 +414,12 @@ def test_legacy_grouped_gemm_is_refused(megatron):
     model = megatron_models.build_model()
     for layer in model.decoder.layers:
         layer.mlp.experts = torch.nn.Module()
-    for config in (SPECIALIZATION, ORTHOGONALITY, ERC):
-        with pytest.raises(ValueError, match="--moe-use-legacy-grouped-gemm"):
+    for config, rule in (
+        (SPECIALIZATION, "legacy GroupedMLP"),
+        (ORTHOGONALITY, "legacy GroupedMLP"),
+        (ERC, "one weight for all experts"),
+    ):
+        with pytest.raises(ValueError, match=message_of(rule) + ".*--moe-use-legacy-grouped-gemm"):
             attach(model, config)
     attach(model, COUPLING)
 

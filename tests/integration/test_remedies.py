@@ -1,9 +1,11 @@
 """A remedy, applied to the flags that were refused, makes them usable: it names all flags that have to change."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from processes import needs_training_loop
+from rule_texts import message_of
 from test_doctor import FSDP, RECIPE, diagnose  # noqa: F401
 
 SPECIALIZATION = ["--moe-specialization-loss-coeff", 1e-3]
@@ -26,86 +28,187 @@ FP8 += ["--reuse-grad-buf-for-mxfp8-param-ag", "--moe-router-padding-for-quantiz
 GRAPHS = ["--cuda-graph-impl", "transformer_engine"]
 FLEX = ["--moe-token-dispatcher-type", "flex"]
 HYBRIDEP = [*FLEX, "--moe-flex-dispatcher-backend", "hybridep"]
+TENSOR = ["--tensor-model-parallel-size", 2, "--sequence-parallel"]
+PREPROCESS = [*GRAPHS, "--cuda-graph-scope", "moe_router", "moe_preprocess"]
+ROUTERS_GRAPHED = {"--cuda-graph-scope": ("attn", "moe_router")}
+EXACT = ["--moe-coupling-across-stages", "exact"]
+MTP_ALONE = ["--mtp-num-layers", 1, "--pipeline-model-parallel-size", 4]
+MTP_ALONE += ["--pipeline-model-parallel-layout", "Ett|tt|m|L"]
+
+ONE_IN_EACH_STAGE = "--moe-coupling-across-stages drop with one MoE layer in each stage"
+OP_FUSER = "--use-transformer-engine-op-fuser"
 
 CASES = [
-    (ERC + ["--moe-latent-size", 256], {"--moe-latent-size": None}),
-    (ERC + ["no --swiglu"], {"--swiglu": ()}),
-    (ERC + ["no --swiglu"], {"--moe-erc-loss-coeff": 0}),
-    (ERC + FSDP, {"--moe-erc-loss-coeff": 0}),
-    (ERC + ["--expert-tensor-parallel-num-weight-shards", 2], {"--expert-tensor-parallel-num-weight-shards": None}),
-    (ERC + FP8, {"--fp8-param-gather": None, "--reuse-grad-buf-for-mxfp8-param-ag": None}),
-    (ROUTER + FSDP, {"--moe-router-orthogonality-loss-coeff": 0}),
-    (ERC + OVERLAP, WITHOUT_OVERLAP),
-    (ERC + OVERLAP, {"--moe-erc-loss-coeff": 0}),
+    # What the arithmetic of a loss needs.
+    ("", ERC + ["--moe-latent-size", 256], {"--moe-latent-size": None}),
+    ("", ERC + ["no --swiglu"], {"--swiglu": ()}),
+    ("", ERC + ["no --swiglu"], {"--moe-erc-loss-coeff": 0}),
+    ("", SPECIALIZATION + TOP_1, {"--moe-router-topk": 2}),
+    ("", ORTHOGONALITY + TOP_1, {"--moe-orthogonality-loss-coeff": 0}),
+    # Rules.
+    ("FSDP", ERC + FSDP, {"--moe-erc-loss-coeff": 0}),
     (
+        "--expert-tensor-parallel-num-weight-shards",
+        ERC + ["--expert-tensor-parallel-num-weight-shards", 2],
+        {"--expert-tensor-parallel-num-weight-shards": None},
+    ),
+    (
+        "--fp8-param-gather, --fp4-param-gather",
+        ERC + FP8,
+        {"--fp8-param-gather": None, "--reuse-grad-buf-for-mxfp8-param-ag": None},
+    ),
+    ("FSDP", ROUTER + FSDP, {"--moe-router-orthogonality-loss-coeff": 0}),
+    ("--overlap-moe-expert-parallel-comm", ERC + OVERLAP, WITHOUT_OVERLAP),
+    ("--overlap-moe-expert-parallel-comm", ERC + OVERLAP, {"--moe-erc-loss-coeff": 0}),
+    (
+        "delayed weight gradients",
         ERC + ["--overlap-dispatch-backward-with-experts-wgrad"],
         {"--overlap-dispatch-backward-with-experts-wgrad": None},
     ),
-    (ERC + FUSED + ["--moe-single-grouped-weight"], {"--moe-single-grouped-weight": None}),
-    (COUPLING + ["--num-layers", 1], {"--moe-coupling-loss-coeff": 0}),
-    (COUPLING + SINGLES + ["--moe-coupling-across-stages", "drop"], {"--moe-coupling-across-stages": "exact"}),
     (
-        COUPLING + PIPELINE + OVERLAP + ["--moe-coupling-across-stages", "exact"],
+        "one weight for all experts",
+        ERC + FUSED + ["--moe-single-grouped-weight"],
+        {"--moe-single-grouped-weight": None},
+    ),
+    ("one MoE layer", COUPLING + ["--num-layers", 1], {"--moe-coupling-loss-coeff": 0}),
+    (
+        ONE_IN_EACH_STAGE,
+        COUPLING + SINGLES + ["--moe-coupling-across-stages", "drop"],
+        {"--moe-coupling-across-stages": "exact"},
+    ),
+    (
+        "--moe-coupling-across-stages exact with --overlap-moe-expert-parallel-comm",
+        COUPLING + PIPELINE + OVERLAP + EXACT,
         {"--moe-coupling-across-stages": "auto"},
     ),
     (
-        COUPLING + PIPELINE + OVERLAP + ["--moe-coupling-across-stages", "exact"],
+        "--moe-coupling-across-stages exact with --overlap-moe-expert-parallel-comm",
+        COUPLING + PIPELINE + OVERLAP + EXACT,
         {"--moe-coupling-across-stages": "drop"},
     ),
-    (COUPLING + PIPELINE + OVERLAP + ["--moe-coupling-across-stages", "exact"], WITHOUT_OVERLAP),
-    (COUPLING + PIPELINE[:-1] + [1, "--num-layers", 4, *OVERLAP], WITHOUT_OVERLAP),
-    (COUPLING + PIPELINE[:-1] + [1, "--num-layers", 4, *OVERLAP], {"--moe-coupling-loss-coeff": 0}),
     (
+        "--moe-coupling-across-stages exact with --overlap-moe-expert-parallel-comm",
+        COUPLING + PIPELINE + OVERLAP + EXACT,
+        WITHOUT_OVERLAP,
+    ),
+    (
+        "--moe-coupling-across-stages exact with stages of MTP layers alone",
+        COUPLING + MTP_ALONE + EXACT,
+        {"--moe-coupling-across-stages": "auto"},
+    ),
+    (
+        "--moe-coupling-across-stages exact with stages of MTP layers alone",
+        COUPLING + MTP_ALONE + EXACT,
+        {"--pipeline-model-parallel-layout": "Ett|t|t|mL"},
+    ),
+    (ONE_IN_EACH_STAGE, COUPLING + PIPELINE[:-1] + [1, "--num-layers", 4, *OVERLAP], WITHOUT_OVERLAP),
+    (
+        ONE_IN_EACH_STAGE,
+        COUPLING + PIPELINE[:-1] + [1, "--num-layers", 4, *OVERLAP],
+        {"--moe-coupling-loss-coeff": 0},
+    ),
+    (
+        "--moe-router-dtype fp64 with --moe-spec-kernels triton",
         COUPLING + ["--moe-router-dtype", "fp64", "--moe-spec-kernels", "triton"],
         {"--moe-router-dtype": "fp32"},
     ),
-    (SPECIALIZATION + TOP_1, {"--moe-router-topk": 2}),
-    (ORTHOGONALITY + TOP_1, {"--moe-orthogonality-loss-coeff": 0}),
-    (SPECIALIZATION + FUSED, {"--use-transformer-engine-op-fuser": None}),
-    (SPECIALIZATION + FUSED, {"--moe-specialization-loss-coeff": 0, **OFF}),
-    (COUPLING + FUSED + ["--moe-spec-metrics-interval", 10], {"--moe-specialization-loss-coeff": 0, **OFF}),
+    (OP_FUSER, SPECIALIZATION + FUSED, {"--use-transformer-engine-op-fuser": None}),
+    (OP_FUSER, SPECIALIZATION + FUSED, {"--moe-specialization-loss-coeff": 0, **OFF}),
+    (OP_FUSER, COUPLING + FUSED + ["--moe-spec-metrics-interval", 10], {"--moe-specialization-loss-coeff": 0, **OFF}),
     (
+        OP_FUSER,
         SPECIALIZATION + FUSED + ["--moe-single-grouped-weight"],
         {"--use-transformer-engine-op-fuser": None, "--moe-single-grouped-weight": None},
     ),
     (
+        "more expert-tensor-parallel than tensor-parallel ranks",
         SPECIALIZATION + ["--tensor-model-parallel-size", 1, "--expert-tensor-parallel-size", 2],
         {"--expert-tensor-parallel-size": None},
     ),
     (
-        ORTHOGONALITY + ["--tensor-model-parallel-size", 2, "--sequence-parallel", "--expert-tensor-parallel-size", 2],
+        "more expert-tensor-parallel than tensor-parallel ranks",
+        SPECIALIZATION + ["--tensor-model-parallel-size", 1, "--expert-tensor-parallel-size", 2],
         {"--expert-tensor-parallel-size": 1},
     ),
     (
-        ORTHOGONALITY + ["--tensor-model-parallel-size", 2, "--sequence-parallel"] + HYBRIDEP,
+        "expert tensor parallelism",
+        ORTHOGONALITY + TENSOR + ["--expert-tensor-parallel-size", 2],
         {"--expert-tensor-parallel-size": 1},
     ),
     (
+        "expert tensor parallelism with --moe-token-dispatcher-type flex",
+        ORTHOGONALITY + TENSOR + HYBRIDEP,
+        {"--expert-tensor-parallel-size": 1},
+    ),
+    (
+        "--moe-flex-dispatcher-backend ncclep",
         SPECIALIZATION + FLEX + ["--moe-flex-dispatcher-backend", "ncclep"],
         {"--moe-flex-dispatcher-backend": "deepep"},
     ),
     (
+        "--moe-expert-rank-capacity-factor",
         SPECIALIZATION + FUSED + HYBRIDEP + ["--moe-expert-rank-capacity-factor", 1.5],
         {"--use-transformer-engine-op-fuser": None, "--moe-expert-rank-capacity-factor": None},
     ),
-    (SPECIALIZATION + GRAPHS, {"--cuda-graph-scope": ("attn", "moe_router")}),
+    ("CUDA graphs over layers, experts or steps", SPECIALIZATION + GRAPHS, ROUTERS_GRAPHED),
     (
+        "CUDA graphs over layers, experts or steps",
         SPECIALIZATION + ["--cuda-graph-impl", "local"],
-        {"--cuda-graph-impl": "transformer_engine", "--cuda-graph-scope": ("attn", "moe_router")},
+        {"--cuda-graph-impl": "transformer_engine", **ROUTERS_GRAPHED},
     ),
     (
+        "CUDA graphs over moe_router with --moe-input-jitter-eps",
         COUPLING + [*GRAPHS, "--cuda-graph-scope", "moe_router", "--moe-input-jitter-eps", 0.1],
         {"--moe-input-jitter-eps": None},
     ),
     (
+        "CUDA graphs over moe_router with --moe-input-jitter-eps",
         COUPLING + [*GRAPHS, "--cuda-graph-scope", "moe_router", "--moe-input-jitter-eps", 0.1],
         {"--cuda-graph-scope": "attn"},
     ),
-    (DENSE, {"--num-experts": 8}),
-    ([*SPECIALIZATION, "--moe-layer-freq", "[0,0,0,0]"], {"--moe-layer-freq": "[0,1,0,1]"}),
-    (SPECIALIZATION + PATTERN, {"--hybrid-layer-pattern": "*E*-/*E"}),
-    (["--hybrid-override-pattern", "*-*-"], {"--hybrid-override-pattern": "*E*E"}),
-    (SPECIALIZATION + PATTERN + DENSE, {"--hybrid-layer-pattern": "*E*-", "--num-experts": 8}),
+    (
+        "CUDA graphs over moe_preprocess with --moe-latent-size",
+        SPECIALIZATION + PREPROCESS + ["--moe-latent-size", 256],
+        ROUTERS_GRAPHED,
+    ),
+    (
+        "CUDA graphs over moe_preprocess with --moe-expert-capacity-factor",
+        SPECIALIZATION + PREPROCESS + ["--moe-expert-capacity-factor", 1.0, "--moe-pad-expert-input-to-capacity"],
+        ROUTERS_GRAPHED,
+    ),
+    (
+        "CUDA graphs over moe_preprocess with --moe-router-padding-for-quantization",
+        SPECIALIZATION + PREPROCESS + FP8[:4] + FP8[-1:],
+        ROUTERS_GRAPHED,
+    ),
+    (
+        "CUDA graphs over moe_preprocess with --expert-tensor-parallel-size",
+        COUPLING + PREPROCESS + TENSOR + HYBRIDEP,
+        ROUTERS_GRAPHED,
+    ),
+    (
+        "--hybrid-context-parallel",
+        COUPLING + ["--hybrid-context-parallel", "--calculate-per-token-loss"],
+        {"--hybrid-context-parallel": None},
+    ),
+    (
+        "inference layers",
+        COUPLING + ["no --swiglu", "--transformer-impl", "inference_optimized", "--moe-router-dtype", "fp32"],
+        {"--transformer-impl": "transformer_engine"},
+    ),
+    ("no MoE layer", DENSE, {"--num-experts": 8}),
+    (
+        "--moe-layer-freq without 1",
+        [*SPECIALIZATION, "--moe-layer-freq", "[0,0,0,0]"],
+        {"--moe-layer-freq": "[0,1,0,1]"},
+    ),
+    ("no E in the layer pattern", SPECIALIZATION + PATTERN, {"--hybrid-layer-pattern": "*E*-/*E"}),
+    ("no E in the layer pattern", ["--hybrid-override-pattern", "*-*-"], {"--hybrid-override-pattern": "*E*E"}),
+    (
+        "no E in the layer pattern",
+        SPECIALIZATION + PATTERN + DENSE,
+        {"--hybrid-layer-pattern": "*E*-", "--num-experts": 8},
+    ),
 ]
 
 
@@ -133,8 +236,8 @@ def _skip_if_older_megatron_objects(status: int) -> None:
 
 
 @needs_training_loop
-@pytest.mark.parametrize("flags, remedy", CASES)
-def test_remedy_makes_the_flags_usable(diagnose, flags, remedy):  # noqa: F811
+@pytest.mark.parametrize("rule, flags, remedy", CASES)
+def test_remedy_makes_the_flags_usable(diagnose, rule, flags, remedy):  # noqa: F811
     flags = [str(word) for word in flags]
     left = {word.removeprefix("no "): None for word in flags if word.startswith("no ")}
     refused = _changed(RECIPE, left) + [word for word in flags if not word.startswith("no ")]
@@ -142,6 +245,7 @@ def test_remedy_makes_the_flags_usable(diagnose, flags, remedy):  # noqa: F811
     _skip_if_older_megatron_objects(status)
     assert status == 1, report
     said = report[report.rindex("refused\n  1") :]
+    assert not rule or re.search(message_of(rule), said), said
     for flag in remedy:
         assert re.search(rf"{flag}\b", said), said
     status, report, _ = diagnose(*_changed(refused, remedy))
@@ -159,7 +263,7 @@ def test_remedy_of_a_dispatcher_whose_rows_lie_otherwise(diagnose, monkeypatch, 
 
     def settings(argv):
         args, transformer_config = examine(argv)
-        texts.append(with_alltoall(transformer_config))
+        texts.append(with_alltoall(SimpleNamespace(transformer_config=transformer_config)))
         return args, transformer_config
 
     examine = doctor._settings

@@ -6,6 +6,7 @@ import deep_ep_on_gloo
 import pytest
 import torch
 from loss_names import coefficients
+from rule_texts import message_of
 
 from megatron_moe_spec import SpecConfig
 
@@ -55,7 +56,8 @@ def test_another_order_of_the_library_is_noticed(mm, flex, another_order, groupe
     plain = mm.train_step(model, mm.micro_batches(2), main_loss_weight=1.0)
     assert any(gradient.abs().max() > 0 for gradient in plain.values()), "Megatron itself takes any order"
     _attach(model)
-    with pytest.raises(RuntimeError, match="flex dispatcher.*--moe-token-dispatcher-type alltoall"):
+    message = message_of("rows in an unknown order")
+    with pytest.raises(RuntimeError, match=f"{message}.*--moe-token-dispatcher-type alltoall"):
         mm.train_step(model, mm.micro_batches(2))
 
 

@@ -54,6 +54,17 @@ def test_imports_point_upwards():
     assert checked > 20
 
 
+ROOMS = ["compat", "hooks", "step", "pipeline", "support", "taps", "attach", "training"]
+
+
+@pytest.mark.parametrize("room", ["compat", "support"])
+def test_rooms_of_integration_import_upwards(room):
+    for file in sorted((ROOT / "integration" / room).glob("*.py")):
+        for name in _imports(file):
+            if name.startswith("megatron_moe_spec.integration."):
+                assert ROOMS.index(name.split(".")[2]) <= ROOMS.index(room), f"{file} imports {name}"
+
+
 def test_only_integration_knows_megatron():
     for part, file in _files():
         if part in MEGATRON_FREE:
@@ -83,7 +94,8 @@ def test_only_losses_and_the_taps_of_one_loss_name_a_loss():
             f"integration/{name}.py"
             for name in (
                 *["hooks/injection", "hooks/micro_batch", "hooks/routing", "hooks/scaling", "pipeline/stages"],
-                *["step/clock", "step/losses", "step/diagnostics", "support/checks", "taps/layer"],
+                *["step/clock", "step/losses", "step/diagnostics", "taps/layer"],
+                *["support/checks", "support/description", "support/facts", "support/rule"],
             )
         ]
         + [f"integration/taps/{name}.py" for name in ("__init__", "base", "router_weight", "expert_rows", "scores")]

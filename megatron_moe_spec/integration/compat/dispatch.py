@@ -7,14 +7,12 @@ Suffixes: T tokens of this source, G tokens of all sources, E experts, L local e
 expert-parallel ranks, C expert-tensor-parallel ranks, P rows.
 """
 
-from collections.abc import Iterator
 from typing import Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_spec.integration.support.remedies import without_rank_capacity
 from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.row_exchange import RowExchange
 
@@ -46,21 +44,6 @@ def dispatched_map(dispatcher, routing_map_TE: Tensor) -> Tensor:
 def is_flex(dispatcher) -> bool:
     """Whether a library takes the tokens of ``token_dispatch`` to the experts, and lays out their rows."""
     return dispatcher.config.moe_token_dispatcher_type == "flex"
-
-
-def dispatch_problems(transformer_config, expert_tensor_size: int) -> Iterator[str]:
-    """Yields why the rows of a dispatcher cannot be followed, with the remedy."""
-    if getattr(transformer_config, "moe_token_dispatcher_type", "allgather") != "flex":
-        return
-    if getattr(transformer_config, "moe_flex_dispatcher_backend", "deepep") not in ("deepep", "hybridep"):
-        yield "NCCL-EP does not tell the order of its rows (set --moe-flex-dispatcher-backend deepep or hybridep)"
-    if expert_tensor_size > 1:
-        yield (
-            f"the flex dispatcher sends it to all of {expert_tensor_size} expert-tensor-parallel ranks "
-            "(set --expert-tensor-parallel-size 1)"
-        )
-    if getattr(transformer_config, "moe_expert_rank_capacity_factor", None) is not None:
-        yield f"the dispatcher drops rows unseen ({without_rank_capacity(transformer_config)})"
 
 
 def row_exchange(

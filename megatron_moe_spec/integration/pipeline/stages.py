@@ -8,7 +8,7 @@ from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import pipeline_group
-from megatron_moe_spec.integration.compat.models import layer_index, layer_pattern, stage_module
+from megatron_moe_spec.integration.compat.models import layer_index
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,6 @@ class Stages:
         return cls._of_numbers(
             of_stages, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts
         )
-
-    @staticmethod
-    def check_chunks(chunks: list[nn.Module], transformer_config) -> None:
-        """Raises ValueError where a rank of several gives some of its chunks only."""
-        if getattr(transformer_config, "pipeline_model_parallel_size", 1) == 1:
-            return
-        expected = transformer_config.virtual_pipeline_model_parallel_size or 1
-        if len(chunks) != expected:
-            flag, _ = layer_pattern(stage_module(chunks[0]))
-            by_number = "--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank"
-            raise ValueError(
-                f"attach() takes all model chunks of a rank at once, as get_model returns them: got {len(chunks)} of "
-                f"{expected} ({f'the | in {flag}' if flag else by_number})"
-            )
 
     @classmethod
     def _of_numbers(cls, numbers_of_stages: list[list[Optional[int]]], own: list[int], num_experts: int) -> "Stages":

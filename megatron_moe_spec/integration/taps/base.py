@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, Optional, TypeVar
+from typing import Any, Generic, Optional, TypeVar
 
 from torch import Tensor, nn
 
@@ -12,7 +12,6 @@ from megatron_moe_spec.integration.compat.groups import tp_cp_group
 from megatron_moe_spec.integration.compat.models import router_of
 from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch
 from megatron_moe_spec.integration.hooks.routing import LayerRouting
-from megatron_moe_spec.integration.pipeline.stages import Stages
 from megatron_moe_spec.integration.step.clock import StepClock
 from megatron_moe_spec.integration.step.diagnostics import StepDiagnostics
 from megatron_moe_spec.integration.step.losses import StepLosses
@@ -86,63 +85,17 @@ class RouterCall:
     routing_map_TE: Optional[Tensor] = None
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """Facts about a model before the losses are attached; of one that is not built yet, by its flags.
-
-    Attributes:
-        transformer_config: Megatron's.
-        moe_layers: that are to have the losses; empty before they are built.
-        stages: the MoE layers of all pipeline stages.
-        kernels: ``SpecConfig.kernels``.
-        tensor_size, expert_tensor_size: numbers of tensor-parallel and of expert-tensor-parallel ranks.
-        layer_pattern: flag and value of the pattern that it is built of, see ``compat.models.layer_pattern``.
-        shards_weights: whether FSDP leaves a rank shards of the weights.
-        graphs_inference_alone: whether its CUDA graphs are switched off in training.
-    """
-
-    transformer_config: Any
-    moe_layers: Sequence[nn.Module]
-    stages: Stages
-    kernels: str
-    tensor_size: int
-    expert_tensor_size: int
-    layer_pattern: tuple[str, str] = ("", "")
-    shards_weights: bool = False
-    graphs_inference_alone: bool = False
-
-
 class Tap(Generic[L]):
     """Serves the losses that read one thing of one layer: adds their gradients, and records their values.
 
     Values are recorded once a micro-batch: what the router decides in forward (in the first pass of a checkpoint), what
     needs the experts' rows where gradients flow (in the recomputation of a checkpoint). A tap keeps to the order in
     which its methods stand here.
-
-    Attributes:
-        title: what it reads, in the doctor's report.
     """
-
-    title: ClassVar[str]
 
     def __init__(self, losses: Sequence[L], layer: TappedLayer):
         self.losses, self.layer = losses, layer
         self.trained = [loss for loss in losses if loss.is_trained]
-
-    @classmethod
-    def problems(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[str]:
-        """Yields why the quantity cannot be read in a model, with the remedy."""
-        return iter(())
-
-    @classmethod
-    def notices(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[str]:
-        """Yields what the losses leave out in a model that they are attached to."""
-        return iter(())
-
-    @classmethod
-    def describe(cls, losses: Sequence[L], model: ModelFacts) -> Iterator[tuple[str, str]]:
-        """Yields rows of the doctor's report, (name, text): where the quantity would be read."""
-        return iter(())
 
     def records(self) -> set[tuple[str, int]]:
         """Name of each loss that it records, and of which layer, or first of a pair of layers, of the model."""

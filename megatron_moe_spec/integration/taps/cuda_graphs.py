@@ -4,22 +4,18 @@ A graph runs no Python when it is replayed. What the taps read of a router is re
 logits are computed again from the router's input: one small matrix product, and its backward.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Optional
 
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.cuda_graphs import is_capturing, replay_of
-from megatron_moe_spec.integration.compat.experts import has_adapter
 from megatron_moe_spec.integration.compat.models import router_of
 from megatron_moe_spec.integration.compat.settings import graphed_modules
 from megatron_moe_spec.integration.hooks.injection import join
 from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
-from megatron_moe_spec.integration.taps.base import ModelFacts
-
-# The release decides whether --cuda-graph-scope is called --cuda-graph-modules; it takes the older name.
-_REMEDY = "set --cuda-graph-impl transformer_engine with --cuda-graph-scope attn moe_router"
+from megatron_moe_spec.integration.support.rules_of_graphs import CAPTURED
 
 
 def is_router_graphed(transformer_config) -> bool:
@@ -35,7 +31,7 @@ def stays_out_of_graphs(moe_layer: nn.Module) -> bool:
     if not is_capturing():
         return False
     if moe_layer.training and not is_router_graphed(moe_layer.config):
-        raise RuntimeError(f"a CUDA graph over an MoE layer in training skips the auxiliary losses: {_REMEDY}")
+        raise RuntimeError(CAPTURED.text())
     return True
 
 
@@ -68,45 +64,3 @@ def _preprocess(
     tapped_probs_TE, _ = route(router_of(moe_layer).gating(replay.hidden), decided)
     hidden_states, probs = preprocess(hidden_states, probs, routing_map)
     return join(hidden_states, [*tapped, tapped_probs_TE]), probs
-
-
-def graph_problems(model: ModelFacts) -> Iterator[str]:
-    """Yields why the taps cannot run beside a model's CUDA graphs, with the remedy."""
-    transformer_config = model.transformer_config
-    graphed = graphed_modules(transformer_config)
-    if graphed == "everything" or "moe" in graphed:
-        local = getattr(transformer_config, "cuda_graph_impl", None) == "local"
-        if not (local and model.graphs_inference_alone):
-            yield f"CUDA graphs over whole layers, experts or steps skip the hooks when they are replayed ({_REMEDY})"
-        return
-    if "moe_router" not in graphed:
-        return
-    if getattr(transformer_config, "moe_input_jitter_eps", None):
-        yield (
-            "what a router drew at random cannot be computed again beside a CUDA graph "
-            f"(remove --moe-input-jitter-eps, or {_ATTENTION})"
-        )
-    if any(has_adapter(layer.router) for layer in model.moe_layers):
-        yield f"the logits of an adapted router cannot be computed again beside a CUDA graph ({_ATTENTION})"
-    if "moe_preprocess" in graphed:
-        yield from _preprocess_problems(model)
-
-
-_ATTENTION = "capture attention alone: --cuda-graph-scope attn"
-
-
-def _preprocess_problems(model: ModelFacts) -> Iterator[str]:
-    """What hides the router's input, or its decision, behind the dispatcher's preparations."""
-    transformer_config = model.transformer_config
-    alltoall = transformer_config.moe_token_dispatcher_type == "alltoall"
-    hidden_by = {
-        "--moe-latent-size": getattr(transformer_config, "moe_latent_size", None),
-        "--moe-expert-capacity-factor": alltoall and transformer_config.moe_expert_capacity_factor is not None,
-        "--moe-router-padding-for-quantization": alltoall
-        and getattr(transformer_config, "moe_router_padding_for_quantization", False),
-        "--expert-tensor-parallel-size": transformer_config.moe_token_dispatcher_type == "flex"
-        and model.expert_tensor_size > 1,
-    }
-    for flag, hidden in hidden_by.items():
-        if hidden:
-            yield f"with {flag}, a CUDA graph over moe_preprocess does not hand out what the losses read ({_REMEDY})"

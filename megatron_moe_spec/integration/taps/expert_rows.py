@@ -15,17 +15,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_moe_spec.integration.compat.dispatch import (
-    describe_dispatch,
-    dispatch_problems,
     dispatched_map,
     is_flex,
     row_exchange,
 )
 from megatron_moe_spec.integration.compat.experts import (
-    describe_down_projections,
     expert_down_projections,
     frees_expert_outputs,
-    keeps_quantized_rows,
     weighted_swiglu_inputs,
 )
 from megatron_moe_spec.integration.compat.groups import etp_group
@@ -33,8 +29,7 @@ from megatron_moe_spec.integration.hooks.injection import add_gradient, kept_by,
 from megatron_moe_spec.integration.hooks.replacement import Hook, keep_last
 from megatron_moe_spec.integration.hooks.routing import LayerRouting
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
-from megatron_moe_spec.integration.support.remedies import without_op_fuser
-from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
+from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
 from megatron_moe_spec.integration.taps.row_check import RowCheck
 from megatron_moe_spec.kernels import choose
 from megatron_moe_spec.losses import RowsLoss
@@ -108,28 +103,6 @@ class RowsTap(Tap[RowsLoss]):
 
     def _register(self) -> list[RemovableHandle]:
         """Hooks what hands in the rows; returns it."""
-        raise NotImplementedError
-
-    @classmethod
-    def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
-        transformer_config, names = model.transformer_config, " and ".join(loss.title for loss in losses)
-        if getattr(transformer_config, "moe_use_legacy_grouped_gemm", False) or not all(
-            map(expert_down_projections, model.moe_layers)
-        ):
-            yield (
-                f"the legacy GroupedMLP does not hand out the rows for {names} "
-                "(remove --moe-use-legacy-grouped-gemm, or --moe-grouped-gemm)"
-            )
-        for problem in dispatch_problems(transformer_config, model.expert_tensor_size):
-            yield f"{names} cannot tell which token a row belongs to: {problem}"
-
-    @classmethod
-    def describe(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[tuple[str, str]]:
-        yield f"{cls.title} tap", cls._place(model.transformer_config)
-        yield "dispatcher", describe_dispatch(model.transformer_config)
-
-    @classmethod
-    def _place(cls, transformer_config) -> str:
         raise NotImplementedError
 
     def detach(self) -> None:
@@ -307,8 +280,6 @@ class RowsTap(Tap[RowsLoss]):
 class ActivationsTap(RowsTap):
     """p z, at the input of the down projections."""
 
-    title = "activation"
-
     _is_last = False
 
     def _register(self) -> list[RemovableHandle]:
@@ -336,61 +307,15 @@ class ActivationsTap(RowsTap):
     def _swiglu_gradient(self, run: _Run, y_PU: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
         return run.rows.swiglu_gradient(y_PU, probs, self._weight(run), incoming)
 
-    @classmethod
-    def describe(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[tuple[str, str]]:
-        yield from super().describe(losses, model)
-        if keeps_quantized_rows(model.transformer_config):
-            size = 2 * model.transformer_config.moe_router_topk * model.transformer_config.moe_ffn_hidden_size
-            yield (
-                "kept until backward",
-                f"{size // model.expert_tensor_size} bytes a token and layer, beside the rows as they are quantized "
-                "(none with --recompute-granularity selective --recompute-modules moe_act)",
-            )
-
-    @classmethod
-    def _place(cls, transformer_config) -> str:
-        return describe_down_projections(transformer_config)
-
-    @classmethod
-    def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
-        yield from super().problems(losses, model)
-        if getattr(model.transformer_config, "use_transformer_engine_op_fuser", False):
-            names, off = " and ".join(loss.title for loss in losses), ", ".join(loss.off for loss in losses)
-            yield (
-                f"the fused experts do not hand out the activations for {names} "
-                f"({without_op_fuser(model.transformer_config)}, or set {off})"
-            )
-        if model.expert_tensor_size > model.tensor_size:
-            yield (
-                f"{losses[0].title} needs experts to be split over ranks that share their tokens: "
-                f"--expert-tensor-parallel-size {model.expert_tensor_size} is larger than "
-                f"--tensor-model-parallel-size {model.tensor_size}"
-            )
-
 
 class OutputsTap(RowsTap):
     """y = p x, at the output of the experts."""
-
-    title = "output"
 
     def _register(self) -> list[RemovableHandle]:
         return [self.layer.module.experts.register_forward_hook(Hook(partial(_tap_outputs, self)))]
 
     def _kept(self, rows_PD: Tensor) -> Tensor:
         return rows_PD.detach().clone() if frees_expert_outputs(self.layer.transformer_config) else rows_PD
-
-    @classmethod
-    def _place(cls, transformer_config) -> str:
-        return "output of a layer's experts"
-
-    @classmethod
-    def problems(cls, losses: Sequence[RowsLoss], model: ModelFacts) -> Iterator[str]:
-        yield from super().problems(losses, model)
-        if model.expert_tensor_size > 1:
-            yield (
-                f"{losses[0].title} needs whole expert outputs, of which expert tensor parallelism leaves a rank one "
-                f"summand (--expert-tensor-parallel-size is {model.expert_tensor_size}; set it to 1)"
-            )
 
 
 def _tap_inputs(tap: RowsTap, module: nn.Module, args) -> None:

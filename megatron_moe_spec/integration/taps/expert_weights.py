@@ -3,7 +3,7 @@
 Suffixes: E experts, L local experts, F gate rows on this rank, H hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Optional, cast
 
@@ -12,20 +12,16 @@ from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.experts import (
     adds_to_main_gradient,
-    delays_weight_gradients,
-    divides_expert_weights,
     expert_first_weights,
     gate_rows,
     has_adapted_weights,
-    joins_expert_weights,
 )
 from megatron_moe_spec.integration.compat.groups import etp_ep_group, etp_group
 from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, separate_graph
 from megatron_moe_spec.integration.hooks.replacement import Hook
 from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
-from megatron_moe_spec.integration.support.remedies import without_overlap, without_quantized_weights
-from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
-from megatron_moe_spec.integration.taps.router_weight import adapted, sharded
+from megatron_moe_spec.integration.support.rules_of_weights import ADAPTED_WEIGHTS
+from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
 from megatron_moe_spec.losses.expert_router_coupling import (
     ExpertRouterCoupling,
     excess,
@@ -34,8 +30,6 @@ from megatron_moe_spec.losses.expert_router_coupling import (
     router_noise,
 )
 from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_sum
-
-_ADAPTED = "the router or linear_fc1"
 
 
 class _Run:
@@ -66,8 +60,6 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
     The numbers of the layer and of the training step are the seed of the loss's noise.
     """
 
-    title = "expert weights"
-
     def __init__(self, losses: Sequence[ExpertRouterCoupling], layer: TappedLayer):
         super().__init__(losses, layer)
         (self._loss,) = losses
@@ -77,40 +69,6 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             experts.register_forward_pre_hook(Hook(partial(_tap_inputs, self))),
             experts.register_forward_hook(Hook(partial(_tap_outputs, self))),
         ]
-
-    @classmethod
-    def problems(cls, losses: Sequence[ExpertRouterCoupling], model: ModelFacts) -> Iterator[str]:
-        (loss,), transformer_config = losses, model.transformer_config
-        if model.shards_weights:
-            yield sharded(loss)
-        if any(map(has_adapted_weights, model.moe_layers)):
-            yield adapted(loss, _ADAPTED)
-        if joins_expert_weights(transformer_config) or not all(map(expert_first_weights, model.moe_layers)):
-            yield (
-                f"{loss.title} needs a weight of its own for every expert (remove --moe-single-grouped-weight and "
-                "--moe-use-legacy-grouped-gemm)"
-            )
-        if divides_expert_weights(transformer_config):
-            yield (
-                f"{loss.title} reads whole weights, of which a rank has shards between passes "
-                f"(remove --expert-tensor-parallel-num-weight-shards, or set {loss.off})"
-            )
-        if getattr(transformer_config, "overlap_moe_expert_parallel_comm", False):
-            yield (
-                f"{loss.title} joins a router to its experts in one backward pass, which the schedule of "
-                f"--overlap-moe-expert-parallel-comm splits ({without_overlap(transformer_config)}, or set {loss.off})"
-            )
-        if delays_weight_gradients(transformer_config):
-            yield (
-                f"{loss.title} cannot add to weight gradients that are computed apart from the backward pass "
-                "(remove --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad)"
-            )
-        if remedy := without_quantized_weights(transformer_config):
-            yield f"{loss.title} reads weights that are not quantized ({remedy}, or set {loss.off})"
-
-    @classmethod
-    def describe(cls, losses: Sequence[ExpertRouterCoupling], model: ModelFacts) -> Iterator[tuple[str, str]]:
-        yield "weights", "router, and gate rows of every expert's linear_fc1"
 
     def detach(self) -> None:
         for hook in self._hooks:
@@ -146,7 +104,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             return
         call = run.call
         if has_adapted_weights(self.layer.module):
-            raise RuntimeError(adapted(self._loss, _ADAPTED))
+            raise RuntimeError(ADAPTED_WEIGHTS.text(loss=self._loss))
         router, experts = self.layer.router.weight, expert_first_weights(self.layer.module)
         with torch.no_grad():
             noise_EH = router_noise(router, seed=(self.layer.clock.step << 16) + self.layer.moe_layer_index)

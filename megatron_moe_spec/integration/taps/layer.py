@@ -12,6 +12,7 @@ from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch, MicroBat
 from megatron_moe_spec.integration.hooks.modes import without_autocast
 from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
 from megatron_moe_spec.integration.hooks.routing import read_routing, token_scores
+from megatron_moe_spec.integration.support.rules_of_graphs import PADDED
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import RouterCall, TappedLayer
 from megatron_moe_spec.integration.taps.cuda_graphs import after_graph, is_router_graphed, stays_out_of_graphs
@@ -133,10 +134,7 @@ class LayerTaps:
     def _route_again(self, logits: Tensor, decided) -> tuple[Tensor, Tensor]:
         """Runs the taps around what a CUDA graph has ``decided``. It knows of no padding."""
         if self._tracker.has_padding:
-            raise RuntimeError(
-                "a router in a CUDA graph is given no padding mask, so that the auxiliary losses would count padding: "
-                "capture attention alone (--cuda-graph-scope attn), or pass no padding_mask"
-            )
+            raise RuntimeError(PADDED.text())
         return self.route(logits, None, decided)
 
     def _ran_twice(self, micro_batch: MicroBatch) -> str:

@@ -4,20 +4,16 @@ A layer's gradient needs only its neighbours' values, so no autograd edge joins 
 and overlapped schedules need nothing special. Suffixes: T tokens, E experts.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Optional, Union
 
 from torch import Tensor
 
-from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.hooks.injection import add_gradient
 from megatron_moe_spec.integration.hooks.routing import LayerRouting, token_scores
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
-from megatron_moe_spec.integration.pipeline.stages import Stages
-from megatron_moe_spec.integration.support.remedies import without_overlap
-from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap, TappedLayer
+from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
 from megatron_moe_spec.losses.coupling import Coupling, joint_scores, routed_mass, strongest_successors
 from megatron_moe_spec.losses.scores import normalized_scores_gradient
@@ -30,41 +26,10 @@ class PairsTap(Tap[Coupling]):
     Type pathway: one all-reduce of E x E numbers a pair, in forward.
     """
 
-    title = "pairs"
-
     def __init__(self, losses: Sequence[Coupling], layer: TappedLayer):
         super().__init__(losses, layer)
         (self._loss,) = losses
         self._in_fp64 = layer.transformer_config.moe_router_dtype == "fp64"
-
-    @classmethod
-    def problems(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[str]:
-        for loss in losses:
-            if loss.is_trained:
-                yield from _layer_problems(loss, model)
-                yield from _precision_problems(model)
-            if loss.carries_messages and model.stages.several_ranks:
-                for why, remedy in _no_messages(model.transformer_config):
-                    yield f"{why} (set --moe-coupling-across-stages auto or drop, or {remedy})"
-
-    @classmethod
-    def notices(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[str]:
-        number, across = _pairs(model.stages)
-        if model.stages.several_ranks and across and not any(loss.carries_messages for loss in losses):
-            reasons = [why for why, _ in _no_messages(model.transformer_config)]
-            yield (
-                f"pairs of MoE layers in different pipeline stages ({across} of {number}) are neither trained on nor "
-                f"measured{': ' if reasons else ''}{'; '.join(reasons)}"
-            )
-
-    @classmethod
-    def describe(cls, losses: Sequence[Coupling], model: ModelFacts) -> Iterator[tuple[str, str]]:
-        number, across = _pairs(model.stages)
-        text = f"{number} of consecutive MoE layers"
-        if across:
-            text += f", {across} of them across pipeline stages"
-            text += "" if any(loss.carries_messages for loss in losses) else " (dropped)"
-        yield cls.title, text
 
     def records(self) -> set[tuple[str, int]]:
         from_before = self._loss.carries_messages and self.layer.moe_layer_index > 0
@@ -141,56 +106,6 @@ class PairsTap(Tap[Coupling]):
         function = transformer_config.moe_router_score_function
         return add_logits_gradient(
             kind, routing, neighbor_grads, call.logits, function, weight, incoming, self._is_fused(call.logits)
-        )
-
-
-def resolve_across_stages(spec: SpecConfig, stages: Stages, transformer_config) -> SpecConfig:
-    """With ``auto`` made ``drop`` where the pipeline's schedule carries no messages, else ``exact``."""
-    if spec.coupling_across_stages != "auto":
-        return spec
-    drops = stages.several_ranks and any(_no_messages(transformer_config))
-    across_stages = "drop" if drops else "exact"
-    return replace(spec, coupling_across_stages=across_stages)  # type: ignore[call-arg]
-
-
-def _pairs(stages: Stages) -> tuple[int, int]:
-    """Numbers of pairs of consecutive MoE layers: all of them, and those in different (virtual) pipeline stages."""
-    number = max(sum(stages.num_layers) - 1, 0)
-    return number, number - sum(max(length - 1, 0) for length in stages.num_layers)
-
-
-def _layer_problems(loss: Coupling, model: ModelFacts) -> Iterator[str]:
-    stages = model.stages
-    if sum(stages.num_layers) < 2:
-        yield f"coupling needs two MoE layers, the model has one (set {loss.flag} to 0)"
-    elif loss.across_stages == "drop" and max(stages.num_layers) < 2:
-        remedies = [f"{remedy}, or set {loss.flag} to 0" for _, remedy in _no_messages(model.transformer_config)]
-        yield (
-            "no pipeline stage has two MoE layers, so no pair of layers is left for coupling "
-            f"({'; '.join(remedies) or 'set --moe-coupling-across-stages exact'})"
-        )
-
-
-def _precision_problems(model: ModelFacts) -> Iterator[str]:
-    if model.kernels == "triton" and model.transformer_config.moe_router_dtype == "fp64":
-        yield (
-            "the Triton kernels compute the coupling loss in fp32 "
-            "(set --moe-router-dtype fp32, or --moe-spec-kernels to auto or torch)"
-        )
-
-
-def _no_messages(transformer_config) -> Iterator[tuple[str, str]]:
-    """Why a pipeline cannot carry the coupling of layers in different stages, with the setting that is in its way."""
-    if getattr(transformer_config, "mtp_standalone", False):
-        yield (
-            "stages with MTP layers of their own send tensors of another shape",
-            "leave MTP layers in the last stage (--pipeline-model-parallel-layout)",
-        )
-    if getattr(transformer_config, "overlap_moe_expert_parallel_comm", False):
-        yield (
-            "the schedule of --overlap-moe-expert-parallel-comm hands gradients past what carries the coupling of "
-            "layers in different pipeline stages",
-            without_overlap(transformer_config),
         )
 
 

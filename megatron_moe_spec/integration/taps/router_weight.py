@@ -1,6 +1,5 @@
 """Tap of a router's weight."""
 
-from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -9,22 +8,13 @@ from torch import Tensor
 from megatron_moe_spec.integration.compat.experts import has_adapter
 from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, separate_graph
 from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
-from megatron_moe_spec.integration.taps.base import ModelFacts, RouterCall, Tap
-from megatron_moe_spec.losses import Loss, RouterWeightLoss
+from megatron_moe_spec.integration.support.rules_of_weights import ADAPTED_ROUTER
+from megatron_moe_spec.integration.taps.base import RouterCall, Tap
+from megatron_moe_spec.losses import RouterWeightLoss
 
 
 class RouterWeightTap(Tap[RouterWeightLoss]):
     """Every rank computes the losses of its copy of the weight, and counts as a share of its micro-batch."""
-
-    title = "router weight"
-
-    @classmethod
-    def problems(cls, losses: Sequence[RouterWeightLoss], model: ModelFacts) -> Iterator[str]:
-        for loss in losses:
-            if model.shards_weights:
-                yield sharded(loss)
-            if any(has_adapter(layer.router) for layer in model.moe_layers):
-                yield adapted(loss, "the router")
 
     def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
         # When the router has its logits its weight is that of this step, also where parameters are gathered while the
@@ -32,7 +22,7 @@ class RouterWeightTap(Tap[RouterWeightLoss]):
         if not self.trained:
             return logits
         if has_adapter(self.layer.module.router):
-            raise RuntimeError(adapted(self.trained[0], "the router"))
+            raise RuntimeError(ADAPTED_ROUTER.text(loss=self.trained[0]))
         return add_weight_gradients(logits, [self.layer.router.weight], partial(self._gradients, call))
 
     def observe(self, call: RouterCall) -> None:
@@ -50,14 +40,3 @@ class RouterWeightTap(Tap[RouterWeightLoss]):
         count = micro_batch_count(transformer_config, call.routing.tokens.total)
         factor = weight_gradient_factor(transformer_config, count, self.layer.tp_cp_group.size())
         return [(gradient * factor).to(weight.dtype)]
-
-
-def sharded(loss: Loss) -> str:
-    return f"{loss.title} reads whole weights, of which FSDP leaves a rank shards (set {loss.off})"
-
-
-def adapted(loss: Loss, what: str) -> str:
-    return (
-        f"{loss.title} is a loss of the model's own weights, which adapters around {what} leave as they are "
-        f"(set {loss.off}, or adapt other modules)"
-    )

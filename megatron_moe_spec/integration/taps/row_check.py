@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_moe_spec.integration.compat.dispatch import is_flex
 from megatron_moe_spec.integration.hooks.replacement import Hook, MethodReplacement
-from megatron_moe_spec.integration.support.remedies import with_alltoall
+from megatron_moe_spec.integration.support.rules_of_rows import DISORDERED
 from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.parallel.row_exchange import RowExchange
 from megatron_moe_spec.parallel.row_indices import expert_rows, first_rows
@@ -74,13 +74,7 @@ class RowCheck:
             dist.all_reduce(everywhere, op=dist.ReduceOp.MIN, group=self._layer.dispatcher.ep_group)
             right = bool(everywhere)
         if not right:
-            transformer_config, layer = self._layer.transformer_config, self._layer.moe_layer_index
-            kind = transformer_config.moe_token_dispatcher_type
-            remedy = f"{with_alltoall(transformer_config)}, or " if kind == "flex" else ""
-            raise RuntimeError(
-                f"MoE layer {layer}: the rows that the {kind} dispatcher hands to the experts do not lie as expected, "
-                f"and cannot be told apart by token ({remedy}set the coefficients of the losses of rows to 0)"
-            )
+            raise RuntimeError(DISORDERED.text(self._layer))
         self.is_due = False
 
 

@@ -22,8 +22,6 @@ class ScoresTap(Tap[ScoresLoss]):
     backward.
     """
 
-    title = "scores"
-
     def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
         return add_gradient(logits, partial(self._add_gradient, call)) if self.trained else logits
 

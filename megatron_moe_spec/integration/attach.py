@@ -12,7 +12,7 @@ from torch import nn
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import model_ranks, tp_cp_group
 from megatron_moe_spec.integration.compat.models import FoundLayers, model_config, moe_layers
-from megatron_moe_spec.integration.compat.release import current_device, require_megatron
+from megatron_moe_spec.integration.compat.release import require_megatron
 from megatron_moe_spec.integration.compat.schedules import follow_schedules
 from megatron_moe_spec.integration.compat.settings import logs_each_layer
 from megatron_moe_spec.integration.hooks.micro_batch import MicroBatchTracker
@@ -25,7 +25,7 @@ from megatron_moe_spec.integration.step.tracer import Tracer
 from megatron_moe_spec.integration.support.checks import check_supported
 from megatron_moe_spec.integration.taps.layer import LayerTaps
 from megatron_moe_spec.integration.taps.pairs import resolve_across_stages
-from megatron_moe_spec.parallel.collectives import together
+from megatron_moe_spec.parallel.collectives import current_device, together
 
 logger = logging.getLogger(__name__)
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # MoE layers
@@ -132,8 +132,8 @@ class SpecHandle:
         parts: list[Part] = []
         self._steps = Steps(self.recorder, parts)
         self._trackers = [
-            MicroBatchTracker(chunk, len(found.included), carry, self._steps.begin_forward, self._warn_of_decisions)
-            for (chunk, found), carry in zip(chunks, self._cross_stage.of_chunks)
+            MicroBatchTracker(chunk, len(found.included), on_open, self._steps.begin_forward, self._warn_of_decisions)
+            for (chunk, found), on_open in zip(chunks, self._cross_stage.on_open)
         ]
         self._taps = [
             LayerTaps(chunk, name, index, first + index, layer, tracker, self.recorder)

@@ -8,13 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat.release import current_device
 from megatron_moe_spec.integration.hooks.routing import TokenCount
 from megatron_moe_spec.integration.step.tracer import Tracer
 from megatron_moe_spec.losses import Loss
 from megatron_moe_spec.losses.base import PAIRS
 from megatron_moe_spec.metrics.accumulators import LayerStatistics, PairStatistics, RouterStatistics, at_once
-from megatron_moe_spec.parallel.collectives import all_reduce_max, all_reduce_sum
+from megatron_moe_spec.parallel.collectives import all_reduce_max, all_reduce_sum, current_device
 
 _MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
 

@@ -9,11 +9,10 @@ import torch
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import etp_group, process_groups
 from megatron_moe_spec.integration.compat.models import layer_pattern, router_of, shards_weights, stage_module
-from megatron_moe_spec.integration.compat.settings import (
+from megatron_moe_spec.integration.compat.settings import replaced_logits, shares_differently
+from megatron_moe_spec.integration.compat.training_program import (
     global_arguments,
     graphs_inference_alone,
-    replaced_logits,
-    shares_differently,
     will_shard_weights,
 )
 from megatron_moe_spec.integration.pipeline.stages import Stages

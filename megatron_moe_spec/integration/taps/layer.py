@@ -174,7 +174,7 @@ class LayerTaps:
             shape = call.logits.shape  # [positions, sequences, E], as a rule
             sequences = shape[1] if len(shape) == 3 else None
             number = self._recorder.layer_indices[layer.moe_layer_index]
-            traced = number, call.micro_batch.number, routing.active_TE, call.padding_mask, sequences
+            traced = number, call.micro_batch.index, routing.active_TE, call.padding_mask, sequences
             call.micro_batch.notes.add(self._recorder.tracer.add, *traced)
         for tap in self._taps:
             tap.observe(call)

@@ -16,6 +16,10 @@ ORDER = [
     *["losses", "config", "metrics", "traces", "kernels", "parallel", "integration", "arguments", "cpu"],
     *["launch", "doctor", "report", "placement"],
 ]
+# Of integration/.
+ROOMS = ["compat", "hooks", "step", "pipeline", "support", "taps", "attach", "training", "frameworks"]
+# Files that import from a room after their own.
+EXCEPTIONS = {("compat/dispatch.py", "support"), ("support/checks.py", "taps")}
 MEGATRON_FREE = [part for part in ORDER if part not in ("integration", "cpu")]
 
 
@@ -52,6 +56,31 @@ def test_imports_point_upwards():
                 checked += 1
                 assert ORDER.index(other) <= ORDER.index(part), f"{file} imports {name}"
     assert checked > 20
+
+
+def _imports_between_rooms() -> set[tuple[str, str, str]]:
+    """(room, room that it imports from, file)."""
+    found = set()
+    for part, file in _files():
+        path = file.relative_to(ROOT / part) if part == "integration" else Path("__init__.py")
+        room = path.parts[0].removesuffix(".py")
+        for name in _imports(file) if room != "__init__" else ():
+            parts = name.split(".")
+            if parts[:2] == ["megatron_moe_spec", "integration"] and parts[2] != room:
+                found.add((room, parts[2], path.as_posix()))
+    return found
+
+
+def test_rooms_import_from_those_before():
+    upwards = {
+        (file, other) for room, other, file in _imports_between_rooms() if ROOMS.index(other) > ROOMS.index(room)
+    }
+    assert upwards == EXCEPTIONS
+
+
+def test_few_arrows_between_rooms():
+    arrows = sorted({f"{room} -> {other}" for room, other, _ in _imports_between_rooms()})
+    assert 10 < len(arrows) <= 23, arrows
 
 
 def test_only_integration_knows_megatron():

@@ -119,9 +119,3 @@ def _always(*args: Any, **kwargs: Any) -> bool:
 
 def _never_called(*args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError("flags are examined here, and nothing is computed")
-
-
-def set_connections(shards_weights: bool) -> None:
-    """CUDA_DEVICE_MAX_CONNECTIONS as Megatron wants it, with FSDP or without, unless it is set."""
-    if not shards_weights:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Optional
 
-from megatron_moe_spec.integration.compat.assumed import set_connections
 from megatron_moe_spec.integration.compat.models import layer_pattern, main_part
 from megatron_moe_spec.integration.compat.protocols import Arguments, TransformerConfig
 
@@ -69,7 +68,8 @@ def settings_of_flags(flags: list[str], add_arguments: Callable) -> tuple[Argume
         dense = _shards(args, "tensor_parallel", args.tensor_model_parallel_size) * args.context_parallel_size
         experts = args.expert_model_parallel_size * _shards(args, "expert_tensor_parallel", columns)
         args.world_size = math.lcm(dense, experts) * args.pipeline_model_parallel_size
-    set_connections(will_shard_weights(args))
+    if not will_shard_weights(args):  # with FSDP, Megatron refuses it
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     arguments.validate_args(args)
     return args, arguments.core_transformer_config_from_args(args)
 
@@ -105,16 +105,16 @@ def moe_layers_of_stages(args: Arguments, transformer_config: TransformerConfig)
     ranks = transformer_config.pipeline_model_parallel_size
     chunks = transformer_config.virtual_pipeline_model_parallel_size
     layout = transformer_config.pipeline_model_parallel_layout
-    numbers, end = [], 0
+    counts, end = [], 0
     for chunk in range(chunks or 1):
         for rank in range(ranks):
             if layout is not None:
                 layers = layout.layout[rank][chunk].count(LayerType.decoder)
             else:
                 layers = get_num_layers_to_build(transformer_config, chunk if chunks else None, rank)
-            numbers.append(sum(has_experts[end : end + layers]))
+            counts.append(sum(has_experts[end : end + layers]))
             end += layers
-    return numbers
+    return counts
 
 
 def training_writers() -> tuple[Any, Any]:

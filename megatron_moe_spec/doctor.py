@@ -88,7 +88,7 @@ def judge(argv: list[str]) -> Verdict:
     _do_without_gpu()
     _do_without_broken_library()
     from megatron_moe_spec.integration.compat.assumed import training_machine
-    from megatron_moe_spec.integration.compat.settings import training_modules
+    from megatron_moe_spec.integration.compat.training_program import training_modules
 
     with _silence():
         training_modules()
@@ -106,7 +106,7 @@ def _judge(argv: list[str], device: "torch.device") -> Verdict:
 
     from megatron_moe_spec.arguments import spec_config_from_args
     from megatron_moe_spec.integration.compat.assumed import missing_libraries
-    from megatron_moe_spec.integration.compat.settings import moe_layers_of_stages
+    from megatron_moe_spec.integration.compat.training_program import moe_layers_of_stages
     from megatron_moe_spec.integration.pipeline.stages import Stages
     from megatron_moe_spec.integration.support.checks import notices, unsupported_settings
     from megatron_moe_spec.integration.support.facts import ModelFacts
@@ -240,7 +240,7 @@ def _missing(wants_training: bool) -> Optional[str]:
     """The package that has to be installed first, or None."""
     try:
         from megatron_moe_spec.integration.compat.release import require_megatron
-        from megatron_moe_spec.integration.compat.settings import training_modules
+        from megatron_moe_spec.integration.compat.training_program import training_modules
 
         require_megatron()
         if wants_training:
@@ -257,7 +257,7 @@ class _Rejected(Exception):
 
 def _settings(flags: list[str]) -> tuple[Any, Any]:
     from megatron_moe_spec.arguments import add_moe_spec_args
-    from megatron_moe_spec.integration.compat.settings import settings_of_flags
+    from megatron_moe_spec.integration.compat.training_program import settings_of_flags
     from megatron_moe_spec.losses.installed import installed_losses
 
     installed_losses()  # their faults are ours to tell, not Megatron's

@@ -45,8 +45,8 @@ MUTATIONS = [
     ),
     (
         "pair across a stage boundary left out in the later stage",
-        "integration/pipeline/cross_stage.py",
-        "micro_batch.take_before = functools.partial(_take, step, self._form)",
+        "integration/pipeline/stage_messages.py",
+        "micro_batch.take_before = partial(step.next_routing, step.message_TW)",
         "pass",
         f"{LAYOUT}[PP2-plain]",
     ),
@@ -59,9 +59,9 @@ MUTATIONS = [
     ),
     (
         "message not passed on by a stage without MoE layers",
-        "integration/pipeline/cross_stage.py",
-        "message_TW = step.message(self._form) if self._has_layers else step.message_TW",
-        "message_TW = step.message(self._form) if self._has_layers else None",
+        "integration/pipeline/stage_messages.py",
+        "return self.message_TW",
+        "return None",
         f"{LAYOUT}[PP2+VPP2-dense layers at the stage boundary]",
     ),
     (
@@ -146,8 +146,8 @@ MUTATIONS = [
     (
         "ERC's tokens taken for equal on all ranks",
         "integration/taps/expert_weights.py",
-        "micro_batch.expert_group_count = all_reduce_sum(own, etp_ep_group(self.layer.dispatcher))",
-        "micro_batch.expert_group_count = own * etp_ep_group(self.layer.dispatcher).size()",
+        "micro_batch.etp_ep_group_count = all_reduce_sum(own, etp_ep_group(self.layer.dispatcher))",
+        "micro_batch.etp_ep_group_count = own * etp_ep_group(self.layer.dispatcher).size()",
         "tests/programs/test_programs_on_ranks.py::test_ranks_with_different_numbers_of_tokens[erc]",
     ),
     (
@@ -173,9 +173,9 @@ MUTATIONS = [
     ),
     (
         "every forward of a pipeline step reads the first one's message",
-        "integration/pipeline/cross_stage.py",
-        "start, step.num_taken = step.num_taken, step.num_taken + num_tokens",
-        "start, step.num_taken = 0, num_tokens",
+        "integration/pipeline/stage_messages.py",
+        "start, self._num_read = self._num_read, self._num_read + num_tokens",
+        "start, self._num_read = 0, num_tokens",
         "tests/programs/test_programs_on_ranks.py::test_policy_and_reference_in_one_tensor_between_stages",
     ),
     (
@@ -251,7 +251,7 @@ MUTATIONS = [
     (
         "router's input taken from the rows of other tokens",
         "integration/compat/cuda_graphs.py",
-        "return rows_PH[numbers_ET.gather(0, first_1T).squeeze(0)]",
+        "return rows_PH[row_ET.gather(0, first_1T).squeeze(0)]",
         "return rows_PH[: len(routing_map_TE)]",
         "tests/integration/test_cuda_graphs.py::test_each_loss_alone[coupling_loss-attn+moe_router+moe_preprocess]",
     ),

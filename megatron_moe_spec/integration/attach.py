@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import model_ranks, tp_cp_group
 from megatron_moe_spec.integration.compat.models import FoundLayers, model_config, moe_layers
-from megatron_moe_spec.integration.compat.release import current_device, require_megatron
+from megatron_moe_spec.integration.compat.release import require_megatron
 from megatron_moe_spec.integration.compat.schedules import follow_schedules
 from megatron_moe_spec.integration.compat.settings import logs_each_layer
 from megatron_moe_spec.integration.hooks.micro_batch import MicroBatchTracker
@@ -28,7 +28,7 @@ from megatron_moe_spec.integration.support.rules_of_pairs import resolve_across_
 from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.integration.taps.layer import LayerTaps
 from megatron_moe_spec.integration.taps.lost_losses import LostLosses, warn_of_decisions, with_reasons
-from megatron_moe_spec.parallel.collectives import together
+from megatron_moe_spec.parallel.collectives import current_device, together
 
 logger = logging.getLogger(__name__)
 _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # MoE layers
@@ -135,8 +135,8 @@ class SpecHandle:
         self._taps: list[LayerTaps] = []
         warn = partial(warn_of_decisions, self._taps)
         self._trackers = [
-            MicroBatchTracker(chunk, len(found.included), carry, clock.begin_forward, warn)
-            for (chunk, found), carry in zip(chunks, self._cross_stage.of_chunks)
+            MicroBatchTracker(chunk, len(found.included), on_open, clock.begin_forward, warn)
+            for (chunk, found), on_open in zip(chunks, self._cross_stage.on_open)
         ]
         for tracker, (chunk, found), first in zip(self._trackers, chunks, stages.first_layers):
             for index, (name, module) in enumerate(found.included.items()):

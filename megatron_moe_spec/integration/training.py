@@ -18,7 +18,7 @@ from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.attach import SpecHandle, attach
 from megatron_moe_spec.integration.compat.release import require_megatron
 from megatron_moe_spec.integration.compat.schedules import around_schedules
-from megatron_moe_spec.integration.compat.settings import training_modules, training_writers
+from megatron_moe_spec.integration.compat.training_program import training_modules, training_writers
 from megatron_moe_spec.metrics.writer import METRICS_FILE, MetricsWriter
 
 NEVER_ATTACHED = (

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe_spec.losses.base import PAIRS, Loss, option
-from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
+from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating, normalized_scores_gradient
 
 COUPLING_TYPES = ("mass", "pathway")
 
@@ -110,6 +110,44 @@ def strongest_successors(joint: Tensor, top_k: int) -> Tensor:
     """[E, E'] bool: the top-k entries of each row of the joint matrix. Carries no gradient."""
     chosen = joint.detach().topk(top_k, dim=-1).indices
     return torch.zeros_like(joint, dtype=torch.bool).scatter_(1, chosen, True)
+
+
+def neighbor_grad_of_previous(kind: str, message: Tensor, successors_EE: Optional[Tensor]) -> Tensor:
+    """-T times the gradient of the loss of a pair with respect to the scores of its second layer.
+
+    Args:
+        message: of the first layer: m [T] (mass), or scores [T, E] (pathway).
+        successors_EE: the strongest successors of its experts (pathway).
+
+    Returns:
+        [T], the same for every dispatched expert (mass), or [T, E] (pathway).
+    """
+    if kind == "mass":
+        return message
+    assert successors_EE is not None
+    return message @ successors_EE.to(message.dtype)
+
+
+def neighbor_grad_of_following(kind: str, message: Tensor, successors_EE: Optional[Tensor]) -> Tensor:
+    """The same with respect to the first layer's scores, from the ``message`` of the second."""
+    if kind == "mass":
+        return message
+    assert successors_EE is not None
+    return message @ successors_EE.T.to(message.dtype)
+
+
+def logits_grad(
+    kind: str,
+    logits_TE: Tensor,
+    active_TE: Tensor,
+    score_function: str,
+    neighbor_grads: list[Tensor],
+    weight: Union[Tensor, float],
+) -> Tensor:
+    """[T, E] weight * gradient of -T times the (at most two) pair losses of a layer with respect to its logits."""
+    neighbor_grad = sum(neighbor_grads)
+    grad_scores_TE = active_TE * neighbor_grad.unsqueeze(-1) if kind == "mass" else neighbor_grad
+    return normalized_scores_gradient(logits_TE, score_function, grad_scores_TE * weight)
 
 
 def _checked(top_k: Optional[int], scores: Tensor) -> int:

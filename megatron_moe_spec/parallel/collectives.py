@@ -10,7 +10,12 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 
-def together(function: Callable[[], Result], groups: Sequence, device: torch.device) -> Result:
+def current_device() -> torch.device:
+    """The device that this rank's collectives work on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def together(function: Callable[[], Result], groups: Sequence[dist.ProcessGroup], device: torch.device) -> Result:
     """What ``function`` returns; if it raises on one rank, all ranks raise: none waits for another that has stopped.
 
     Args:
@@ -52,17 +57,17 @@ def together(function: Callable[[], Result], groups: Sequence, device: torch.dev
 _RAISED = {kind.__name__: kind for kind in (ImportError, OSError, TypeError, ValueError)}
 
 
-def all_reduce_sum(x: Tensor, group) -> Tensor:
+def all_reduce_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum of x over a group's ranks, on all of them; x itself stays as it is."""
     return _all_reduce(x, group, dist.ReduceOp.SUM)
 
 
-def all_reduce_max(x: Tensor, group) -> Tensor:
+def all_reduce_max(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Maximum of x over a group's ranks, on all of them; x itself stays as it is."""
     return _all_reduce(x, group, dist.ReduceOp.MAX)
 
 
-def all_gather(x: Tensor, group) -> Tensor:
+def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The ranks' [n, ...], which have the same n, one after another: [ranks * n, ...]."""
     if group.size() == 1:
         return x
@@ -73,7 +78,7 @@ def all_gather(x: Tensor, group) -> Tensor:
     return output
 
 
-def _all_reduce(x: Tensor, group, operation) -> Tensor:
+def _all_reduce(x: Tensor, group: dist.ProcessGroup, operation: dist.ReduceOp) -> Tensor:
     if group.size() == 1:
         return x
     x = x.clone()

@@ -1,12 +1,12 @@
 """A message that rides on the hidden states between pipeline stages, and one that rides back on their gradient.
 
 Extra rows at the end of a tensor that is sent anyway: no communication of its own, so nothing that could block.
-Suffixes: S sequence (this rank's), B micro-batch, H hidden size, T = S * B tokens, W numbers of a message per token.
+Suffixes: S sequence (this rank's), B micro-batch, H hidden size, T = S * B tokens, W values of a message per token.
 """
 
 from collections.abc import Callable
 from math import ceil
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -67,12 +67,12 @@ class Append(torch.autograd.Function):
     """[S, B, H], rows -> [S + rows, B, H]; backward gives the gradient's last rows to ``receive`` and drops them."""
 
     @staticmethod
-    def forward(ctx, hidden_SBH, rows, receive: Callable[[Tensor], None]):
+    def forward(ctx: Any, hidden_SBH: Tensor, rows: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
         ctx.num_rows, ctx.receive = len(rows), receive
         return torch.cat([hidden_SBH, rows])
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         length = len(gradient) - ctx.num_rows
         ctx.receive(gradient[length:])
         return gradient[:length], None, None
@@ -85,12 +85,12 @@ class Strip(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, packed, length: int, answer: Callable[[Tensor], Tensor]):
+    def forward(ctx: Any, packed: Tensor, length: int, answer: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.answer = answer
         return packed[:length]
 
     @staticmethod
-    def backward(ctx, gradient_SBH):
+    def backward(ctx: Any, gradient_SBH: Tensor) -> tuple[Tensor, None, None]:
         return torch.cat([gradient_SBH, ctx.answer(gradient_SBH)]), None, None
 
 
@@ -106,5 +106,5 @@ def numbers_to_bits(numbers: Tensor, num_bits: int) -> Tensor:
     return bits.flatten(1)[:, :num_bits] > 0
 
 
-def _powers(device) -> Tensor:
+def _powers(device: torch.device) -> Tensor:
     return 2.0 ** torch.arange(8, dtype=torch.float32, device=device)

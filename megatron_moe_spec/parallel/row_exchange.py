@@ -54,7 +54,7 @@ class RowExchange:
         num_rows: int,
         rows_for: Sequence[int],
         rows_from: Sequence[int],
-        group,
+        group: dist.ProcessGroup,
         a2a_dtype: str = "same",
         counts_L: Optional[Sequence[int]] = None,
         asked: bool = False,
@@ -92,13 +92,13 @@ class RowExchange:
         ends = torch.tensor(list(accumulate((*self._rows_for, *self._rows_from), initial=0)), device="cpu")
         ends = ends.to(chosen.device, non_blocking=True)
         sums = torch.nn.functional.pad(torch.cat([chosen_there, chosen]).cumsum(0), (1, 0))
-        numbers = sums[ends].diff().to("cpu", non_blocking=chosen.is_cuda)
+        counts = sums[ends].diff().to("cpu", non_blocking=chosen.is_cuda)
         copied = torch.cuda.current_stream().record_event() if chosen.is_cuda else None
 
         def finish() -> RowExchange:
             if copied is not None:
                 copied.synchronize()
-            ranks, rows = len(self._rows_for), numbers.tolist()
+            ranks, rows = len(self._rows_for), counts.tolist()
             rows_for, rows_from = rows[:ranks], rows[ranks:]
             order = torch.arange(self._num_rows, device=chosen.device) if self._order is None else self._order
             # Where the number is known, repeating 0 or 1 times chooses without a synchronisation.
@@ -125,7 +125,9 @@ class RowExchange:
         order = order + before[order]
         return self._of(order, sum(blocks_L), self._rows_for, self._rows_from)
 
-    def _of(self, order, num_rows: int, rows_for: Sequence[int], rows_from: Sequence[int]) -> "RowExchange":
+    def _of(
+        self, order: Optional[Tensor], num_rows: int, rows_for: Sequence[int], rows_from: Sequence[int]
+    ) -> "RowExchange":
         return RowExchange(order, num_rows, rows_for, rows_from, self._group, self._a2a_dtype, self._counts_L)
 
     def to_tokens(self, x_PD: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ class RowExchange:
         received = sent.new_empty(sum(receive), *sent.shape[1:])
         work = dist.all_to_all_single(received, sent, receive, send, group=self._group, async_op=True)
 
-        def finish(sent=sent) -> Tensor:  # holds what is sent
+        def finish(sent: Tensor = sent) -> Tensor:  # holds what is sent
             work.wait()
             return dequantized(received, x.dtype) if self._quantizes(x) else received
 

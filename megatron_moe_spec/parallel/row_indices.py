@@ -15,7 +15,7 @@ _NONE = torch.iinfo(torch.int32).max
 
 
 def first_rows(rows_E: Sequence[int], device: torch.device) -> Tensor:
-    """[E] int32 number of each expert's first row, on the device. No synchronisation with it.
+    """[E] int32 index of each expert's first row, on the device. No synchronisation with it.
 
     Args:
         rows_E: number of rows of each expert, padding included.
@@ -60,10 +60,10 @@ def rows_of_tokens(
 
 
 def experts_of_tokens(active_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """[T, K] numbers of the active experts of each token, ascending; bool, which there are: the others are expert 0."""
+    """[T, K] indices of the active experts of each token, ascending; bool, which there are: the others are expert 0."""
     num_experts = active_TE.shape[1]
-    numbers_E = torch.arange(num_experts, device=active_TE.device)
-    experts_TK = torch.where(active_TE, numbers_E, num_experts).topk(top_k, dim=1, largest=False).values
+    experts_E = torch.arange(num_experts, device=active_TE.device)
+    experts_TK = torch.where(active_TE, experts_E, num_experts).topk(top_k, dim=1, largest=False).values
     active_TK = experts_TK < num_experts
     return experts_TK * active_TK, active_TK
 

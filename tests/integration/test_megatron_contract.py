@@ -6,10 +6,14 @@ Run it first with a new release: see "Upgrade to a new Megatron release" in CONT
 import ast
 import importlib
 import inspect
+import sys
 
 import pytest
 import torch
 from processes import ROOT, needs_megatron, needs_training_loop
+
+from megatron_moe_spec.integration.compat import protocols
+from megatron_moe_spec.integration.compat.groups import process_groups
 
 pytestmark = needs_megatron
 COMPAT = ROOT / "megatron_moe_spec" / "integration" / "compat"
@@ -48,34 +52,17 @@ TRAINING = {
     "training.training:training_log": ["loss_dict", "total_loss_dict", "learning_rate", "iteration"],
     "training.training:get_args": [],
 }
-# Of TransformerConfig. What is read with a default, as newer or older than others, is not among them.
-FIELDS = """
-    calculate_per_token_loss context_parallel_size expert_model_parallel_size expert_tensor_parallel_size
-    gated_linear_unit gradient_accumulation_fusion hidden_size moe_grouped_gemm moe_layer_freq moe_router_dtype
-    moe_router_score_function moe_router_topk moe_token_dispatcher_type num_layers num_moe_experts pipeline_dtype
-    pipeline_model_parallel_layout pipeline_model_parallel_size sequence_parallel tensor_model_parallel_size
-    variable_seq_lengths virtual_pipeline_model_parallel_size
-""".split()
-# Of objects of a model that has run, by where they are below an MoE layer.
+# Of objects of a model that has run, by where they are below an MoE layer: protocols, or names.
 ATTRIBUTES = {
-    "": ["config", "cudagraph_tensor_store", "experts", "num_local_experts", "router", "token_dispatcher"],
-    "router": ["gating", "routing", "tp_cp_group", "weight"],
+    "": protocols.MoELayer,
+    "config": protocols.TransformerConfig,
+    "router": protocols.Router,
     "experts": ["local_experts"],
     "experts.local_experts.0": ["linear_fc1", "linear_fc2"],
     "experts.local_experts.0.linear_fc1": ["weight"],
-    "token_dispatcher": ["config", "ep_group", "ep_size", "tp_ep_group", "tp_group", "tp_rank", "tp_size"],
+    "token_dispatcher": protocols.TokenDispatcher,
 }
-OF_DISPATCHER = {
-    "alltoall": [
-        "input_splits",
-        "num_global_tokens_per_local_expert",
-        "num_local_experts",
-        "output_splits",
-        "probs",
-        "routing_map",
-    ],
-    "allgather": ["local_map"],
-}
+OF_DISPATCHER = {"alltoall": protocols.AllToAllDispatcher, "allgather": protocols.AllGatherDispatcher}
 
 
 def _resolve(path: str):
@@ -127,10 +114,21 @@ def test_signature_of_the_training_program(megatron, path):
     assert list(inspect.signature(_resolve(path)).parameters)[: len(TRAINING[path])] == TRAINING[path]
 
 
+def _attributes(protocol: type) -> list[str]:
+    """Names that a protocol and its bases declare."""
+    return [name for base in protocol.__mro__ for name in inspect.get_annotations(base)]
+
+
+def _missing(owner, names) -> list[str]:
+    names = names if isinstance(names, list) else _attributes(names)
+    assert names
+    return [name for name in names if not hasattr(owner, name)]
+
+
 def test_fields_of_the_transformer_config(megatron):
     config_class = _resolve("core.transformer.transformer_config:TransformerConfig")
     config = config_class(num_layers=1, hidden_size=8, num_attention_heads=1)
-    assert [name for name in FIELDS if not hasattr(config, name)] == []
+    assert _missing(config, protocols.TransformerConfig) == []
 
 
 @pytest.mark.parametrize("dispatcher", OF_DISPATCHER)
@@ -142,8 +140,18 @@ def test_attributes_of_a_model_that_has_run(mm, dispatcher):
         owner = layer
         for name in filter(None, place.split(".")):
             owner = owner[int(name)] if name.isdigit() else getattr(owner, name)
-        missing += [f"{place}.{name}" for name in names if not hasattr(owner, name)]
+        missing += [f"{place}.{name}" for name in _missing(owner, names)]
     assert missing == []
+
+
+def test_process_groups_of_a_model(mm):
+    assert _missing(process_groups(mm.build_model(num_layers=1)), protocols.ProcessGroupCollection) == []
+
+
+@needs_training_loop
+def test_arguments_of_the_training_program(megatron, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert _missing(_resolve("training.arguments:parse_args")(), protocols.Arguments) == []
 
 
 @pytest.mark.parametrize("dispatcher", OF_DISPATCHER)

@@ -85,7 +85,8 @@ def test_a_pipeline_model_that_nobody_detached_is_freed(mm):
     """The context around Megatron's schedules holds on to nothing of the model, and lives as long as it does."""
     from megatron_moe_spec import SpecConfig
     from megatron_moe_spec.integration.compat import schedules
-    from megatron_moe_spec.integration.pipeline.cross_stage import CrossStageCoupling, Stages
+    from megatron_moe_spec.integration.pipeline.cross_stage import CrossStageCoupling
+    from megatron_moe_spec.integration.pipeline.stages import Stages
 
     model = mm.build_model()
     before = len(schedules._around_schedules)

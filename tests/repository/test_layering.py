@@ -16,6 +16,8 @@ ORDER = [
     *["losses", "config", "metrics", "traces", "kernels", "parallel", "integration", "arguments", "cpu"],
     *["launch", "doctor", "report", "placement"],
 ]
+# Of integration/.
+ROOMS = ["compat", "hooks", "step", "pipeline", "support", "taps", "attach", "training", "frameworks"]
 MEGATRON_FREE = [part for part in ORDER if part not in ("integration", "cpu")]
 
 
@@ -54,15 +56,29 @@ def test_imports_point_upwards():
     assert checked > 20
 
 
-ROOMS = ["compat", "hooks", "step", "pipeline", "support", "taps", "attach", "training"]
+def _imports_between_rooms() -> set[tuple[str, str, str]]:
+    """(room, room that it imports from, file)."""
+    found = set()
+    for part, file in _files():
+        path = file.relative_to(ROOT / part) if part == "integration" else Path("__init__.py")
+        room = path.parts[0].removesuffix(".py")
+        for name in _imports(file) if room != "__init__" else ():
+            parts = name.split(".")
+            if parts[:2] == ["megatron_moe_spec", "integration"] and parts[2] != room:
+                found.add((room, parts[2], path.as_posix()))
+    return found
 
 
-@pytest.mark.parametrize("room", ["compat", "support"])
-def test_rooms_of_integration_import_upwards(room):
-    for file in sorted((ROOT / "integration" / room).glob("*.py")):
-        for name in _imports(file):
-            if name.startswith("megatron_moe_spec.integration."):
-                assert ROOMS.index(name.split(".")[2]) <= ROOMS.index(room), f"{file} imports {name}"
+def test_rooms_import_from_those_before():
+    upwards = {
+        (file, other) for room, other, file in _imports_between_rooms() if ROOMS.index(other) > ROOMS.index(room)
+    }
+    assert not upwards
+
+
+def test_few_arrows_between_rooms():
+    arrows = sorted({f"{room} -> {other}" for room, other, _ in _imports_between_rooms()})
+    assert 10 < len(arrows) <= 23, arrows
 
 
 def test_only_integration_knows_megatron():

@@ -10,8 +10,11 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from typing import Optional
+from types import ModuleType
+from typing import Any, NoReturn, Optional
 from unittest import mock
+
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 
 _TRANSFORMER_ENGINE = "transformer_engine"
 _assumed: set[str] = set()
@@ -33,7 +36,7 @@ def do_without_broken_transformer_engine() -> Optional[str]:
     try:
         importlib.import_module(f"{_TRANSFORMER_ENGINE}.pytorch")
     except Exception as error:
-        sys.modules[_TRANSFORMER_ENGINE] = None
+        sys.modules[_TRANSFORMER_ENGINE] = None  # type: ignore[assignment]  # which makes importing it an ImportError
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -78,13 +81,13 @@ _FUSED = (
 )
 
 
-def _moe_utils():
+def _moe_utils() -> ModuleType:
     from megatron.core.transformer.moe import moe_utils
 
     return moe_utils
 
 
-def missing_libraries(transformer_config) -> list[str]:
+def missing_libraries(transformer_config: TransformerConfig) -> list[str]:
     """Libraries that a model will want and that are not installed here."""
     wanted = {
         _TRANSFORMER_ENGINE: transformer_config.transformer_impl != "local",
@@ -101,7 +104,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _replace(prefix: str, old, new) -> None:
+def _replace(prefix: str, old: Any, new: Any) -> None:
     """In every module of Megatron, a name that begins so and means ``old``."""
     for module_name, module in list(sys.modules.items()):
         if module is not None and module_name.split(".")[0] == "megatron":
@@ -110,15 +113,9 @@ def _replace(prefix: str, old, new) -> None:
                     setattr(module, name, new)
 
 
-def _always(*args, **kwargs) -> bool:
+def _always(*args: Any, **kwargs: Any) -> bool:
     return True
 
 
-def _never_called(*args, **kwargs):
+def _never_called(*args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError("flags are examined here, and nothing is computed")
-
-
-def set_connections(shards_weights: bool) -> None:
-    """CUDA_DEVICE_MAX_CONNECTIONS as Megatron wants it, with FSDP or without, unless it is set."""
-    if not shards_weights:
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

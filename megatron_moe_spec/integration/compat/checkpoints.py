@@ -3,9 +3,10 @@
 import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import torch
+from torch import Tensor
 
 
 def follow_checkpoints(first_pass: Callable, recomputation: Callable) -> None:
@@ -38,7 +39,7 @@ def _follow(function: Any, first_pass: Callable, recomputation: Callable) -> Non
     forward, backward = function.forward, function.backward
     has_gradients = [False]  # forward itself always runs without
 
-    def followed_apply(cls, *args, **kwargs):
+    def followed_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         has_gradients.append(torch.is_grad_enabled())
         try:
             return super(function, cls).apply(*args, **kwargs)
@@ -46,12 +47,12 @@ def _follow(function: Any, first_pass: Callable, recomputation: Callable) -> Non
             has_gradients.pop()
 
     @functools.wraps(forward)
-    def followed_forward(ctx, *args, **kwargs):
+    def followed_forward(ctx: Any, *args: Any, **kwargs: Any) -> Any:
         with first_pass(has_gradients[-1]) as ctx.megatron_moe_spec:
             return forward(ctx, *args, **kwargs)
 
     @functools.wraps(backward)
-    def followed_backward(ctx, *gradients):
+    def followed_backward(ctx: Any, *gradients: Optional[Tensor]) -> Any:
         with recomputation(getattr(ctx, "megatron_moe_spec", [])):
             return backward(ctx, *gradients)
 

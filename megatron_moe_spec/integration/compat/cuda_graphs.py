@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Optional
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_moe_spec.integration.compat.dispatch import expert_map
+from megatron_moe_spec.integration.compat.dispatch import expert_map, is_allgather, is_alltoall, is_flex
+from megatron_moe_spec.integration.compat.protocols import MoELayer
 
 
 def is_capturing() -> bool:
@@ -37,7 +38,7 @@ class Replay:
     routing_map_TE: Tensor
 
 
-def replay_of(moe_layer: nn.Module, hidden: Tensor, probs: Tensor, routing_map: Optional[Tensor]) -> Optional[Replay]:
+def replay_of(moe_layer: MoELayer, hidden: Tensor, probs: Tensor, routing_map: Optional[Tensor]) -> Optional[Replay]:
     """Reads the outputs of a layer's graph; None where no graph has run its router.
 
     Args:
@@ -48,11 +49,11 @@ def replay_of(moe_layer: nn.Module, hidden: Tensor, probs: Tensor, routing_map: 
     if routing_map is not None:
         return Replay(hidden, probs, routing_map)
     dispatcher = moe_layer.token_dispatcher
-    dispatch = dispatcher.config.moe_token_dispatcher_type
-    if dispatch == "allgather":
+    if is_allgather(dispatcher):
         return Replay(hidden, probs, dispatcher.routing_map)
-    if dispatch == "alltoall":
-        return Replay(_of_tokens(hidden, dispatcher.routing_map), dispatcher.probs, dispatcher.routing_map)
+    if is_alltoall(dispatcher):
+        return Replay(_first_rows(hidden, dispatcher.routing_map), dispatcher.probs, dispatcher.routing_map)
+    assert is_flex(dispatcher)
     manager = dispatcher._comm_manager
     if hasattr(manager, "token_indices"):
         chosen_TE = expert_map(manager.token_indices, moe_layer.config.num_moe_experts)
@@ -63,8 +64,8 @@ def replay_of(moe_layer: nn.Module, hidden: Tensor, probs: Tensor, routing_map: 
     return Replay(hidden, manager.token_probs, manager.routing_map)
 
 
-def _of_tokens(rows_PH: Tensor, routing_map_TE: Tensor) -> Tensor:
+def _first_rows(rows_PH: Tensor, routing_map_TE: Tensor) -> Tensor:
     """[T, H] from rows by (expert, token): that of each token's first expert; every token has one."""
-    numbers_ET = routing_map_TE.T.reshape(-1).cumsum(dim=0).view(routing_map_TE.T.shape) - 1
+    row_ET = routing_map_TE.T.reshape(-1).cumsum(dim=0).view(routing_map_TE.T.shape) - 1
     first_1T = routing_map_TE.to(torch.uint8).argmax(dim=1).unsqueeze(0)
-    return rows_PH[numbers_ET.gather(0, first_1T).squeeze(0)]
+    return rows_PH[row_ET.gather(0, first_1T).squeeze(0)]

@@ -7,32 +7,51 @@ Suffixes: T tokens of this source, G tokens of all sources, E experts, L local e
 expert-parallel ranks, C expert-tensor-parallel ranks, P rows.
 """
 
-from typing import Optional
+from typing import Optional, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe_spec.integration.compat.protocols import (
+    AllGatherDispatcher,
+    AllToAllDispatcher,
+    FlexDispatcher,
+    TokenDispatcher,
+    TransformerConfig,
+)
 from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.row_exchange import RowExchange
 
 
 def expert_map(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """Bool, [T, E], by the numbers of the experts of each token; -1 is none."""
+    """Bool, [T, E], by the indices of the experts of each token; -1 is none."""
     chosen_TE = torch.zeros(len(experts_TK), num_experts + 1, dtype=torch.bool, device=experts_TK.device)
     return chosen_TE.scatter_(1, experts_TK % (num_experts + 1), True)[:, :num_experts]
 
 
-def dispatched_map(dispatcher, routing_map_TE: Tensor) -> Tensor:
+def is_alltoall(dispatcher: TokenDispatcher) -> TypeGuard[AllToAllDispatcher]:
+    return dispatcher.config.moe_token_dispatcher_type == "alltoall"
+
+
+def is_allgather(dispatcher: TokenDispatcher) -> TypeGuard[AllGatherDispatcher]:
+    return dispatcher.config.moe_token_dispatcher_type == "allgather"
+
+
+def is_flex(dispatcher: TokenDispatcher) -> TypeGuard[FlexDispatcher]:
+    """Whether a library takes the tokens of ``token_dispatch`` to the experts, and lays out their rows."""
+    return dispatcher.config.moe_token_dispatcher_type == "flex"
+
+
+def dispatched_map(dispatcher: TokenDispatcher, routing_map_TE: Tensor) -> Tensor:
     """Bool, [T, E] by which the dispatcher has permuted this rank's tokens; the router's map, or made from it.
 
     The alltoall dispatcher adds tokens that fill experts up (``moe_router_padding_for_quantization``); DeepEP takes the
     K largest probabilities, which a probability of 0 may make another choice.
     """
-    kind = dispatcher.config.moe_token_dispatcher_type
-    if kind == "alltoall":
+    if is_alltoall(dispatcher):
         return dispatcher.routing_map
-    if kind != "flex":
+    if not is_flex(dispatcher):
         return routing_map_TE
     manager = dispatcher._comm_manager
     experts_TK = getattr(manager, "token_indices", None)
@@ -41,13 +60,8 @@ def dispatched_map(dispatcher, routing_map_TE: Tensor) -> Tensor:
     return expert_map(experts_TK, routing_map_TE.shape[1])
 
 
-def is_flex(dispatcher) -> bool:
-    """Whether a library takes the tokens of ``token_dispatch`` to the experts, and lays out their rows."""
-    return dispatcher.config.moe_token_dispatcher_type == "flex"
-
-
 def row_exchange(
-    dispatcher, dispatched_TE: Tensor, num_rows: int, a2a_dtype: str = "same", asks: bool = False
+    dispatcher: TokenDispatcher, dispatched_TE: Tensor, num_rows: int, a2a_dtype: str = "same", asks: bool = False
 ) -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their sources; None where each rank has all experts.
 
@@ -68,26 +82,31 @@ def row_exchange(
     """
     if dispatcher.ep_size == 1:
         return None
-    kind = dispatcher.config.moe_token_dispatcher_type
-    if kind == "flex":
-        order, counts_L, rows_for, rows_from, asked = _of_flex(dispatcher, dispatched_TE, asks)
+    if is_flex(dispatcher):
+        order, counts_L, rows_for, rows_from, asked = _flex_layout(dispatcher, dispatched_TE, asks)
         return RowExchange(order, sum(counts_L), rows_for, rows_from, dispatcher.ep_group, a2a_dtype, counts_L, asked)
-    of_alltoall = _of_alltoall_and_gather if dispatcher.tp_size > 1 else _of_alltoall
-    layout = _of_allgather if kind == "allgather" else of_alltoall
-    order, rows_for, rows_from = layout(dispatcher, dispatched_TE)
+    if is_allgather(dispatcher):
+        order, rows_for, rows_from = _allgather_layout(dispatcher, dispatched_TE)
+    elif dispatcher.tp_size > 1:
+        order, rows_for, rows_from = _alltoall_etp_layout(dispatcher, dispatched_TE)
+    else:
+        assert is_alltoall(dispatcher)
+        order, rows_for, rows_from = _alltoall_layout(dispatcher, dispatched_TE.device)
     if num_rows != sum(rows_for):
         raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
     return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group, a2a_dtype)
 
 
-def _of_alltoall(dispatcher, dispatched_TE: Tensor) -> tuple[Optional[Tensor], list[int], list[int]]:
+def _alltoall_layout(
+    dispatcher: AllToAllDispatcher, device: torch.device
+) -> tuple[Optional[Tensor], list[int], list[int]]:
     """The order by source of rows without padding (None: as they lie); how many are for, and from, each rank.
 
     The others likewise.
     """
     # Rows lie by (local expert, source, token) and were received by (source, local expert, token).
     ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
-    if dispatcher.output_splits is None:  # every expert is padded to its capacity
+    if dispatcher.output_splits is None or dispatcher.input_splits is None:  # every expert is padded to its capacity
         rows_for = rows_from = [dispatcher.capacity * local] * ranks
     else:
         rows_for, rows_from = list(map(int, dispatcher.output_splits)), list(map(int, dispatcher.input_splits))
@@ -95,11 +114,11 @@ def _of_alltoall(dispatcher, dispatched_TE: Tensor) -> tuple[Optional[Tensor], l
         return None, rows_for, rows_from
     # The dispatcher has the counts on the host where it does not fuse the permutation.
     rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
-    order = _by_source(rows_RL.to(dispatched_TE.device, non_blocking=True).T, sum(rows_for))
+    order = _by_source(rows_RL.to(device, non_blocking=True).T, sum(rows_for))
     return order, rows_for, rows_from
 
 
-def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
+def _alltoall_etp_layout(dispatcher: TokenDispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
     # Rows lie by (local expert, tensor-parallel rank, source, token). The dispatcher keeps the counts only where it
     # needs them: one all-gather of E numbers, and one host synchronisation.
     ranks, peers, local = dispatcher.ep_size, dispatcher.tp_size, dispatcher.num_local_experts
@@ -111,7 +130,7 @@ def _of_alltoall_and_gather(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, 
     return _by_source(here_RCL.permute(2, 1, 0), sum(rows_for)), rows_for, rows_from
 
 
-def _of_allgather(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
+def _allgather_layout(dispatcher: AllGatherDispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
     # Rows lie by (local expert, global token); source r has the r-th T of the global tokens.
     rows_RL = dispatcher.local_map.unflatten(0, (dispatcher.ep_size, len(dispatched_TE))).sum(dim=1)
     sent_R = dispatched_TE.sum(dim=0).view(dispatcher.ep_size, -1).sum(dim=1)
@@ -120,7 +139,9 @@ def _of_allgather(dispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int],
     return _by_source(rows_RL.T, sum(rows_for)), rows_for, rows_from
 
 
-def _of_flex(dispatcher, dispatched_TE: Tensor, asks: bool) -> tuple[Tensor, list[int], list[int], list[int], bool]:
+def _flex_layout(
+    dispatcher: FlexDispatcher, dispatched_TE: Tensor, asks: bool
+) -> tuple[Tensor, list[int], list[int], list[int], bool]:
     # DeepEP receives tokens by (source, token), which Megatron permutes by (local expert, source, token); HybridEP
     # hands the rows over in this order. Neither promises it, see ``RowCheck``. One all-to-all of E numbers, and a flag
     # to each rank, and one host synchronisation. Also returns the counts, for what the dispatcher counts may be padded.
@@ -135,8 +156,8 @@ def _of_flex(dispatcher, dispatched_TE: Tensor, asks: bool) -> tuple[Tensor, lis
     filled = dispatcher.config.moe_router_padding_for_quantization and hasattr(manager, "dispatched_indices")
     permuted_TL = manager.dispatched_routing_map.bool() if filled else None
     counted_L = rows_RL.sum(dim=0) if permuted_TL is None else permuted_TL.sum(dim=0)
-    asked, *numbers = torch.cat([asked_R.amax(0, True), rows_RL.sum(dim=1), sent_RL.sum(dim=1), counted_L]).tolist()
-    rows_for, rows_from, counts_L = numbers[:ranks], numbers[ranks : 2 * ranks], numbers[2 * ranks :]
+    asked, *counts = torch.cat([asked_R.amax(0, True), rows_RL.sum(dim=1), sent_RL.sum(dim=1), counted_L]).tolist()
+    rows_for, rows_from, counts_L = counts[:ranks], counts[ranks : 2 * ranks], counts[2 * ranks :]
     order = _by_source(rows_RL.T, sum(rows_for))
     if permuted_TL is not None:
         row_LT = permuted_TL.T.reshape(-1).cumsum(0) - 1
@@ -153,7 +174,7 @@ def _by_source(rows: Tensor, num_rows: int) -> Tensor:
     return torch.arange(num_rows, device=rows.device) + moved.repeat_interleave(rows, output_size=num_rows)
 
 
-def describe_dispatch(transformer_config) -> str:
+def describe_dispatch(transformer_config: TransformerConfig) -> str:
     """One line: the dispatcher, and the ranks that rows are on."""
     ranks = transformer_config.expert_model_parallel_size
     columns = transformer_config.expert_tensor_parallel_size or transformer_config.tensor_model_parallel_size

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.assumed import has_transformer_engine
 from megatron_moe_spec.integration.compat.models import unwrapped
+from megatron_moe_spec.integration.compat.protocols import MoELayer, TransformerConfig
 
 
-def expert_down_projections(moe_layer: nn.Module) -> list[nn.Module]:
+def expert_down_projections(moe_layer: MoELayer) -> list[nn.Module]:
     """The modules whose input is z: one ``linear_fc2`` for all local experts, or one for each.
 
     Empty for the legacy GroupedMLP, which has no such module.
@@ -41,7 +42,7 @@ def weighted_swiglu_inputs(z: Tensor) -> Optional[tuple[Tensor, Tensor]]:
     return (y, probs) if fits and y.dtype == z.dtype else None
 
 
-def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:
+def expert_first_weights(moe_layer: MoELayer) -> list[Tensor]:
     """``linear_fc1``'s weight [2 F, H] of every local expert; empty where there is no such weight for each."""
     experts = unwrapped(moe_layer.experts)
     if hasattr(experts, "local_experts"):
@@ -52,18 +53,18 @@ def expert_first_weights(moe_layer: nn.Module) -> list[Tensor]:
     return [] if any(weight is None for weight in weights) else weights
 
 
-def divides_expert_weights(transformer_config) -> bool:
+def divides_expert_weights(transformer_config: TransformerConfig) -> bool:
     """Whether ranks with other tokens keep shards of an expert's weights, which they gather for each pass (GTP)."""
     return getattr(transformer_config, "expert_gtp_weight_remat_size", 1) > 1
 
 
-def joins_expert_weights(transformer_config) -> bool:
+def joins_expert_weights(transformer_config: TransformerConfig) -> bool:
     """Whether one parameter holds the weights of all local experts, by the flags."""
     names = ("moe_single_grouped_weight", "moe_use_legacy_grouped_gemm")
     return transformer_config.moe_grouped_gemm and any(getattr(transformer_config, name, False) for name in names)
 
 
-def has_adapted_weights(moe_layer: nn.Module) -> bool:
+def has_adapted_weights(moe_layer: MoELayer) -> bool:
     """Whether adapters were put around the router, or around what reads the experts' first weights."""
     experts = unwrapped(moe_layer.experts)
     owners = getattr(experts, "local_experts", [experts])
@@ -76,13 +77,13 @@ def has_adapter(module: nn.Module) -> bool:
     return unwrapped(module) is not module
 
 
-def has_grouped_experts(transformer_config) -> bool:
+def has_grouped_experts(transformer_config: TransformerConfig) -> bool:
     """Whether a layer's local experts are one module, by the flags; transformer-engine has it."""
     wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
     return wanted and has_transformer_engine()
 
 
-def describe_down_projections(transformer_config) -> str:
+def describe_down_projections(transformer_config: TransformerConfig) -> str:
     """Whose input z is."""
     if has_grouped_experts(transformer_config):
         return "input of linear_fc2 of all local experts (TEGroupedMLP)"
@@ -91,12 +92,12 @@ def describe_down_projections(transformer_config) -> str:
     return f"input of each local expert's linear_fc2 (SequentialMLP{why})"
 
 
-def frees_expert_outputs(transformer_config) -> bool:
+def frees_expert_outputs(transformer_config: TransformerConfig) -> bool:
     """Whether the schedule frees what it combines once it is sent; with some dispatchers, the experts' own outputs."""
     return getattr(transformer_config, "overlap_moe_expert_parallel_comm", False)
 
 
-def keeps_quantized_rows(transformer_config) -> bool:
+def keeps_quantized_rows(transformer_config: TransformerConfig) -> bool:
     """Whether backward needs the input of ``linear_fc2`` only as it was quantized, by a model's settings."""
     if not (getattr(transformer_config, "fp8", None) or getattr(transformer_config, "fp4", None)):
         return False
@@ -106,7 +107,7 @@ def keeps_quantized_rows(transformer_config) -> bool:
     return not {"moe", "moe_act"} & set(recomputed or ())
 
 
-def gate_rows(moe_layer: nn.Module, weight: Tensor) -> Tensor:
+def gate_rows(moe_layer: MoELayer, weight: Tensor) -> Tensor:
     """The rows of an expert's ``linear_fc1`` weight [2 F, H] that make its gate, as a view [..., H] of F rows.
 
     They are its first half, or every other block of rows where TEGroupedMLP interleaves gate and linear units.
@@ -117,12 +118,12 @@ def gate_rows(moe_layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.view(-1, 2, size, weight.shape[-1])[:, 0]
 
 
-def adds_to_main_gradient(transformer_config) -> bool:
+def adds_to_main_gradient(transformer_config: TransformerConfig) -> bool:
     """Whether linear layers write their weight's gradient into ``main_grad``, past ``Tensor.grad``."""
     return transformer_config.gradient_accumulation_fusion
 
 
-def delays_weight_gradients(transformer_config) -> bool:
+def delays_weight_gradients(transformer_config: TransformerConfig) -> bool:
     """Whether some weights' gradients are computed apart from the backward pass."""
     names = ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad")
     return any(getattr(transformer_config, name, False) for name in names)

@@ -1,9 +1,11 @@
 """Megatron's models, their MoE layers and routers, and what is put around them."""
 
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from torch import Tensor, nn
+
+from megatron_moe_spec.integration.compat.protocols import MoELayer, Router, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def submodule(chunk: nn.Module, name: str) -> Optional[nn.Module]:
         return None
 
 
-def runs(found, module: nn.Module) -> bool:
+def runs(found: Any, module: nn.Module) -> bool:
     """Whether what is found in a module's place is that module, or has it inside, as an adapter does."""
     return found is module or (isinstance(found, nn.Module) and any(one is module for one in found.modules()))
 
@@ -120,11 +122,11 @@ def unwrapped(module: nn.Module) -> nn.Module:
 _WRAPPED = ("to_wrap", "base_layer")  # Megatron-Bridge and NeMo; PEFT and ms-swift
 
 
-def router_of(moe_layer: nn.Module) -> nn.Module:
+def router_of(moe_layer: MoELayer) -> Router:
     return unwrapped(moe_layer.router)
 
 
-def follows_scores(router: nn.Module, logits_TE: Tensor, active_TE: Tensor) -> Optional[Tensor]:
+def follows_scores(router: Router, logits_TE: Tensor, active_TE: Tensor) -> Optional[Tensor]:
     """Share of tokens whose experts are among the best by the router's own scores; None where others may be, too.
 
     What no number says anything of (NaN) counts as following.
@@ -135,27 +137,28 @@ def follows_scores(router: nn.Module, logits_TE: Tensor, active_TE: Tensor) -> O
     if any(getattr(transformer_config, name, None) for name in others) or "sinkhorn" in balancing:
         return None
     scores_TE = logits_TE.float()
-    if getattr(router, "expert_bias", None) is not None:
+    bias_E = getattr(router, "expert_bias", None)
+    if bias_E is not None:
         if transformer_config.moe_router_score_function != "sigmoid":
             return None
-        scores_TE = scores_TE.sigmoid() + router.expert_bias
+        scores_TE = scores_TE.sigmoid() + bias_E
     worst_T1 = scores_TE.topk(transformer_config.moe_router_topk, dim=1).values[:, -1:]
     return 1.0 - (active_TE & (scores_TE < worst_T1)).any(dim=1).float().mean()
 
 
-def layer_index(moe_layer: nn.Module) -> Optional[int]:
-    """Number of the layer among all layers of the whole model, from 0; None where it was built without one."""
+def layer_index(moe_layer: MoELayer) -> Optional[int]:
+    """Index of the layer among all layers of the whole model, from 0; None where it was built without one."""
     number = moe_layer.layer_number
     return None if number is None else number - 1
 
 
-def whole_weight(router: nn.Module) -> Optional[Tensor]:
+def whole_weight(router: Router) -> Optional[Tensor]:
     """[E, H], without gradients; None where FSDP leaves a rank a part of it."""
     weight = router.weight.detach()
     return weight if weight.untyped_storage().size() and not hasattr(router.weight, "device_mesh") else None
 
 
-def model_config(chunks: list[nn.Module]):
+def model_config(chunks: list[nn.Module]) -> Optional[TransformerConfig]:
     """The TransformerConfig of a model; None where nothing in it has one."""
     stage = stage_module(chunks[0])
     if hasattr(stage, "config"):
@@ -183,7 +186,7 @@ def called_module(chunk: nn.Module) -> nn.Module:
     return stage
 
 
-def layer_pattern(owner) -> tuple[str, str]:
+def layer_pattern(owner: Any) -> tuple[str, str]:
     """(flag, value) of the layer pattern that a model is built of; two empty strings where it is built without one.
 
     Args:

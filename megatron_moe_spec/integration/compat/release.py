@@ -2,8 +2,6 @@
 
 import re
 
-import torch
-
 OLDEST_SUPPORTED = (0, 16, 1)
 
 
@@ -34,8 +32,4 @@ def megatron_version() -> str:
 
 def _release(version: str) -> tuple[int, ...]:
     """(0, 16, 1) of "0.16.1", "0.16.1rc0" and "0.16.1+local"."""
-    return tuple(int(re.match(r"\d*", part)[0] or 0) for part in version.split(".")[:3])
-
-
-def current_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return tuple(int("0" + re.sub(r"\D.*", "", part)) for part in version.split(".")[:3])

@@ -6,12 +6,14 @@ import itertools
 import weakref
 from collections.abc import Callable
 from types import FunctionType
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from torch import Tensor
 
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 
-def around_schedules(owner, enter: Callable) -> None:
+
+def around_schedules(owner: object, enter: Callable) -> None:
     """Has a context manager around every run of Megatron's schedules, whichever model they run, while ``owner`` lives.
 
     It does not matter when ``get_forward_backward_func`` was called: training loops keep what it returned.
@@ -24,7 +26,7 @@ def around_schedules(owner, enter: Callable) -> None:
 
 
 def training_schedule() -> Optional[int]:
-    """Number of the run of a schedule that trains, in which the caller is; None outside of any.
+    """Index of the run of a schedule that trains, in which the caller is; None outside of any.
 
     Runs are counted from the first ``follow_schedules`` on.
     """
@@ -42,7 +44,7 @@ def follow_schedules() -> None:
             _surround(schedule)
 
 
-def leave_schedules(owner) -> None:
+def leave_schedules(owner: object) -> None:
     """Undoes ``around_schedules``."""
     _around_schedules.pop(owner, None)
 
@@ -67,7 +69,7 @@ def _surround(schedule: FunctionType) -> None:
     original.__kwdefaults__ = schedule.__kwdefaults__
     schedule.__wrapped__ = original  # type: ignore[attr-defined]  # its signature
     names: dict = {}
-    exec(_GATE.format(module=__name__, name=schedule.__name__, number=len(_originals)), names)
+    exec(_GATE.format(module=__name__, name=schedule.__name__, index=len(_originals)), names)
     _originals.append(original)
     setattr(schedule, _MARK, original)
     schedule.__code__ = names[schedule.__name__].__code__
@@ -78,12 +80,12 @@ _GATE = """
 def {name}(**arguments):
     from {module} import _run
 
-    return _run({number}, arguments)
+    return _run({index}, arguments)
 """
 
 
-def _run(number: int, arguments: dict):
-    original = _originals[number]
+def _run(index: int, arguments: dict) -> Any:
+    original = _originals[index]
     _running.append(None if arguments.get("forward_only", False) else next(_runs))
     try:
         with contextlib.ExitStack() as stack:
@@ -94,7 +96,9 @@ def _run(number: int, arguments: dict):
         _running.pop()
 
 
-def with_received_shapes(name: str, arguments: dict, transformer_config, num_ranks: int, change: Callable) -> dict:
+def with_received_shapes(
+    name: str, arguments: dict, transformer_config: TransformerConfig, num_ranks: int, change: Callable
+) -> dict:
     """A schedule's keyword arguments, by which stages receive tensors of another shape from each other.
 
     Nothing changes where shapes travel with the tensors (``variable_seq_lengths``).
@@ -111,7 +115,7 @@ def with_received_shapes(name: str, arguments: dict, transformer_config, num_ran
     if name != "forward_backward_pipelining_with_interleaving":
         adjust = arguments.get("adjust_tensor_shapes_fn")
 
-        def adjust_tensor_shapes(receive, send):
+        def adjust_tensor_shapes(receive: list, send: list) -> tuple:
             if adjust is not None:
                 receive, send = adjust(receive, send)
             return tuple([change(shape, dtype) for shape in shapes] for shapes in (receive, send))

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ def _same(x: Tensor) -> Tensor:
     return x.detach()
 
 
-def _take_callback(ctx) -> Callable:
+def _take_callback(ctx: Any) -> Callable:
     """A node's callback, for the only time: it holds activations that must not outlive the node's turn."""
     callback, ctx.callback = ctx.callback, None
     if callback is None:
@@ -25,14 +26,14 @@ def _take_callback(ctx) -> Callable:
 
 class _AddGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, accumulate, kept):
+    def forward(ctx: Any, x: Tensor, accumulate: Callable, kept: Sequence[Tensor]) -> Tensor:
         ctx.callback = accumulate
         if kept:
             ctx.save_for_backward(*kept)
         return _same(x)
 
     @staticmethod
-    def backward(ctx, incoming):
+    def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
         return without_autocast(_take_callback(ctx), incoming), None, None
 
 
@@ -67,16 +68,18 @@ def kept_by(x: Tensor, kept: Tensor) -> Callable[[], Tensor]:
 
 class _AddWeightGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gradients, *weights):
+    def forward(ctx: Any, x: Tensor, gradients: Callable, *weights: Tensor) -> Tensor:
         ctx.callback = gradients
         return _same(x)
 
     @staticmethod
-    def backward(ctx, incoming):
+    def backward(ctx: Any, incoming: Tensor) -> tuple:
         return incoming, None, *without_autocast(_take_callback(ctx))
 
 
-def add_weight_gradients(x: Tensor, weights: Sequence[Tensor], gradients: Callable[[], Sequence]) -> Tensor:
+def add_weight_gradients(
+    x: Tensor, weights: Sequence[Tensor], gradients: Callable[[], Sequence[Optional[Tensor]]]
+) -> Tensor:
     """Returns x unchanged; in the backward pass through x, ``gradients()`` are added to those of ``weights``.
 
     The edge to each weight makes its gradient wait for this one, and with it all that is hooked on the gradient being
@@ -92,13 +95,13 @@ def join(x: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 class _ReplaceSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, probs, results, gradient):
+    def forward(ctx: Any, y: Tensor, probs: Tensor, results: list[Tensor], gradient: Callable) -> Tensor:
         ctx.save_for_backward(y, probs)
         ctx.callback = gradient
         return results[0]
 
     @staticmethod
-    def backward(ctx, incoming):
+    def backward(ctx: Any, incoming: Tensor) -> tuple:
         gradient = _take_callback(ctx)
         gradients = without_autocast(gradient, *ctx.saved_tensors, incoming)
         return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad)), None, None

@@ -4,8 +4,8 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from types import MappingProxyType
-from typing import Optional, Protocol
+from types import MethodType
+from typing import Any, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,14 @@ class Notes:
     def __init__(self) -> None:
         self._waiting: Optional[list[tuple[Callable, tuple]]] = []
 
-    def add(self, note: Callable, *args) -> None:
+    def add(self, note: Callable, *args: Any) -> None:
         """Calls ``note(*args)``, which counts something; at once in the backward pass."""
         if self._waiting is None:
             note(*args)
         else:
             self._waiting.append((note, args))
 
-    def take(self, *gradient) -> None:
+    def take(self, *gradient: Tensor) -> None:
         """The backward pass begins."""
         notes, self._waiting = self._waiting or [], None
         without_autocast(_call, notes)
@@ -48,30 +48,30 @@ class MicroBatch:
     """State of the MoE layers of a model chunk for one micro-batch. Lives as long as its autograd graph.
 
     Attributes:
-        number: counts the micro-batches of a training step from 0.
+        index: among the micro-batches of a training step.
         routing: per MoE layer of the chunk, its ``LayerRouting``; None until the layer's router has run.
         before: that of the last MoE layer of the stages before; None if there is none, or it does not count.
         take_before: takes ``before`` from what the previous stage sent, given this rank's number of tokens.
         grad_from_next: what the loss of this chunk's last MoE layer and the next stage's first asks of this chunk,
             known once the gradient of the chunk's output is; None if there is no such loss.
-        expert_group_count: see ``ExpertWeightsTap``; known once a layer has asked.
+        etp_ep_group_count: see ``ExpertWeightsTap``; known once a layer has asked.
         notes: what is to be counted.
     """
 
-    def __init__(self, number: int, num_layers: int):
-        self.number = number
+    def __init__(self, index: int, num_layers: int):
+        self.index = index
         self.routing: list[Optional[LayerRouting]] = [None] * num_layers
         self.before: Optional[LayerRouting] = None
         self.take_before: Optional[Callable[[int], LayerRouting]] = None
         self.grad_from_next: Optional[Tensor] = None
-        self.expert_group_count: Optional[Tensor] = None
+        self.etp_ep_group_count: Optional[Tensor] = None
         self.notes = Notes()
 
-    def previous(self, layer: int):
-        return self.routing[layer - 1] if layer else self.before
+    def previous(self, index: int) -> Optional[LayerRouting]:
+        return self.routing[index - 1] if index else self.before
 
-    def following(self, layer: int):
-        return self.routing[layer + 1] if layer + 1 < len(self.routing) else None
+    def following(self, index: int) -> Optional[LayerRouting]:
+        return self.routing[index + 1] if index + 1 < len(self.routing) else None
 
 
 class MicroBatchTracker:
@@ -92,7 +92,7 @@ class MicroBatchTracker:
     Args:
         chunk: the module that is called for each micro-batch.
         num_layers: its number of MoE layers.
-        carry: brings messages from and to other pipeline stages; None: no messages.
+        on_open: called with each micro-batch that is opened; None: nothing is.
         begin_forward: called before each forward that trains.
         end_first_forward: called after the first of them.
     """
@@ -101,14 +101,14 @@ class MicroBatchTracker:
         self,
         chunk: nn.Module,
         num_layers: int,
-        carry,
+        on_open: Optional[Callable[[MicroBatch], None]],
         begin_forward: Callable[[], None],
         end_first_forward: Callable[[], None],
     ):
         self._begin_forward = begin_forward
         self._end_first_forward: Optional[Callable[[], None]] = end_first_forward
         self._num_layers = num_layers
-        self._carry = carry
+        self._on_open = on_open
         self._current: Optional[MicroBatch] = None
         self._checkpoints = 0  # whose first pass is running, one inside another
         self._recomputing = False
@@ -145,7 +145,7 @@ class MicroBatchTracker:
         self._current = None
         self._started = 0
 
-    def _open(self, module, args=(), kwargs=MappingProxyType({})) -> None:
+    def _open(self, module: nn.Module, args: tuple, kwargs: Mapping) -> None:
         self.has_padding = kwargs.get("padding_mask") is not None
         trains = module.training and torch.is_grad_enabled()
         if trains:
@@ -156,10 +156,10 @@ class MicroBatchTracker:
         self._current = MicroBatch(self._started, self._num_layers) if trains else None
         self._opened_in = _backward_pass()
         self._started += trains
-        if self._carry is not None and trains:
-            self._carry.open(self._current)
+        if self._on_open is not None and self._current is not None:
+            self._on_open(self._current)
 
-    def _close(self, module, args, output) -> None:
+    def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
         micro_batch, self._current = self._current, None
         if micro_batch is None or output is None:  # None: it has failed
             return
@@ -216,7 +216,7 @@ class Watcher(Protocol):
         """One has ended, and the layer had no part in it."""
 
 
-def _tensors_with_gradient(x) -> Iterator[Tensor]:
+def _tensors_with_gradient(x: Any) -> Iterator[Tensor]:
     if isinstance(x, Tensor):
         if x.requires_grad:
             yield x
@@ -226,7 +226,7 @@ def _tensors_with_gradient(x) -> Iterator[Tensor]:
 
 
 def _backward_pass() -> int:
-    """Number of the backward pass that runs now; -1 outside of any."""
+    """Index of the backward pass that runs now; -1 outside of any."""
     return torch._C._current_graph_task_id()
 
 
@@ -260,7 +260,7 @@ def _recomputation(served: list) -> Iterator[None]:
             tracker._current, tracker._recomputing = micro_batch, recomputing
 
 
-def _open_and_build_plan(tracker: MicroBatchTracker, build, *args, **kwargs):
+def _open_and_build_plan(tracker: MicroBatchTracker, build: MethodType, *args: Any, **kwargs: Any) -> Any:
     """Stands in for ``build_schedule_plan`` of a model."""
     tracker._open(build.__self__, args, kwargs)
     if tracker._current is not None:

@@ -2,8 +2,11 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 def _any_autocast() -> bool:
@@ -14,7 +17,7 @@ def _any_autocast() -> bool:
 _is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast)
 
 
-def without_autocast(function: Callable, *args):
+def without_autocast(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args), which computes losses: the dtypes of these are their own."""
     if not _is_any_autocast_enabled():
         return function(*args)

@@ -19,14 +19,14 @@ class Hook:
     def __init__(self, function: Callable):
         self._function = function
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         return without_autocast(self._function, *args)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> Callable:
         return _no_hook
 
 
-def _no_hook(*args) -> None:
+def _no_hook(*args: Any) -> None:
     pass
 
 
@@ -57,7 +57,7 @@ class MethodReplacement:
         """Whether the object has another method now."""
         return vars(self._owner).get(self._name) is not self
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(self._method_of(self._owner), *args, **kwargs)
 
     def _method_of(self, owner: Any) -> Callable:
@@ -73,12 +73,12 @@ class MethodReplacement:
         else:
             delattr(self._owner, self._name)
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict) -> Callable:
         copied = memo.get(id(self._owner))
         if self._own is None and copied is not None:
             return self._method_of(copied)
         return copy.deepcopy(self._method_of(self._owner), memo)
 
 
-def _call(original: Callable, *args, **kwargs):
+def _call(original: Callable, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)

@@ -6,6 +6,7 @@ from typing import Optional, Union
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_moe_spec.losses.scores import normalized_scores
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
@@ -40,7 +41,7 @@ class LayerRouting:
 
     Attributes:
         active_TE: bool, the experts each token was dispatched to; none for padding tokens, and none that only
-            fills an expert up to its capacity.
+            fills an expert up to its capacity. Of a layer in another stage, known where routing is measured.
         tokens: how many there are.
         message: what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway).
         successors_EE: bool, the strongest pathways to the next layer (pathway), known once that has run.
@@ -55,7 +56,11 @@ class LayerRouting:
 
 
 def read_routing(
-    probs_TE: Tensor, routing_map_TE: Tensor, padding_mask: Optional[Tensor], known: Optional[LayerRouting], group
+    probs_TE: Tensor,
+    routing_map_TE: Tensor,
+    padding_mask: Optional[Tensor],
+    known: Optional[LayerRouting],
+    group: ProcessGroup,
 ) -> LayerRouting:
     """Reads the decision of ``TopKRouter.routing``.
 
@@ -81,7 +86,7 @@ def read_routing(
     return LayerRouting(active_TE, _count(active_TE, padding_mask, group))
 
 
-def _count(active_TE: Tensor, padding_mask: Optional[Tensor], group) -> TokenCount:
+def _count(active_TE: Tensor, padding_mask: Optional[Tensor], group: ProcessGroup) -> TokenCount:
     if padding_mask is not None:
         local = (~padding_mask).sum()
     elif group.size() == 1:

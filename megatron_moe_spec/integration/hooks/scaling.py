@@ -4,11 +4,12 @@ from typing import Union
 
 from torch import Tensor
 
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.compat.schedules import backward_loss_scale
 
 
 def gradient_weight(
-    transformer_config, factor: Union[Tensor, float], num_tokens: Union[Tensor, int]
+    transformer_config: TransformerConfig, factor: Union[Tensor, float], num_tokens: Union[Tensor, int]
 ) -> tuple[Union[Tensor, float], float]:
     """Two factors, a number or tensor and a number, of the gradient of this rank's part of a loss. Call it in backward.
 
@@ -31,7 +32,7 @@ def gradient_weight(
     return (scale * factor, 1.0) if isinstance(factor, Tensor) else (scale, factor)
 
 
-def micro_batch_count(transformer_config, num_tokens: Union[Tensor, int]):
+def micro_batch_count(transformer_config: TransformerConfig, num_tokens: Union[Tensor, int]) -> Union[Tensor, int]:
     """Weight of a rank's micro-batch in a loss of the weights: its tokens with per-token loss, else one if it has any.
 
     Args:
@@ -42,7 +43,9 @@ def micro_batch_count(transformer_config, num_tokens: Union[Tensor, int]):
     return (num_tokens > 0).float() if isinstance(num_tokens, Tensor) else num_tokens > 0
 
 
-def weight_gradient_factor(transformer_config, group_count: Union[Tensor, int], num_shares: int):
+def weight_gradient_factor(
+    transformer_config: TransformerConfig, group_count: Union[Tensor, int], num_shares: int
+) -> Union[Tensor, float]:
     """The same for a loss of the weights alone, where a rank adds what its own experts' part of the weights gives.
 
     Each of the ``num_shares`` ranks that share a micro-batch counts as holding an equal part of the loss, so that

@@ -9,6 +9,7 @@ from torch import nn
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import pipeline_group
 from megatron_moe_spec.integration.compat.models import layer_index
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,11 @@ class Stages:
 
     @classmethod
     def of_model(
-        cls, chunks: list[nn.Module], layers_of_chunks: list[list[nn.Module]], transformer_config, spec: SpecConfig
+        cls,
+        chunks: list[nn.Module],
+        layers_of_chunks: list[list[nn.Module]],
+        transformer_config: Optional[TransformerConfig],
+        spec: SpecConfig,
     ) -> "Stages":
         """A collective over the pipeline group where there is more than one stage.
 
@@ -44,25 +49,25 @@ class Stages:
             ValueError: a rank gives another config than the others; on all of them.
         """
         num_experts = getattr(transformer_config, "num_moe_experts", None) or 0
-        numbers_of_chunks = [list(map(layer_index, layers)) for layers in layers_of_chunks]
+        indices_of_chunks = [list(map(layer_index, layers)) for layers in layers_of_chunks]
         num_stages = getattr(transformer_config, "pipeline_model_parallel_size", 1)
         if num_stages == 1:
-            return cls._of_numbers(numbers_of_chunks, list(range(len(chunks))), num_experts)
+            return cls._of_indices(indices_of_chunks, list(range(len(chunks))), num_experts)
         group = pipeline_group(chunks[0])
         gathered: list = [None] * num_stages
-        dist.all_gather_object(gathered, (numbers_of_chunks, spec), group=group)
+        dist.all_gather_object(gathered, (indices_of_chunks, spec), group=group)
         if any(other != spec for _, other in gathered):
             raise ValueError("attach() got another config on another pipeline stage: give every rank the same")
-        of_stages = [numbers for chunk in zip(*(numbers for numbers, _ in gathered)) for numbers in chunk]
-        return cls._of_numbers(
+        of_stages = [indices for chunk in zip(*(chunks for chunks, _ in gathered)) for indices in chunk]
+        return cls._of_indices(
             of_stages, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts
         )
 
     @classmethod
-    def _of_numbers(cls, numbers_of_stages: list[list[Optional[int]]], own: list[int], num_experts: int) -> "Stages":
-        found = [number for numbers in numbers_of_stages for number in numbers]
-        numbers = [i if number is None else number for i, number in enumerate(found)]
-        return cls([len(numbers) for numbers in numbers_of_stages], own, num_experts, numbers)
+    def _of_indices(cls, of_stages: list[list[Optional[int]]], own: list[int], num_experts: int) -> "Stages":
+        found = [index for indices in of_stages for index in indices]
+        layer_indices = [i if index is None else index for i, index in enumerate(found)]
+        return cls([len(indices) for indices in of_stages], own, num_experts, layer_indices)
 
     @property
     def several_ranks(self) -> bool:

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat.release import current_device
 from megatron_moe_spec.integration.hooks.routing import TokenCount
 from megatron_moe_spec.integration.step.clock import StepClock
 from megatron_moe_spec.integration.step.reduction import reduced
+from megatron_moe_spec.parallel.collectives import current_device
 
 _MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
 

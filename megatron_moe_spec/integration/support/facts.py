@@ -10,7 +10,12 @@ from torch import nn
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import etp_group, process_groups
 from megatron_moe_spec.integration.compat.models import layer_pattern, router_of, shards_weights, stage_module
-from megatron_moe_spec.integration.compat.settings import global_arguments, graphs_inference_alone, will_shard_weights
+from megatron_moe_spec.integration.compat.protocols import Arguments, TransformerConfig
+from megatron_moe_spec.integration.compat.training_program import (
+    global_arguments,
+    graphs_inference_alone,
+    will_shard_weights,
+)
 from megatron_moe_spec.integration.pipeline.stages import Stages
 from megatron_moe_spec.kernels import unavailable
 
@@ -46,7 +51,12 @@ class ModelFacts:
 
     @classmethod
     def of_model(
-        cls, chunks: list[nn.Module], transformer_config, moe_layers: list[nn.Module], stages: Stages, spec: SpecConfig
+        cls,
+        chunks: list[nn.Module],
+        transformer_config: Optional[TransformerConfig],
+        moe_layers: list[nn.Module],
+        stages: Stages,
+        spec: SpecConfig,
     ) -> "ModelFacts":
         """See ``check_supported``."""
         # Routers are made on the CPU, and may be on the meta device: the model is moved later.
@@ -69,7 +79,12 @@ class ModelFacts:
 
     @classmethod
     def of_flags(
-        cls, args, transformer_config, stages: Stages, spec: SpecConfig, device: Optional[torch.device]
+        cls,
+        args: Arguments,
+        transformer_config: TransformerConfig,
+        stages: Stages,
+        spec: SpecConfig,
+        device: Optional[torch.device],
     ) -> "ModelFacts":
         """Facts as far as flags tell them.
 

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 from megatron_moe_spec.config import SpecConfig
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.pipeline.stages import Stages
 from megatron_moe_spec.integration.support.facts import ModelFacts
 from megatron_moe_spec.integration.support.remedies import is_set, without_overlap
@@ -30,7 +31,9 @@ _OBSTACLES: dict[str, tuple[str, str, Callable[[Any], str]]] = {
 }
 
 
-def resolve_across_stages(spec: SpecConfig, stages: Stages, transformer_config) -> SpecConfig:
+def resolve_across_stages(
+    spec: SpecConfig, stages: Stages, transformer_config: Optional[TransformerConfig]
+) -> SpecConfig:
     """With ``auto`` made ``drop`` where the pipeline's schedule carries no messages, else ``exact``."""
     if spec.coupling_across_stages != "auto":
         return spec
@@ -39,7 +42,7 @@ def resolve_across_stages(spec: SpecConfig, stages: Stages, transformer_config) 
     return replace(spec, coupling_across_stages=across_stages)  # type: ignore[call-arg]
 
 
-def _obstacles(model) -> list[str]:
+def _obstacles(model: Any) -> list[str]:
     return [setting for setting in _OBSTACLES if is_set(setting, model)]
 
 

@@ -17,7 +17,7 @@ from megatron_moe_spec.losses.base import ACTIVATIONS, OUTPUTS
 _ROWS = (ACTIVATIONS, OUTPUTS)
 
 
-def _is_flex(model) -> bool:
+def _is_flex(model: Any) -> bool:
     return getattr(model.transformer_config, "moe_token_dispatcher_type", "allgather") == "flex"
 
 
@@ -26,7 +26,7 @@ def _flex(name: str, why: str, remedy: Union[str, Callable[[Any], str]], when: C
     return Rule(name, message, remedy, lambda model, loss: _is_flex(model) and when(model), _ROWS)
 
 
-def _in_order(model) -> str:
+def _in_order(model: Any) -> str:
     remedy = f"{with_alltoall(model)}, or " if _is_flex(model) else ""
     return f"{remedy}set the coefficients of the losses of rows to 0"
 

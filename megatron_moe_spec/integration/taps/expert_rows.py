@@ -124,7 +124,7 @@ class RowsTap(Tap[RowsLoss]):
         dispatcher = self.layer.dispatcher
         # Of fewer tokens than the stride, one is used.
         stride = max(1, min(self._stride, len(call.routing.active_TE)))
-        tokens = slice((self.layer.clock.step + call.micro_batch.number) % stride, None, self._stride)
+        tokens = slice((self.layer.clock.step + call.micro_batch.index) % stride, None, self._stride)
         rows = TokenRows(
             call.routing.active_TE,
             self.layer.transformer_config.moe_router_topk,

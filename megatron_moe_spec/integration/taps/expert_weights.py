@@ -135,11 +135,11 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         Ranks may hold different numbers of tokens. One all-reduce of one number, for the first layer that asks.
         """
         micro_batch = call.micro_batch
-        if micro_batch.expert_group_count is None:
+        if micro_batch.etp_ep_group_count is None:
             own = micro_batch_count(self.layer.transformer_config, call.routing.tokens.total)
             own = torch.as_tensor(own, dtype=torch.float32, device=self.layer.router.weight.device)
-            micro_batch.expert_group_count = all_reduce_sum(own, etp_ep_group(self.layer.dispatcher))
-        return micro_batch.expert_group_count
+            micro_batch.etp_ep_group_count = all_reduce_sum(own, etp_ep_group(self.layer.dispatcher))
+        return micro_batch.etp_ep_group_count
 
     def _weight(self, group_count: Tensor):
         factor = weight_gradient_factor(self.layer.transformer_config, group_count, self.layer.tp_cp_group.size())

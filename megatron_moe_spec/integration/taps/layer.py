@@ -159,7 +159,7 @@ class LayerTaps:
         if layer.clock.tracing:
             shape = call.logits.shape  # [positions, sequences, E], as a rule
             sequences = shape[1] if len(shape) == 3 else None
-            traced = layer.layer_index, call.micro_batch.number, routing.active_TE, call.padding_mask, sequences
+            traced = layer.layer_index, call.micro_batch.index, routing.active_TE, call.padding_mask, sequences
             call.micro_batch.notes.add(layer.tracer.add, *traced)
         for tap in self._taps:
             tap.observe(call)

@@ -6,7 +6,7 @@ and overlapped schedules need nothing special. Suffixes: T tokens, E experts.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Optional, Union
+from typing import Optional
 
 from torch import Tensor
 
@@ -15,8 +15,15 @@ from megatron_moe_spec.integration.hooks.routing import LayerRouting, token_scor
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
-from megatron_moe_spec.losses.coupling import Coupling, joint_scores, routed_mass, strongest_successors
-from megatron_moe_spec.losses.scores import normalized_scores_gradient
+from megatron_moe_spec.losses.coupling import (
+    Coupling,
+    joint_scores,
+    logits_grad,
+    neighbor_grad_of_following,
+    neighbor_grad_of_previous,
+    routed_mass,
+    strongest_successors,
+)
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 
@@ -92,68 +99,23 @@ class PairsTap(Tap[Coupling]):
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.index_in_chunk
         routing = micro_batch.routing[index]
+        assert routing is not None  # its router has run
         neighbor_grads = []
         if (previous := micro_batch.previous(index)) is not None:
-            neighbor_grads.append(neighbor_grad_of_previous(kind, previous))
+            neighbor_grads.append(neighbor_grad_of_previous(kind, previous.message, previous.successors_EE))
         if (following := micro_batch.following(index)) is not None:
-            neighbor_grads.append(neighbor_grad_of_following(kind, routing, following))
+            neighbor_grads.append(neighbor_grad_of_following(kind, following.message, routing.successors_EE))
         elif micro_batch.grad_from_next is not None:
             neighbor_grads.append(micro_batch.grad_from_next)
         if not neighbor_grads:  # the only MoE layer of a stage, and pairs across stages are dropped
             return incoming
-        transformer_config = self.layer.transformer_config
-        weight = gradient_weight(transformer_config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
-        function = transformer_config.moe_router_score_function
-        return add_logits_gradient(
-            kind, routing, neighbor_grads, call.logits, function, weight, incoming, self._is_fused(call.logits)
-        )
+        config, logits_TE = self.layer.transformer_config, call.logits.reshape(-1, call.logits.shape[-1])
+        factor, number = gradient_weight(config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
+        layer = logits_TE, routing.active_TE, config.moe_router_score_function
+        if kind == "mass" and self._is_fused(call.logits):
+            from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
 
-
-def neighbor_grad_of_previous(kind: str, previous: LayerRouting) -> Tensor:
-    """-T times the gradient of the loss of ``previous`` and this layer with respect to this layer's scores.
-
-    [T], the same for every dispatched expert (mass), or [T, E] (pathway).
-    """
-    if kind == "mass":
-        return previous.message
-    return previous.message @ previous.successors_EE.to(previous.message.dtype)
-
-
-def neighbor_grad_of_following(kind: str, this: LayerRouting, following: LayerRouting) -> Tensor:
-    """The same for the loss of this layer and ``following``."""
-    if kind == "mass":
-        return following.message
-    return following.message @ this.successors_EE.T.to(following.message.dtype)
-
-
-def add_logits_gradient(
-    kind: str,
-    this: LayerRouting,
-    neighbor_grads: list[Tensor],
-    logits: Tensor,
-    score_function: str,
-    weight: tuple[Union[Tensor, float], float],
-    incoming: Tensor,
-    fused: bool,
-) -> Tensor:
-    """incoming + weight * gradient of -T times the (at most two) pair losses of a layer with respect to its logits.
-
-    Args:
-        neighbor_grads: of the neighbours, see ``neighbor_grad_of_previous``.
-        weight: two factors, from ``gradient_weight``.
-        incoming: the logits' gradient so far, in their shape.
-        fused: by the Triton kernels.
-    """
-    (tensor, number), logits_TE = weight, logits.reshape(-1, logits.shape[-1])
-    if fused and kind == "mass":
-        from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
-
-        incoming_TE = incoming.reshape(logits_TE.shape)
-        total_TE = add_mass_gradient(
-            logits_TE, this.active_TE, score_function, neighbor_grads, tensor, incoming_TE, number
-        )
-        return total_TE.view(logits.shape)
-    neighbor_grad = sum(neighbor_grads)
-    scores_gradient_TE = this.active_TE * neighbor_grad.unsqueeze(-1) if kind == "mass" else neighbor_grad
-    gradient_TE = normalized_scores_gradient(logits_TE, score_function, scores_gradient_TE * (tensor * number))
-    return incoming + gradient_TE.view(logits.shape).to(incoming.dtype)
+            total_TE = add_mass_gradient(*layer, neighbor_grads, factor, incoming.reshape(logits_TE.shape), number)
+            return total_TE.view(call.logits.shape)
+        grad_TE = logits_grad(kind, *layer, neighbor_grads, factor * number)
+        return incoming + grad_TE.view(call.logits.shape).to(incoming.dtype)

@@ -31,15 +31,15 @@ MUTATIONS = [
     ),
     (
         "products not summed over expert-tensor-parallel ranks",
-        "parallel/token_rows.py",
-        "self._cosines_TKK = all_reduce_sum(pair_cosines(units_TKD), self._group)",
-        "self._cosines_TKK = pair_cosines(units_TKD)",
+        "parallel/row_arithmetic.py",
+        "return all_reduce_sum(pair_cosines(units_TKD), group), inverse_lengths_TK, None",
+        "return pair_cosines(units_TKD), inverse_lengths_TK, None",
         f"{LAYOUT}[TP2+SP, ETP2-plain]",
     ),
     (
         "products of the kernels not summed over expert-tensor-parallel ranks",
-        "parallel/token_rows.py",
-        "products_TKK = all_reduce_sum(kernels.in_units(products_TKK, units_TK, common_TK), self._group)",
+        "parallel/row_arithmetic.py",
+        "products_TKK = all_reduce_sum(kernels.in_units(products_TKK, units_TK, common_TK), group)",
         "products_TKK = kernels.in_units(products_TKK, units_TK, common_TK)",
         f"{LAYOUT}[TP2+SP, ETP2, EP2-Triton kernels]",
     ),
@@ -67,10 +67,10 @@ MUTATIONS = [
     (
         "loss scale read in forward (rows)",
         "integration/taps/expert_rows.py",
-        "rows_PD = add_gradient(rows_PD, partial(self._add_gradient, run, part), [kept_PD])",
-        "scale = float(self._weight(run)[0])\n"
-        "        weight = lambda: (scale, self._weight(run)[1])\n"
-        "        rows_PD = add_gradient(rows_PD, partial(run.rows.add_gradient, part, weight), [kept_PD])",
+        "rows_PD = add_gradient(rows_PD, partial(backward.add_gradient, part), [kept_PD])",
+        "scale, weight = float(backward.weight()[0]), backward.weight\n"
+        "        backward.weight = lambda: (scale, weight()[1])\n"
+        "        rows_PD = add_gradient(rows_PD, partial(backward.add_gradient, part), [kept_PD])",
         "tests/integration/test_gradients.py::test_gradient_scaler_is_read_in_backward",
     ),
     (
@@ -83,8 +83,8 @@ MUTATIONS = [
     (
         "gradient of lengths left in the router's probabilities",
         "integration/taps/expert_rows.py",
-        "run.probs_gradients.append(grad_probs_TK[rows.own])",
-        "run.probs_gradients.append(0.0 * grad_probs_TK[rows.own])",
+        "backward.grad_probs_TK = grad_probs_TK[rows.own]",
+        "backward.grad_probs_TK = 0.0 * grad_probs_TK[rows.own]",
         "tests/integration/test_peer_hooks.py::test_orthogonality_sends_no_gradient_into_its_router",
     ),
     (
@@ -202,8 +202,8 @@ MUTATIONS = [
     (
         "rows of padding taken for rows of tokens",
         "integration/taps/expert_rows.py",
-        "rows.begin(counts_L, blocks_L)",
-        "rows.begin((), None)",
+        "run.rows.begin(run.parts, counts_L, blocks_L)",
+        "run.rows.begin(run.parts, (), None)",
         f"{LAYOUT}[one process-padded rows, grouped experts, moe_act recompute]",
     ),
     (
@@ -295,8 +295,8 @@ MUTATIONS = [
     (
         "rows travel in their dtype, whatever was asked for",
         "integration/taps/expert_rows.py",
-        "run.num_rows, self._a2a_dtype, asks=",
-        "run.num_rows, asks=",
+        "num_rows, self._a2a_dtype, asks=",
+        "num_rows, asks=",
         "tests/layouts/test_layouts.py::test_fp8_a2a_trains_nearly_the_same",
     ),
     (
@@ -351,27 +351,23 @@ MUTATIONS = [
     (
         "ERC's gradient not added where the experts begin",
         "integration/taps/expert_weights.py",
-        "return add_weight_gradients(x, weights, run.gradients)",
-        "return x",
+        "return add_weight_gradients(inputs_PH, weights, run.gradients)",
+        "return inputs_PH",
         "tests/integration/test_peer_hooks.py::test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates",
     ),
     (
         "ERC's gradient added before Transformer Engine's linear layers write theirs",
         "integration/taps/expert_weights.py",
-        """    return (tap.tap_inputs(args[0]), *args[1:])
+        """        return add_weight_gradients(inputs_PH, weights, run.gradients)
 
-
-def _tap_outputs(tap: ExpertWeightsTap, module: nn.Module, args, outputs) -> None:
-    \"\"\"Forward hook of the experts.\"\"\"
-    tap.tap_outputs()
+    def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
 """,
-        """    return args
+        """        return inputs_PH
 
-
-def _tap_outputs(tap: ExpertWeightsTap, module: nn.Module, args, outputs):
-    outputs = (tap.tap_inputs(outputs[0]), *outputs[1:])
-    tap.tap_outputs()
-    return outputs
+    def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
+        if self._run is not None:
+            weights = [self.layer.router.weight, *expert_first_weights(self.layer.module)]
+            outputs_PH = add_weight_gradients(outputs_PH, weights, self._run.gradients)
 """,
         "tests/te/test_te_accumulation.py::test_accumulated_gradients_are_those_of_autograd",
     ),

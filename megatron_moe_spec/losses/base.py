@@ -183,15 +183,12 @@ class RowsLoss(Loss):
         token_stride: use every N-th token only.
         a2a_dtype: how the vectors and their gradients travel between ranks, one of ``A2A_DTYPES``.
         uses_lengths: whether ``token_losses`` uses the vectors' lengths. If not, it gets None for them.
-        of_squares: whether ``token_losses`` is the mean of the squared cosines of the K (K - 1) ordered pairs: the
-            kernels know that gradient.
     """
 
     may_read: ClassVar[tuple[str, ...]] = (ACTIVATIONS, OUTPUTS)
     token_stride = 1
     a2a_dtype = "same"
     uses_lengths: ClassVar[bool] = True
-    of_squares: ClassVar[bool] = False
 
     def token_losses(self, cosines_TKK: Tensor, lengths_TK: Tensor, active_TK: Tensor) -> Tensor:
         """[T] the loss of each token. Differentiable; each token's depends on that token's values alone.
@@ -202,6 +199,13 @@ class RowsLoss(Loss):
             active_TK: bool, which there are: a token may have fewer than K experts. Tokens without any count as 0.
         """
         raise NotImplementedError
+
+    def squares_divisor(self, k: int) -> Optional[float]:
+        """By what ``token_losses`` divides the sum of the squared cosines of the ordered pairs of a token's k vectors.
+
+        The kernels know the gradient of that sum. None: ``token_losses`` computes something else.
+        """
+        return None
 
     def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
         if transformer_config.moe_router_topk < 2:

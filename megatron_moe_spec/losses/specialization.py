@@ -19,7 +19,6 @@ class Specialization(RowsLoss):
     reads: ClassVar[str] = ACTIVATIONS
     measured: ClassVar[bool] = True
     uses_lengths: ClassVar[bool] = False
-    of_squares: ClassVar[bool] = True
 
     coeff: float = option(
         0.0,
@@ -46,13 +45,14 @@ class Specialization(RowsLoss):
         hidden_by_default=True,
     )
 
+    def squares_divisor(self, k: int) -> int:
+        return k * (k - 1)
+
     def token_losses(self, cosines_TKK: Tensor, lengths_TK: Tensor, active_TK: Tensor) -> Tensor:
-        k = cosines_TKK.shape[1]
-        return cosines_TKK.square().sum(dim=(1, 2)) / (k * (k - 1))
+        return cosines_TKK.square().sum(dim=(1, 2)) / self.squares_divisor(cosines_TKK.shape[1])
 
     def units(self, transformer_config: ModelSettings) -> Iterator[str]:
-        k = transformer_config.moe_router_topk
-        if pairs := k * (k - 1):
+        if pairs := self.squares_divisor(transformer_config.moe_router_topk):
             yield (
                 f"{self.coeff:g} x the mean over a token's {pairs} ordered pairs of experts = "
                 f"{self.coeff / pairs:.3g} x their sum; the paper's {PAPER} is of the sum, by second-hand accounts: "

@@ -27,10 +27,11 @@ def holders() -> list:
     """Our objects that hold tensors for backward, of whichever model."""
     from megatron_moe_spec.integration.hooks.routing import LayerRouting
     from megatron_moe_spec.integration.taps.base import RouterCall
-    from megatron_moe_spec.parallel.token_rows import TokenRows
+    from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, LocatedRows, UsedTokens
 
     gc.collect()
-    return [x for x in gc.get_objects() if isinstance(x, (LayerRouting, RouterCall, TokenRows))]
+    stages = UsedTokens, LocatedRows, ComparedRows, KeptRows  # of which the last alone is to be there
+    return [x for x in gc.get_objects() if isinstance(x, (LayerRouting, RouterCall, *stages))]
 
 
 def held_bytes(found: list) -> tuple[float, float]:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 
+from megatron_moe_spec.integration.taps.activations import ActivationsTap
 from megatron_moe_spec.integration.taps.base import Tap
-from megatron_moe_spec.integration.taps.expert_rows import ActivationsTap, OutputsTap
 from megatron_moe_spec.integration.taps.expert_weights import ExpertWeightsTap
+from megatron_moe_spec.integration.taps.outputs import OutputsTap
 from megatron_moe_spec.integration.taps.pairs import PairsTap
 from megatron_moe_spec.integration.taps.router_weight import RouterWeightTap
 from megatron_moe_spec.integration.taps.scores import ScoresTap

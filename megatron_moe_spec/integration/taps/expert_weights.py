@@ -8,7 +8,7 @@ from functools import partial
 from typing import Optional, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_moe_spec.integration.compat.experts import (
     adds_to_main_gradient,
@@ -18,10 +18,9 @@ from megatron_moe_spec.integration.compat.experts import (
 )
 from megatron_moe_spec.integration.compat.groups import etp_ep_group, etp_group
 from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, separate_graph
-from megatron_moe_spec.integration.hooks.replacement import Hook
 from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
 from megatron_moe_spec.integration.support.rules_of_weights import ADAPTED_WEIGHTS
-from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
+from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer, TokensPerExpert
 from megatron_moe_spec.losses.expert_router_coupling import (
     ExpertRouterCoupling,
     excess,
@@ -64,15 +63,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         super().__init__(losses, layer)
         (self._loss,) = losses
         self._run: Optional[_Run] = None
-        experts = layer.module.experts
-        self._hooks = [
-            experts.register_forward_pre_hook(Hook(partial(_tap_inputs, self))),
-            experts.register_forward_hook(Hook(partial(_tap_outputs, self))),
-        ]
-
-    def detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self.hooks = [self.hook_inputs(), self.hook_outputs()]
 
     def forget(self) -> None:
         self._run = None
@@ -81,27 +72,30 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         self._run = _Run(call)
         return probs
 
-    def tap_inputs(self, x: Tensor) -> Tensor:
-        """Returns the experts' inputs x; their backward adds the loss's gradient for one micro-batch to the weights.
+    def tap_inputs(self, inputs_PH: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
+        """In the backward pass of the experts' inputs, adds the loss's gradient for one micro-batch to the weights.
 
         It comes after that of the experts: with gradient accumulation fusion, Transformer Engine's linear layers
         overwrite ``main_grad`` in what they take for a step's first micro-batch, with all that was added before.
         """
         run = self._run
         if run is None:
-            return x
+            return inputs_PH
         weights = [self.layer.router.weight, *expert_first_weights(self.layer.module)]
-        return add_weight_gradients(x, weights, run.gradients)
+        return add_weight_gradients(inputs_PH, weights, run.gradients)
 
-    def tap_outputs(self) -> None:
-        """Evaluates the loss.
+    def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
+        run, self._run = self._run, None
+        if run is not None:
+            self._evaluate(run)
+        return outputs_PH
+
+    def _evaluate(self, run: _Run) -> None:
+        """Records the loss, and leaves what gives its gradients.
 
         When the experts have run, their weights are those of this step: where parameters are gathered while the model
         runs (``--overlap-param-gather``), each module waits for its own just before it runs.
         """
-        run, self._run = self._run, None
-        if run is None:
-            return
         call = run.call
         if has_adapted_weights(self.layer.module):
             raise RuntimeError(ADAPTED_WEIGHTS.text(loss=self._loss))
@@ -169,13 +163,3 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         rows = gate_rows(self.layer.module, whole)
         rows += gradient_FH.view(rows.shape)
         return None if fused else whole
-
-
-def _tap_inputs(tap: ExpertWeightsTap, module: nn.Module, args):
-    """Forward pre-hook of the experts, whose first input are the tokens in permuted rows."""
-    return (tap.tap_inputs(args[0]), *args[1:])
-
-
-def _tap_outputs(tap: ExpertWeightsTap, module: nn.Module, args, outputs) -> None:
-    """Forward hook of the experts."""
-    tap.tap_outputs()

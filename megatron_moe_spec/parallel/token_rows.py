@@ -151,7 +151,7 @@ class TokenRows:
         which = (dispatched_TE, self._active_TE, self._top_k, num_rows, self._tokens, self._group.size())
         if not self._fused:
             return rows_of_tokens(*which, **others)
-        from megatron_moe_spec.kernels import positions as kernels  # imports triton
+        from megatron_moe_spec.kernels import row_indices as kernels  # imports triton
 
         return kernels.rows_of_tokens(*which, **others)
 

@@ -168,7 +168,7 @@ def swiglu_gradient(
     """Gradients of y and of the probabilities, from z's incoming gradient and the squared cosines between rows of z.
 
     To the incoming gradient of z is added factor * weight * gradient with respect to z of the sum of the squared
-    cosines over ordered pairs, for y alone: the probabilities scale z, and cosines do not depend on its scale.
+    cosines over ordered pairs, only for y: the probabilities scale z, and cosines do not depend on its scale.
 
     Args:
         y_PU: bf16, fp16 or fp32, gate and up in the halves of each row; strides as of x in ``cosines.row_cosines``.

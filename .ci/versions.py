@@ -2,8 +2,8 @@
 
     python .ci/versions.py BASE OLDEST VERSION... [-- PYTEST'S ARGUMENTS]
 
-BASE and OLDEST are environments of .ci/venv. Release 0.16 runs in OLDEST. Each other one gets a small environment of
-its own beside BASE, which holds that release of megatron-core and borrows all else from BASE.
+BASE and OLDEST are environments of .ci/venv. Release 0.16 runs in OLDEST. Each other one gets a small environment next
+to BASE, with that release of megatron-core and all else from BASE (.ci/borrow).
 """
 
 import os
@@ -27,18 +27,7 @@ COLUMNS = ("megatron-core", "Python", "torch", "passed", "failed", "skipped", "s
 def environment(base: Path, version: str) -> Path:
     """The environment of one release, made if it is not there yet."""
     folder = base.with_name(f"{base.name}-{version}")
-    done = folder / ".installed"
-    if done.exists():
-        return folder
-    python = base / "bin" / "python"
-    subprocess.run([python, "-m", "venv", "--clear", "--without-pip", folder], check=True)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    (borrowed,) = base.glob("lib/python*/site-packages")
-    # addsitedir, unlike a path alone, follows editable installations. The folder's own packages come first.
-    (packages / "base.pth").write_text(f"import site; site.addsitedir({str(borrowed.resolve())!r})\n")
-    install = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps"]
-    subprocess.run([*install, "--target", packages, f"megatron-core=={version}"], check=True)
-    done.touch()
+    subprocess.run([ROOT / ".ci" / "borrow", folder, base, f"megatron-core=={version}"], check=True)
     return folder
 
 

@@ -108,12 +108,12 @@ def provenance() -> dict:
             return None
 
     gpu = on_gpu()
-    asked = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
     packages = ("torch", "triton", "numpy", "megatron-core", "transformer-engine-torch", "transformer-engine-cu13")
     return {
         "device": torch.cuda.get_device_name() if gpu else f"CPU ({platform.machine()})",
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()) if gpu else None,
-        "nvidia_smi": command_output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader") if gpu else None,
+        "nvidia_smi": command_output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader") if gpu else None,
         "python": platform.python_version(),
         **{package: of(package) for package in packages},
         "cuda": torch.version.cuda,

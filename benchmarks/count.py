@@ -1,11 +1,11 @@
-"""What both losses cost on paper, beside the experts' matrix products: a table in markdown, of docs/kernels.md.
+"""What both losses cost on paper, relative to the experts' matrix products: the table of docs/kernels.md.
 
     python benchmarks/count.py
 
-One GPU with all experts of a layer, bf16, 8192 tokens. Nothing here is measured: kernels are taken to move their bytes
-at BANDWIDTH, small operations to take LAUNCH each, or the time of their bytes, and matrix products to run at the rates
-below. A step is its matrix products of weights, without attention's own and all that moves memory: what the losses cost
-of a real step is less.
+One GPU with all experts of a layer, bf16, 8192 tokens. Nothing here is measured. It is assumed that kernels move their
+bytes at BANDWIDTH, that small operations take LAUNCH each, or the time of their bytes, and that matrix products run at
+the rates below. A step is its matrix products with weights, without attention's own and without all that only moves
+memory: of a real step, the losses cost a smaller part.
 """
 
 from common import MODELS, Shape
@@ -18,10 +18,9 @@ ACTIVE = {
     "Mixtral-8x7B": (12.9, 32),
     "DeepSeek-V2-Lite": (2.4, 26),
 }
-# Bytes an element of the rows: the kernels of the losses, and Megatron's compiled backward of the SwiGLU, which the
-# fused one of 10 replaces.
+# Bytes an element of the rows: the losses' kernels, Megatron's compiled backward of the SwiGLU, and the fused one.
 COSINES, GRADIENT, MEGATRON_BACKWARD, FUSED_BACKWARD = 2, 6, 16, 10
-SMALL_BEFORE, SMALL_NOW = 34, 7
+SMALL_OPERATIONS = 7
 
 
 def seconds_of_experts(shape: Shape) -> float:
@@ -33,9 +32,9 @@ def seconds_of_rows(shape: Shape, bytes_an_element: float) -> float:
     return bytes_an_element * shape.ffn * shape.top_k * TOKENS / BANDWIDTH
 
 
-def seconds_of_small(shape: Shape, launches: int) -> float:
+def seconds_of_small(shape: Shape) -> float:
     """The map of active experts, where the rows lie, and the masses: 29 bytes a token and expert."""
-    return max(launches * LAUNCH, 29 * shape.experts * TOKENS / BANDWIDTH)
+    return max(SMALL_OPERATIONS * LAUNCH, 29 * shape.experts * TOKENS / BANDWIDTH)
 
 
 def share_of_step(model: str) -> float:
@@ -47,14 +46,12 @@ def share_of_step(model: str) -> float:
 
 
 def table() -> str:
-    """Per cent of the experts' matrix products, and of a step."""
+    """In percent of the experts' matrix products / of a step."""
     variants = {
-        "kernels before": lambda s: seconds_of_rows(s, COSINES + GRADIENT),
-        "small operations before": lambda s: seconds_of_small(s, SMALL_BEFORE),
-        "small operations": lambda s: seconds_of_small(s, SMALL_NOW),
+        "small operations": seconds_of_small,
         "kernels, fused backward": lambda s: seconds_of_rows(s, COSINES + FUSED_BACKWARD - MEGATRON_BACKWARD),
-        "the same, beside a fused SwiGLU": lambda s: seconds_of_rows(s, COSINES),
-        "kernels where it does not apply": lambda s: seconds_of_rows(s, COSINES + GRADIENT),
+        "the same, relative to a fused SwiGLU": lambda s: seconds_of_rows(s, COSINES),
+        "kernels, not fused": lambda s: seconds_of_rows(s, COSINES + GRADIENT),
     }
     lines = [
         "| | " + " | ".join(variants) + " |",

@@ -1,11 +1,10 @@
-"""Megatron's SwiGLU and its backward, as Megatron compiles them, against the backward with the loss in it. Positions.
+"""Megatron's SwiGLU backward and the loss's gradient, against the one kernel that computes both; row indices.
 
     python benchmarks/fused.py [--tokens 8192 32768] [--output FOLDER] [--smoke]
 
 Without the fusion, ``add_squares_gradient`` adds the loss's gradient to that of the SwiGLU's output, which Megatron's
 backward then reads: 6 + 10 bytes an element of bf16. ``swiglu_gradient`` moves 10: it reads 2 F inputs and F gradients
-of a row and writes 2 F. Each is first checked against float64; one that is further from it than the unfused way is
-called WRONG.
+of a row and writes 2 F. It is first checked against float64: if it is less exact than the unfused kernels, it is WRONG.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from common import MODELS, RESULTS, SMOKE, Results, copy_gigabytes_per_second, d
 from megatron.core.fusions.fused_bias_swiglu import weighted_swiglu, weighted_swiglu_back
 
 from megatron_moe_spec.kernels import cosines as row_kernels
-from megatron_moe_spec.kernels import positions, swiglu
+from megatron_moe_spec.kernels import row_indices, swiglu
 from megatron_moe_spec.parallel.row_indices import rows_of_tokens
 
 # The loss's gradient is to be about as large as the incoming one; weighted differently, an error in it would not show.
@@ -52,14 +51,14 @@ class Case:
         self.y = torch.randn(self.num_rows, 2 * shape.ffn, **options).bfloat16()
         self.incoming = torch.randn(self.num_rows, shape.ffn, **options).bfloat16()
         self.probs = torch.rand(self.num_rows, **options) + 0.1
-        self.rows, self.covered = self.positions()
+        self.rows, self.covered = self.row_indices()
         self.z = self.forward()
         self.cosines, self.inverse, _ = self.row_cosines()
 
-    def positions(self):
-        return positions.rows_of_tokens(self.map, self.map, self.top_k, self.num_rows)
+    def row_indices(self):
+        return row_indices.rows_of_tokens(self.map, self.map, self.top_k, self.num_rows)
 
-    def eager_positions(self):
+    def eager_row_indices(self):
         return rows_of_tokens(self.map, self.map, self.top_k, self.num_rows)
 
     def forward(self):
@@ -104,13 +103,13 @@ def check(case: Case) -> dict:
     for name, (dy, dprobs) in {"fused": case.fused(), "unfused": case.unfused()}.items():
         row[f"{name}_dy_error"] = relative_error(dy, exact_dy)
         row[f"{name}_dprobs_error"] = relative_error(dprobs, exact_dprobs)
-    rows_of_both = zip(case.positions(), case.eager_positions())
-    row["positions_right"] = all(torch.equal(found[: len(other)], other) for found, other in rows_of_both)
+    rows_of_both = zip(case.row_indices(), case.eager_row_indices())
+    row["row_indices_right"] = all(torch.equal(found[: len(other)], other) for found, other in rows_of_both)
     errors_right = all(row[f"fused_{of}_error"] <= row[f"unfused_{of}_error"] + 1e-5 for of in ("dy", "dprobs"))
-    return {**row, "right": errors_right and row["positions_right"]}
+    return {**row, "right": errors_right and row["row_indices_right"]}
 
 
-# Bytes that each has to move, an element of z in bf16; positions move few.
+# Bytes that each has to move, an element of z in bf16; row indices are few.
 TIMED = {
     "forward": 6,
     "row_cosines": 2,
@@ -118,8 +117,8 @@ TIMED = {
     "of_loss": 6,
     "unfused": 16,
     "fused": 10,
-    "positions": None,
-    "eager_positions": None,
+    "row_indices": None,
+    "eager_row_indices": None,
 }
 
 

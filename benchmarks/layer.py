@@ -25,7 +25,7 @@ from common import MODELS, RESULTS, SMOKE, Results, milliseconds, peak_bytes
 
 from megatron_moe_spec import SpecConfig, attach
 
-PERCENTAGES = "layer_percent: of two MoE layers alone, forward and backward; not of a training step, which has more"
+PERCENTAGES = "layer_percent: of only two MoE layers, forward and backward; not of a training step, which has more"
 # name -> fields of SpecConfig; None: nothing attached
 VARIANTS = {
     "none": None,
@@ -42,7 +42,7 @@ def settings(fields: dict) -> SpecConfig:
 
 
 def gradients(model, x, fields: dict) -> list:
-    """Of the losses alone, on x and on every parameter."""
+    """Of only the losses, on x and on every parameter."""
     handle = attach(model, settings({**fields, "specialization_loss_coeff": 1.0, "coupling_loss_coeff": 1.0}))
     x = x.detach().requires_grad_()
     output = model(x)

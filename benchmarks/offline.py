@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_moe_spec.kernels import cosines as row_kernels
 from megatron_moe_spec.kernels import mass as mass_kernels
-from megatron_moe_spec.kernels import positions as position_kernels
+from megatron_moe_spec.kernels import row_indices as row_index_kernels
 from megatron_moe_spec.kernels import swiglu as swiglu_kernels
 
 ARCHITECTURES = (80, 90, 100)
@@ -116,7 +116,7 @@ def _logits_operations(dtype: str, experts: int, function: str) -> list:
     live = logits > 0
     return [
         lambda: mass_kernels.routed_mass(logits, live, function, torch.zeros(16)),
-        lambda: position_kernels.rows_of_tokens(live, live, min(experts, 8), 16 * experts),
+        lambda: row_index_kernels.rows_of_tokens(live, live, min(experts, 8), 16 * experts),
         lambda: mass_kernels.add_mass_gradient(logits, live, function, 2 * [torch.zeros(16)], torch.ones(1), logits),
     ]
 

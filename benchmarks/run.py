@@ -1,15 +1,13 @@
-"""Everything there is to check and measure on a GPU, in two calls that each keep within a budget of minutes.
+"""Checks and measures the kernels on a GPU; without one, tries the programs on tiny shapes and measures nothing.
 
-    python benchmarks/run.py [--call 1 | --call 2 | --parts kernels,layer] [--minutes 8] [--output FOLDER]
+    python benchmarks/run.py [--parts kernels,layer] [--minutes 8] [--output FOLDER]
 
-Call 1: the kernels, right and fast. Call 2: MoE layers, compute-sanitizer, a training run, torch.compile. Neither
-needs a network or pip: a package that is not there is named, and its part skipped. Parts run in order, in whatever is
-left of the budget; one that is cut off leaves its rows. The folder gets a JSON file a part, a log and a summary of each
-call. Without a GPU every part is tried on tiny shapes, in Triton's interpreter.
+Parts run in order, in the minutes that are left. Each row is written when it is measured, so a part that is cut off
+leaves its rows. A part whose packages or programs are missing is skipped, and so is one for which no time is left. The
+folder gets a JSON file for each part, log.txt and summary.md.
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
@@ -17,157 +15,122 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Optional, TextIO
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-MIN_SECONDS = 5  # with less left, a part is not begun
-MARGIN = 10  # seconds of a call that no part gets
+MIN_SECONDS = 5  # with less left, a part is not started
+CUT_OFF = (124, -9, 137)  # exit statuses of coreutils' timeout
 LONGEST_TABLE = 150
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
-    """A command, the most seconds it gets on a GPU, what it needs, and the arguments that try it without a GPU."""
+    """A program that is checked or measured.
+
+    Attributes:
+        command: what to run from the repository's root.
+        seconds: the most that it gets on a GPU.
+        needs: modules, and programs.
+        smoke: further arguments without a GPU; None: it needs one.
+        has_rows: whether it writes rows into the folder ``--output``.
+    """
 
     command: list[str]
     seconds: int
-    modules: tuple[str, ...] = ("triton",)
-    program: Optional[str] = None
-    smoke: Optional[tuple[str, ...]] = ("--smoke",)  # None: not at all
-    output: bool = True
-    environment: dict[str, str] = field(default_factory=dict)
+    needs: tuple[str, ...] = ("triton",)
+    smoke: Optional[tuple[str, ...]] = ("--smoke",)
+    has_rows: bool = True
+
+    def lacks(self, has_gpu: bool) -> str:
+        """What it needs and is not there; an empty string where it can run."""
+        if self.smoke is None and not has_gpu:
+            return "no GPU"
+        missing = (name for name in self.needs if not (_has_module(name) or shutil.which(name)))
+        return next((f"{name} is not installed" for name in missing), "")
 
 
-def script(name: str, *arguments: str) -> list[str]:
-    return [sys.executable, f"benchmarks/{name}.py", *arguments]
-
-
-def has_module(name: str) -> bool:
+def _has_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
 
 
-def sanitizer(tool: str, seconds: int) -> Part:
-    # Without the cache, every tensor is an allocation of its own, whose ends memcheck knows.
-    return Part(
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *TESTS, "-k", "bf16 and 5-8-257 or worked"],
-        seconds,
-        ("triton", "pytest"),
-        program="compute-sanitizer",
-        smoke=None,
-        output=False,
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )
+def _script(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, f"benchmarks/{name}.py", *arguments]
 
 
-TEST_FILES = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("tests/kernels/test_*.py"))
-TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *TEST_FILES]
+def _sanitizer(tool: str, seconds: int) -> Part:
+    # Without PyTorch's cache, every tensor is an allocation of its own, whose ends memcheck knows.
+    command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    tests = [*TESTS, "-k", "bf16 and 5-8-257 or worked"]
+    return Part([*command, *tests], seconds, ("triton", "pytest", "compute-sanitizer"), smoke=None, has_rows=False)
+
+
+TESTS = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/kernels"]
 # Most of the tests' time goes to compilation, on one core each.
-PARALLEL = ["-n", "8"] if has_module("xdist") and (os.cpu_count() or 1) >= 8 else []
+PARALLEL = ["-n", "8"] if _has_module("xdist") and (os.cpu_count() or 1) >= 8 else []
 PARTS = {
-    "environment": Part(script("environment"), 30, ("torch",)),
-    "errors": Part(script("kernels", "--check"), 100),
-    "fused": Part(script("fused"), 140, ("triton", "megatron.core", "megatron_moe_spec.kernels.swiglu")),
-    "kernels": Part(script("kernels", "--implementations", "triton,eager"), 150),
-    "tests": Part([*TESTS, *PARALLEL], 240, ("triton", "pytest"), smoke=(), output=False),
-    "layer": Part(script("layer"), 200, ("triton", "megatron.core")),
-    "memcheck": sanitizer("memcheck", 90),
-    "racecheck": sanitizer("racecheck", 60),
-    "train": Part(script("train"), 120, ("triton", "megatron.core"), smoke=("--smoke", "--iterations", "3")),
-    "compile": Part(script("kernels", "--implementations", "compile", "--tokens", "8192", "--name", "compile"), 300),
-    "offline": Part(script("offline", "--quick"), 300, smoke=(), output=False),
-    "plot": Part(script("plot"), 30, ("matplotlib",), smoke=()),
-}
-CALLS = {
-    "1": ("environment", "errors", "fused", "kernels", "tests"),
-    "2": ("environment", "layer", "memcheck", "racecheck", "train", "compile"),
+    "kernels": Part(_script("kernels", "--implementations", "triton,eager"), 180),
+    "fused": Part(_script("fused"), 140, ("triton", "megatron.core")),
+    "tests": Part([*TESTS, *PARALLEL], 240, ("triton", "pytest"), smoke=(), has_rows=False),
+    "layer": Part(_script("layer"), 200, ("triton", "megatron.core")),
+    "memcheck": _sanitizer("memcheck", 90),
+    "racecheck": _sanitizer("racecheck", 60),
+    "train": Part(_script("train"), 120, ("triton", "megatron.core"), smoke=("--smoke", "--iterations", "3")),
+    "compile": Part(_script("kernels", "--implementations", "compile", "--tokens", "8192", "--name", "compile"), 300),
 }
 
 
-def missing(part: Part, has_gpu: bool) -> str:
-    """The requirement that a part lacks; an empty string where it can run."""
-    if part.smoke is None and not has_gpu:
-        return "no GPU"
-    for module in part.modules:
-        if not has_module(module):
-            return f"{module} is not installed"
-    if part.program and shutil.which(part.program) is None:
-        return f"{part.program} is not there"
-    return ""
-
-
-def run(name: str, part: Part, has_gpu: bool, output: Path, seconds: float, log) -> str:
-    """PASSED, FAILED, CUT OFF or SKIPPED, with the reason. What the part prints goes to the log, too."""
-    if reason := missing(part, has_gpu):
+def run(name: str, part: Part, has_gpu: bool, output: Path, seconds: float, log: TextIO) -> str:
+    """PASSED, FAILED, CUT OFF or SKIPPED, with the reason. What the part prints goes to the log too."""
+    if reason := part.lacks(has_gpu):
         return f"SKIPPED: {reason}"
-    if has_gpu:
-        seconds = min(seconds, part.seconds)
+    seconds = min(seconds, part.seconds) if has_gpu else seconds
     if seconds < MIN_SECONDS:
         return "SKIPPED: no time left"
     command = [*part.command, *(() if has_gpu else part.smoke)]
-    if part.output:
-        command += [str(output)] if name == "plot" else ["--output", str(output)]
+    if part.has_rows:
+        command += ["--output", str(output)]
+        (output / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        **part.environment,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "PYTHONUNBUFFERED": "1",
-        "TRITON_INTERPRET": "0" if has_gpu else "1",
-    }
-    (output / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
+    variables = {"PYTHONPATH": ":".join(paths), "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0" if has_gpu else "1"}
     start = time.monotonic()
-
-    def say(text: str) -> None:
-        for file in (sys.stdout, log):
-            print(text, end="", file=file, flush=True)
-
-    say(f"== {name}, {seconds:.0f} s at most: {' '.join(command)}\n")
-    # A process group of its own: compute-sanitizer's child has to end with it.
+    _say(f"== {name}, {seconds:.0f} s at most: {' '.join(command)}\n", log)
+    # pytest reports what failed so far when it is interrupted.
     process = subprocess.Popen(
-        command,
+        ["timeout", "--signal=INT", "--kill-after=3", f"{seconds - 3:.0f}", *command],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        preexec_fn=os.setpgrp,
     )
-
-    def end(by: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, by)
-
-    # pytest reports what failed so far when it is interrupted.
-    timers = [threading.Timer(seconds + after, end, (by,)) for after, by in ((-3, signal.SIGINT), (0, signal.SIGKILL))]
-    for timer in timers:
-        timer.start()
     wrong = False
     try:
         for line in process.stdout:
-            say(line)
+            _say(line, log)
             wrong = wrong or line.startswith("WRONG")
         status = process.wait()
-        was_cut_off = not timers[0].is_alive()
     finally:
-        for timer in timers:
-            timer.cancel()
-        end(signal.SIGKILL)
+        process.terminate()
     if wrong:
         result = "FAILED: WRONG, see the log"
-    elif was_cut_off:
+    elif status in CUT_OFF:
         result = "CUT OFF"
     else:
         result = f"FAILED: exit status {status}" if status else "PASSED"
     return f"{result} ({time.monotonic() - start:.0f} s)"
+
+
+def _say(text: str, log: TextIO) -> None:
+    for file in (sys.stdout, log):
+        print(text, end="", file=file, flush=True)
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -179,69 +142,51 @@ def table(rows: list[dict]) -> list[str]:
     return [f"| {' | '.join(map(str, line))} |" for line in lines]
 
 
-def summarize(file: Path, title: str, results: dict[str, str]) -> None:
-    """Writes a Markdown file: the parts' results, what the environment is, and each part's rows."""
-    environment = file.parent / "environment.json"
+def summarize(folder: Path, title: str, results: dict[str, str]) -> None:
+    """Writes summary.md: the result of each part, what it ran on, and its tables."""
     lines = [f"# {title}", "", *table([{"part": name, "result": result} for name, result in results.items()])]
     for name in results:
-        json_file = file.parent / f"{name}.json"
-        if results[name].startswith("SKIPPED") or not json_file.exists():
+        file = folder / f"{name}.json"
+        if results[name].startswith("SKIPPED") or not file.exists():
             continue
-        record = json.loads(json_file.read_text())
-        rows = record.pop("rows")
-        same = json.loads(environment.read_text()) if name != "environment" and environment.exists() else {}
-        lines += ["", f"## {name}", ""]
-        lines += [f"- {key}: {value}" for key, value in record.items() if key not in same]
-        lines += ["", *(table(rows) if len(rows) <= LONGEST_TABLE else [f"{len(rows)} rows in {json_file.name}"])]
-    file.write_text("\n".join(lines) + "\n")
-
-
-def run_call(call: Optional[str], names, seconds: float, has_gpu: bool, output: Path) -> dict[str, str]:
-    start, suffix = time.monotonic(), f"-{call}" if call else ""
-    title = f"Call {call}" if call else f"Parts {', '.join(names)}"
-    if not has_gpu:
-        title += ": no GPU, nothing was measured; tiny shapes in the interpreter"
-    results = {}
-    with (output / f"log{suffix}.txt").open("w") as log:
-        for name in names:
-            results[name] = run(name, PARTS[name], has_gpu, output, seconds - (time.monotonic() - start), log)
-            print(f"== {name}: {results[name]}", flush=True)
-            summarize(output / f"summary{suffix}.md", title, results)
-    print(f"\n{title} ({time.monotonic() - start:.0f} s)")
-    for name, result in results.items():
-        print(f"{name:12} {result}", flush=True)
-    return results
+        record = json.loads(file.read_text())
+        tables = {key: record.pop(key) for key, value in list(record.items()) if isinstance(value, list)}
+        lines += ["", f"## {name}", "", *(f"- {key}: {value}" for key, value in record.items())]
+        for key, rows in tables.items():
+            of_rows = table(rows) if len(rows) <= LONGEST_TABLE else [f"{len(rows)} in {file.name}"]
+            lines += ["", f"{key}:", "", *of_rows]
+    (folder / "summary.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--call", choices=CALLS, help="default: both, one after the other")
-    which.add_argument("--parts", help=f"of {','.join(PARTS)}, in order")
-    parser.add_argument("--minutes", type=float, default=8, help="of a call (%(default)s)")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of %(default)s, in order")
+    parser.add_argument("--minutes", type=float, default=8, help="for all of them (%(default)s)")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results; without a GPU, build/benchmarks")
     arguments = parser.parse_args()
-    if arguments.parts:
-        calls = {None: arguments.parts.split(",")}
-        if unknown := set(calls[None]) - set(PARTS):
-            parser.error(f"--parts knows {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
-    else:
-        calls = {arguments.call: CALLS[arguments.call]} if arguments.call else CALLS
+    names = arguments.parts.split(",")
+    if unknown := set(names) - set(PARTS):
+        parser.error(f"--parts knows {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
     # Stopped from outside, it ends the part that runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     start = time.monotonic()
     import torch
 
-    sys.path.insert(0, str(ROOT))
     has_gpu = torch.cuda.is_available()
     output = (arguments.output or (HERE / "results" if has_gpu else ROOT / "build" / "benchmarks")).resolve()
     output.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for call, names in calls.items():
-        results = run_call(call, names, 60 * arguments.minutes - MARGIN - (time.monotonic() - start), has_gpu, output)
-        failed |= any(result.startswith("FAILED") for result in results.values())
-        start = time.monotonic()
-    return 1 if failed else 0
+    title = "Kernels on a GPU" if has_gpu else "No GPU, nothing was measured; tiny shapes in the interpreter"
+    results: dict[str, str] = {}
+    with (output / "log.txt").open("w") as log:
+        for name in names:
+            left = 60 * arguments.minutes - (time.monotonic() - start)
+            results[name] = run(name, PARTS[name], has_gpu, output, left, log)
+            print(f"== {name}: {results[name]}", flush=True)
+            summarize(output, title, results)
+    print(f"\n{title} ({time.monotonic() - start:.0f} s)")
+    for name, result in results.items():
+        print(f"{name:12} {result}", flush=True)
+    return int(any(result.startswith("FAILED") for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -258,15 +258,15 @@ MUTATIONS = [
     (
         "gradient of the SwiGLU without the loss's",
         "kernels/swiglu.py",
-        "total += _mix(high, low, z, OPERAND) * scale[:, None]",
+        "total += multiply_split(high, low, z, OPERAND) * scale[:, None]",
         "pass",
         "tests/integration/test_gradients.py::test_gradient_in_the_swiglu",
     ),
     (
         "probabilities get the loss's gradient, too",
         "kernels/swiglu.py",
-        "total += _mix(high, low, z, OPERAND) * scale[:, None]",
-        "extra = _mix(high, low, z, OPERAND) * scale[:, None]\n"
+        "total += multiply_split(high, low, z, OPERAND) * scale[:, None]",
+        "extra = multiply_split(high, low, z, OPERAND) * scale[:, None]\n"
         "            total += extra\n"
         "            products += extra * (silu * up)",
         "tests/kernels/test_swiglu.py::test_the_loss_is_apart",
@@ -280,10 +280,10 @@ MUTATIONS = [
     ),
     (
         "tokens of other ranks numbered as this rank's",
-        "kernels/positions.py",
+        "kernels/row_indices.py",
         "place = token // share * used_of_rank + own // stride",
         "place = own // stride",
-        "tests/kernels/test_positions.py::test_rows",
+        "tests/kernels/test_row_indices.py::test_rows",
     ),
     (
         "last terms of a loss left out of its value",

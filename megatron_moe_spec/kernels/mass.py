@@ -1,10 +1,10 @@
-"""Routed mass of each token, from router logits; twin of ``losses.coupling`` (mass) and ``losses.scores``.
+"""Routed mass of each token, from router logits, and its gradient.
 
     m(t) = sum over the token's dispatched experts of s(t, e),  s the score normalised over all experts
 
-One pass over the logits each way, without writing the scores. ``pathway`` is left to PyTorch: its E x E joint matrix
-is one matrix product of [E, T] and [T, E], which the library does at the speed of the hardware, and which needs the
-scores that it reads.
+The eager references are ``losses.coupling`` (mass) and ``losses.scores``. Forward and backward each read the logits
+once and do not write the scores. There is no kernel for ``pathway``: its E x E joint matrix is a matrix product of
+[E, T] and [T, E], which needs the scores in memory and which cuBLAS computes at the speed of the hardware.
 
 Suffixes: T tokens, E experts.
 
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moe_spec.kernels import computed_dtype, weight_and_factor
+from megatron_moe_spec.kernels.tiles import check_like, computed_dtype, weight_and_factor
 from megatron_moe_spec.losses.scores import SCORE_FUNCTIONS
 
 _ELEMENTS = 2048  # logits of a program
@@ -30,7 +30,7 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @triton.jit
 def _load(logits_ptr, active_ptr, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Token numbers [BLOCK_T]; offsets, mask, logits (0 beyond the last token), and which experts are dispatched to."""
+    """Token indices [BLOCK_T]; offsets, mask, logits (0 beyond the last token), and the experts dispatched to."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
     offsets = token[:, None] * E + expert[None, :]
@@ -42,7 +42,7 @@ def _load(logits_ptr, active_ptr, num_tokens, E: tl.constexpr, BLOCK_T: tl.const
 
 @triton.jit
 def _scores(x, E: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
-    """Scores that each row's total normalises, their derivatives, and the totals [BLOCK_T]."""
+    """Scores before normalization, their derivatives, and the totals [BLOCK_T] to divide by."""
     is_expert = (tl.arange(0, x.shape[1]) < E)[None, :]
     if SCORE_FUNCTION == "softmax":
         x = tl.where(is_expert, x, float("-inf"))
@@ -56,7 +56,7 @@ def _scores(x, E: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
             scores = sigmoid
             slope = sigmoid * (1.0 - sigmoid)
         else:
-            # softplus(x) = max(x, 0) + log(1 + small), the logarithm exact to the last bits where small is small.
+            # softplus(x) = max(x, 0) + log(1 + small), with a logarithm that is exact for small arguments too.
             rest = (1.0 + small) - 1.0
             is_small = rest == 0.0
             log_sum = tl.where(is_small, small, tl.log(1.0 + small) * (small / tl.where(is_small, 1.0, rest)))
@@ -122,7 +122,7 @@ def _mass_gradient_kernel(
 def routed_mass(
     logits_TE: Tensor, active_TE: Tensor, score_function: str, previous_T: Optional[Tensor] = None
 ) -> tuple[Tensor, Optional[Tensor]]:
-    """m(t), and with ``previous_T`` the parts of the sum over tokens of its product with that of another layer.
+    """m(t), and with ``previous_T`` partial sums over tokens of its product with that of another layer.
 
     Args:
         logits_TE: router logits, fp32, bf16 or fp16.
@@ -136,10 +136,9 @@ def routed_mass(
     Raises:
         ValueError: a shape, dtype or option does not fit; the message names the argument.
     """
-    _check(logits_TE, active_TE, score_function)
-    num_tokens, num_experts = logits_TE.shape
+    num_tokens, num_experts = _checked_shape(logits_TE, active_TE, score_function)
     if previous_T is not None:
-        _check_tokens("previous_T", previous_T, num_tokens)
+        check_like("previous_T", previous_T, (num_tokens,), torch.float32)
     grid, blocks = _blocks(num_tokens, num_experts)
     mass_T = torch.empty(num_tokens, dtype=torch.float32, device=logits_TE.device)
     products = None if previous_T is None else torch.empty(grid, dtype=torch.float32, device=logits_TE.device)
@@ -172,8 +171,8 @@ def add_mass_gradient(
     Args:
         logits_TE, active_TE, score_function: as given to ``routed_mass``.
         neighbor_grads: one or two fp32 [T], whose sum is the gradient with respect to m.
-        weight: a number, or a tensor of one element, which is not read on the host where it is on the device.
-        incoming_TE: gradient of the logits, in their dtype; left as it is.
+        weight: a number, or a tensor of one element, which is not read on the host if it is on the device.
+        incoming_TE: gradient of the logits, in their dtype; not overwritten.
         factor: a number.
 
     Returns:
@@ -182,23 +181,15 @@ def add_mass_gradient(
     Raises:
         ValueError: as ``routed_mass``.
     """
-    _check(logits_TE, active_TE, score_function)
-    num_tokens, num_experts = logits_TE.shape
-    if incoming_TE.shape != logits_TE.shape or incoming_TE.dtype != logits_TE.dtype:
-        raise ValueError(
-            f"incoming_TE must be {logits_TE.dtype} {list(logits_TE.shape)} as logits_TE is; got "
-            f"{incoming_TE.dtype} {list(incoming_TE.shape)}"
-        )
+    num_tokens, num_experts = _checked_shape(logits_TE, active_TE, score_function)
+    check_like("incoming_TE", incoming_TE, logits_TE.shape, logits_TE.dtype)
     for neighbor_grad_T in neighbor_grads:
-        _check_tokens("neighbor_grads", neighbor_grad_T, num_tokens)
+        check_like("neighbor_grads", neighbor_grad_T, (num_tokens,), torch.float32)
     out_TE = torch.empty(logits_TE.shape, dtype=computed_dtype(logits_TE.dtype), device=logits_TE.device)
     if num_tokens:
         weight, factor = weight_and_factor(weight, factor, logits_TE.device)
         grid, blocks = _blocks(num_tokens, num_experts)
-        neighbor_grad_T, other_neighbor_grad_T = (
-            *(neighbor_grad_T.contiguous() for neighbor_grad_T in neighbor_grads),
-            None,
-        )[:2]
+        neighbor_grad_T, other_neighbor_grad_T = [*(grad_T.contiguous() for grad_T in neighbor_grads), None][:2]
         _mass_gradient_kernel[grid](
             logits_TE.contiguous(),
             active_TE.contiguous(),
@@ -216,23 +207,17 @@ def add_mass_gradient(
     return out_TE.to(logits_TE.dtype)
 
 
-def _blocks(num_tokens: int, num_experts: int) -> tuple[tuple[int], dict]:
+def _blocks(num_tokens: int, num_experts: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and the sizes of a program's block."""
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(_ELEMENTS // block_e, 1)
     return (triton.cdiv(num_tokens, block_t),), dict(BLOCK_T=block_t, BLOCK_E=block_e, num_warps=_WARPS)
 
 
-def _check_tokens(name: str, x_T: Tensor, num_tokens: int) -> None:
-    if x_T.shape != (num_tokens,) or x_T.dtype != torch.float32:
-        raise ValueError(f"{name} must be fp32 [{num_tokens}]; got {x_T.dtype} {list(x_T.shape)}")
-
-
-def _check(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> None:
+def _checked_shape(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> torch.Size:
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits_TE must be fp32, bf16 or fp16 [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}")
-    if active_TE.shape != logits_TE.shape or active_TE.dtype != torch.bool:
-        raise ValueError(
-            f"active_TE must be bool {list(logits_TE.shape)}; got {active_TE.dtype} {list(active_TE.shape)}"
-        )
+    check_like("active_TE", active_TE, logits_TE.shape, torch.bool)
     if score_function not in SCORE_FUNCTIONS:
         raise ValueError(f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}; got {score_function!r}")
+    return logits_TE.shape

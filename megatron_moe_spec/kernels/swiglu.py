@@ -1,15 +1,15 @@
-"""Gradient of the experts' SwiGLU with that of the squared cosines in it; twin of ``losses.vectors`` and Megatron's.
+"""Gradient of the experts' SwiGLU, with that of the squared cosines between its outputs in it.
 
     z = p z',  z' = silu(gate) * up,  (gate, up) = y
 
-The gradient of the SwiGLU reads y, from which z can be had again, and the gradient of z, to which that of the cosines
-is to be added. So one read of both and one write of y's gradient do: 10 bytes an element of z in bf16. Tiles of
-tokens, and the rest, are as in ``rows``.
+The eager references are ``losses.vectors`` and Megatron's ``weighted_swiglu_back``. The gradient of the SwiGLU reads y,
+from which z is computed again, and the gradient of z, to which that of the cosines is added. So reading both once and
+writing the gradient of y once is enough: 10 bytes an element of z in bf16.
 
 Suffixes: P rows, F size of z, U = 2 F, T tokens, K experts per token, N pairs of these.
 
 Worked example, one token of two rows with p = 1/2, F = 2, gate = 20 where silu(20) = 20 and silu'(20) = 1 but for
-4e-8, and up = (0.3, 0.4) in row 1 and (0.4, 0.3) in row 0: z = (3, 4) and (4, 3) are those of the example in ``rows``,
+4e-8, and up = (0.3, 0.4) in row 1 and (0.4, 0.3) in row 0: z = (3, 4) and (4, 3) as in the example of ``cosines``,
 with the gradient (0.172032, -0.129024) for the first. So y's gradient is p * up * that = (0.0258048, -0.0258048) for
 gate and p * 20 * that = (1.72032, -1.29024) for up. An incoming gradient of (1, 1) adds (0.15, 0.2) to gate's and
 (10, 10) to up's, and makes p's gradient 20 * (0.3 + 0.4) = 14, to which the cosines add nothing.
@@ -22,29 +22,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moe_spec.kernels import computed_dtype, weight_and_factor
-from megatron_moe_spec.kernels.cosines import (
-    _in_parts,
-    _mix,
-    _mixing,
-    _passing_rows,
-    _tile_rows,
+from megatron_moe_spec.kernels.tiles import (
     check_like,
-    checked,
-    operand,
+    checked_shape,
+    computed_dtype,
+    load_mixing,
+    multiply_split,
+    operand_dtype,
+    tile_rows,
     tiling,
+    unused_rows,
+    weight_and_factor,
     with_dense_rows,
 )
 
-# How the kernel is compiled, by number of bytes of an element of y.
+# Options of compilation, by the number of bytes of an element of y.
 BACKWARD = {2: dict(BLOCK_F=64, num_warps=4, num_stages=3), 4: dict(BLOCK_F=32, num_warps=4, num_stages=2)}
 
 
 @triton.jit
 def _computed_once(x, OPERAND: tl.constexpr):
-    """x, which the compiler must not compute again in every layout that it needs x in."""
+    """x in OPERAND, which the compiler must not compute again for each layout that it needs."""
     x = x.to(OPERAND)
-    if OPERAND != tl.float32:  # nor in the interpreter, which runs no assembly
+    if OPERAND != tl.float32:  # which it is in the interpreter, where assembly cannot run
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
     return x
 
@@ -78,10 +78,10 @@ def _row_gradients(
     LARGEST: tl.constexpr,
     MIXED: tl.constexpr,
 ):
-    """Writes the gradients of rows of y and of their probabilities.
+    """Writes the gradients of rows of y, and of the probabilities of these rows.
 
-    Where MIXED, scale * (high + low) z is added to the incoming gradient for y's. The mixing of a token with an
-    infinite or NaN row is NaN; other tokens of the tile stay clear of it, since elements beyond LARGEST count as 0.
+    Where MIXED, scale * (high + low) z is added to the incoming gradient, for the gradient of y. The mixing of a token
+    with an infinite or NaN row is NaN; elements beyond LARGEST count as 0, so that it does not reach other tokens.
     """
     TILE: tl.constexpr = row.shape[0]
     probs = tl.load(probs_ptr + row, mask=active, other=0.0).to(tl.float32)[:, None]
@@ -101,7 +101,7 @@ def _row_gradients(
         if MIXED:
             z = silu * up * probs
             z = _computed_once(tl.where(tl.abs(z) <= LARGEST, z, 0.0), OPERAND)
-            total += _mix(high, low, z, OPERAND) * scale[:, None]
+            total += multiply_split(high, low, z, OPERAND) * scale[:, None]
         total *= probs
         block = mask & (column < F)[None, :]
         tl.store(dgate_rows + column[None, :], total * up * (sigmoid + silu * (1.0 - sigmoid)), mask=block)
@@ -137,53 +137,21 @@ def _swiglu_gradient_kernel(
     LARGEST: tl.constexpr,
 ):
     if tl.program_id(0) < num_tiles:
-        token, slot, row, inside, active = _tile_rows(rows_ptr, num_tokens, K, SLOTS, TILE)
-        inverse = tl.load(lengths_ptr + token * K + slot, mask=inside, other=0.0)
-        high, low = _in_parts(_mixing(cosines_ptr, token, slot, inside, inverse, K, True), OPERAND)
-        scale = factor * inverse
-        if weight_ptr is not None:
-            scale *= tl.load(weight_ptr)
-        _row_gradients(
-            y_ptr,
-            probs_ptr,
-            incoming_ptr,
-            dy_ptr,
-            dprobs_ptr,
-            row,
-            active,
-            high,
-            low,
-            scale,
-            F,
-            y_stride,
-            incoming_stride,
-            BLOCK_F,
-            OPERAND,
-            LARGEST,
-            True,
+        token, slot, row, inside, active = tile_rows(rows_ptr, num_tokens, K, SLOTS, TILE)
+        high, low, _, scale = load_mixing(
+            cosines_ptr, lengths_ptr, weight_ptr, factor, token, slot, inside, K, OPERAND, True
         )
+        _row_gradients(
+            y_ptr, probs_ptr, incoming_ptr, dy_ptr, dprobs_ptr, row, active, high, low, scale,
+            F, y_stride, incoming_stride, BLOCK_F, OPERAND, LARGEST, True,
+        )  # fmt: skip
     else:
-        row, passing = _passing_rows(used_ptr, tl.program_id(0) - num_tiles, num_rows, TILE)
-        if tl.sum(passing.to(tl.int32), axis=0) > 0:
+        row, unused = unused_rows(used_ptr, tl.program_id(0) - num_tiles, num_rows, TILE)
+        if tl.sum(unused.to(tl.int32), axis=0) > 0:
             _row_gradients(
-                y_ptr,
-                probs_ptr,
-                incoming_ptr,
-                dy_ptr,
-                dprobs_ptr,
-                row,
-                passing,
-                None,
-                None,
-                None,
-                F,
-                y_stride,
-                incoming_stride,
-                BLOCK_F,
-                OPERAND,
-                LARGEST,
-                False,
-            )
+                y_ptr, probs_ptr, incoming_ptr, dy_ptr, dprobs_ptr, row, unused, None, None, None,
+                F, y_stride, incoming_stride, BLOCK_F, OPERAND, LARGEST, False,
+            )  # fmt: skip
 
 
 def swiglu_gradient(
@@ -197,18 +165,18 @@ def swiglu_gradient(
     incoming_PF: Tensor,
     factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of y and of the probabilities, of z's incoming one and of the squared cosines between rows of z.
+    """Gradients of y and of the probabilities, from z's incoming gradient and the squared cosines between rows of z.
 
     To the incoming gradient of z is added factor * weight * gradient with respect to z of the sum of the squared
-    cosines over ordered pairs, for y alone: the probabilities scale z, and cosines do not depend on its scale.
+    cosines over ordered pairs, only for y: the probabilities scale z, and cosines do not depend on its scale.
 
     Args:
-        y_PU: bf16, fp16 or fp32, gate and up in the halves of each row; rows may be apart, their elements not.
+        y_PU: bf16, fp16 or fp32, gate and up in the halves of each row; strides as of x in ``cosines.row_cosines``.
         probs_P: [P] or [P, 1] of any float dtype.
-        rows_TK, used_P: see ``rows.add_mixed``. Rows that are not used get the gradient of the SwiGLU alone.
-        cosines_TN, inverse_lengths_TK: of z, from ``rows.row_cosines``.
-        weight: a number, or a fp32 tensor of one element, which is not read on the host.
-        incoming_PF: [P, F] in the dtype of y; left as it is.
+        rows_TK, used_P: see ``cosines.add_mixed``. Rows that are not used get the gradient of the SwiGLU only.
+        cosines_TN, inverse_lengths_TK: of z, from ``cosines.row_cosines``.
+        weight: a number, or an fp32 tensor of one element, which is not read on the host.
+        incoming_PF: [P, F] in the dtype of y; not overwritten.
 
     Returns:
         [P, U] in the dtype of y, contiguous; the probabilities' in their dtype and shape, summed in fp32.
@@ -216,7 +184,7 @@ def swiglu_gradient(
     Raises:
         ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
-    num_tokens, k = checked(y_PU, rows_TK, "y_PU")
+    num_tokens, k = checked_shape(y_PU, rows_TK, "y_PU")
     num_rows, U = y_PU.shape
     if U % 2 or probs_P.shape not in ((num_rows,), (num_rows, 1)) or not probs_P.is_floating_point():
         raise ValueError(
@@ -254,7 +222,7 @@ def swiglu_gradient(
             K=k,
             SLOTS=slots,
             TILE=tile,
-            OPERAND=operand(y_PU.dtype),
+            OPERAND=operand_dtype(y_PU.dtype),
             LARGEST=torch.finfo(y_PU.dtype).max,
             **BACKWARD[y_PU.element_size()],
         )

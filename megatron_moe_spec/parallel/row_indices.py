@@ -49,7 +49,7 @@ def rows_of_tokens(
     used_alone: bool = False,
     starts_E: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    """Twin of ``kernels.positions.rows_of_tokens``, which says what it does."""
+    """The eager reference of ``kernels.row_indices.rows_of_tokens``, which documents the arguments."""
     used = partial(used_tokens, tokens=tokens, num_ranks=num_ranks)
     row_TE = expert_rows(used(dispatched_TE)) if used_alone else used(expert_rows(dispatched_TE, starts_E))
     row_TE = torch.where(used(active_TE), row_TE, _NONE)

@@ -77,11 +77,11 @@ class UsedTokens:
         return LocatedRows(self, dispatched_TE, exchange.begin_part(used_P))
 
     def find(self, dispatched_TE: Tensor, num_rows: int, **others) -> tuple[Tensor, Tensor]:
-        """See ``kernels.positions.rows_of_tokens``."""
+        """See ``kernels.row_indices.rows_of_tokens``."""
         which = (dispatched_TE, self.active_TE, self.top_k, num_rows, self.tokens, self.group.size())
         if not self.fused:
             return rows_of_tokens(*which, **others)
-        from megatron_moe_spec.kernels import positions as kernels  # imports triton
+        from megatron_moe_spec.kernels import row_indices as kernels  # imports triton
 
         return kernels.rows_of_tokens(*which, **others)
 
@@ -130,7 +130,7 @@ class ComparedRows:
     """The angles between, and the lengths of, the vectors of each token.
 
     Attributes:
-        rows_TK, used_P: see ``kernels.positions.rows_of_tokens``.
+        rows_TK, used_P: see ``kernels.row_indices.rows_of_tokens``.
         exchange: returns rows to the ranks of their tokens; None: they are there.
         cosines, inverse_lengths_TK: from ``compare``; packed where there are ``packed_squares``, which also are.
         own: which of the tokens are this rank's.

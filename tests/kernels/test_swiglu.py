@@ -1,32 +1,24 @@
-# ruff: noqa: F401, F811 (fixtures)
-"""The SwiGLU's gradient kernel against float64 and against Megatron's own function, as in ``test_kernels``.
+"""The SwiGLU's gradient kernel against float64 and against Megatron's own function, as in ``test_cosines.py``.
 
 Suffixes: P rows, F size of z, T tokens, K experts of a token.
 """
 
 import pytest
 import torch
+from kernel_cases import DEVICE, DTYPES, SHAPES, assert_no_further, covered_by, tokens_of_rows, work_of
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-from test_cosines_and_mass import (
-    DEVICE,
-    DTYPES,
-    SHAPES,
-    assert_no_further,
-    covered_by,
-    poisoned,
-    random,
-    tokens_of_rows,
-    work_of,
-)
 
 from megatron_moe_spec.kernels import swiglu as swiglu_kernels
 from megatron_moe_spec.kernels.cosines import row_cosines
 from megatron_moe_spec.kernels.swiglu import swiglu_gradient
 from megatron_moe_spec.losses.vectors import pair_cosines, unit_vectors
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    # Numpy's, of the tests with infinite values.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+]
 HALF_ULP = {"bf16": 2.0**-8, "fp16": 2.0**-11, "fp32": 2.0**-22}  # of the largest value, rounded once or twice
 
 
@@ -167,11 +159,11 @@ def test_zero_rows_and_zero_probabilities_get_the_swiglus_gradient(random):
     case.probs[case.rows[1, 2]] = 0.0
     case.y[case.rows[3, 0], 24:] = 0.0
     dy, dprobs = case.gradient()
-    plain, plain_dprobs = case.gradient(0.0)
+    without_loss, dprobs_without_loss = case.gradient(0.0)
     zero = torch.cat([case.rows[0], case.rows[1, 2:], case.rows[3, :1]])
-    assert torch.equal(dy[zero], plain[zero]) and torch.equal(dprobs, plain_dprobs)
+    assert torch.equal(dy[zero], without_loss[zero]) and torch.equal(dprobs, dprobs_without_loss)
     assert not dy[case.rows[0]].any() and dprobs[case.rows[0]].all()
-    assert not torch.equal(dy[case.rows[2]], plain[case.rows[2]])
+    assert not torch.equal(dy[case.rows[2]], without_loss[case.rows[2]])
 
 
 @pytest.mark.parametrize("num_tokens, k, num_rows", [(0, 2, 0), (0, 4, 7), (3, 2, 0), (20, 2, 7)])

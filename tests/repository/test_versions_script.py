@@ -43,9 +43,6 @@ def runs(monkeypatch, tmp_path):
             return subprocess.CompletedProcess(command, status)
 
         monkeypatch.setattr(versions.subprocess, "run", run)
-        for release in results:
-            (tmp_path / f"base-{release}").mkdir()
-            (tmp_path / f"base-{release}" / ".installed").touch()
         return versions.main([str(tmp_path / "base"), str(tmp_path / "oldest"), *results])
 
     return make
@@ -66,20 +63,28 @@ def test_failures_are_not_lost(runs, result):
     assert runs({"0.17.1": (0, PASSED), "0.18.2": result}) == 1
 
 
-def test_borrowing_environment_puts_its_own_packages_first(monkeypatch, tmp_path):
+# Writes a package to where pip is told to install.
+FAKE_PIP = """
+import sys, pathlib
+folder = pathlib.Path(sys.argv[sys.argv.index("--target") + 1])
+(folder / "shared.py").write_text(f"origin = 'own {sys.argv[-1]}'")
+"""
+
+
+def test_borrowing_environment_puts_its_own_packages_first(tmp_path):
     base = tmp_path / "base"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", base], check=True)
     (packages,) = base.glob("lib/python*/site-packages")
-    run = subprocess.run
     for module in ("shared", "lent"):
         (packages / f"{module}.py").write_text("origin = 'base'")
-
-    def fake_pip(command, **kwargs):
-        if "pip" not in command:
-            return run(command, **kwargs)
-        (Path(command[command.index("--target") + 1]) / "shared.py").write_text("origin = 'own'")
-
-    monkeypatch.setattr(versions.subprocess, "run", fake_pip)
+    (packages / "pip.py").write_text(FAKE_PIP)
     folder = versions.environment(base, "0.17.1")
     code = "import shared, lent; print(shared.origin, lent.origin)"
-    assert run([folder / "bin/python", "-c", code], capture_output=True, text=True).stdout == "own base\n"
+    found = subprocess.run([folder / "bin/python", "-c", code], capture_output=True, text=True).stdout
+    assert found == "own megatron-core==0.17.1 base\n"
+    (folder / "kept").touch()
+    versions.environment(base, "0.17.1")
+    assert (folder / "kept").exists(), "it is up to date"
+    (base / ".installed").write_text("others")
+    versions.environment(base, "0.17.1")
+    assert not (folder / "kept").exists(), "what it borrows has changed"

@@ -1,8 +1,8 @@
-"""Where the rows of each token lie, from the dispatched map; twin of ``parallel.positions``.
+"""The indices of the rows of each token among the permuted rows, from the dispatched map.
 
-Rows lie by (expert, token), so a row's number is that of the marks before it in the map's columns. One kernel counts
-the marks of each expert in each block of tokens, a cumulative sum makes these counts positions, and a second kernel
-writes the numbers. No host synchronisation, no atomics.
+The eager reference is ``parallel.row_indices``. Rows are ordered by (expert, token), so the index of a row is the
+number of marks before it in the map, column by column. One kernel counts the marks of each expert in each block of
+tokens, a cumulative sum turns counts into indices, a second kernel writes them. No host synchronisation, no atomics.
 
 Suffixes: T tokens, E experts, K experts of a token, P rows.
 
@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from megatron_moe_spec.kernels.tiles import check_like
 
 _ELEMENTS = 2048  # marks of a program
 _MOST_TOKENS = 32
@@ -34,10 +36,9 @@ def _marks(
     BLOCK_E: tl.constexpr,
     USED_ALONE: tl.constexpr,
 ):
-    """The marks of a block of tokens [BLOCK_T, BLOCK_E], 0 or 1, where USED_ALONE of the used tokens; their offsets.
-
-    Also which there are, [BLOCK_T, BLOCK_E] and, of used tokens alone, [BLOCK_T]; and the number of each of these among
-    the used ones, which are every ``stride``-th of each rank's ``share``.
+    """The marks of a block of tokens [BLOCK_T, BLOCK_E], 0 or 1, and their offsets and mask; 0 of skipped tokens where
+    USED_ALONE. Then [BLOCK_T] which tokens are used, every ``stride``-th of each rank's ``share``, and their index
+    among the used ones.
     """
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
@@ -111,7 +112,7 @@ def _rows_kernel(
     out = place[:, None] * K
     tl.store(rows_ptr + out + slot, row, mask=is_active)
     tl.store(used_ptr + row, is_active.to(tl.int8), mask=marks != 0)
-    # -1 where a token has fewer.
+    # -1 where a token has fewer than K.
     slots = tl.arange(0, SLOTS)[None, :]
     is_free = (slots >= tl.sum(active, axis=1)[:, None]) & (slots < K)
     tl.store(rows_ptr + out + slots, tl.full([BLOCK_T, SLOTS], -1, tl.int32), mask=is_free & is_used[:, None])
@@ -127,16 +128,16 @@ def rows_of_tokens(
     used_alone: bool = False,
     starts_E: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    """The numbers of the rows of each used token, in the order of its experts, and which rows these are.
+    """The indices of the rows of each used token, in the order of its experts, and which rows these are.
 
     Args:
         dispatched_TE: bool, the map that rows were permuted by.
         active_TE: bool, the experts of each token that count, at most ``top_k``; among the dispatched ones.
         num_rows: P.
         tokens: which of each rank's tokens are used: slice(first, None, stride).
-        num_ranks: that the tokens are of, one after another, with as many each.
+        num_ranks: ranks whose tokens these are, one rank after another, as many of each.
         used_alone: whether there are rows of the used tokens only.
-        starts_E: int32, number of the first row of each expert. Default: their rows follow one another.
+        starts_E: int32, index of the first row of each expert. Default: no padding between experts.
 
     Returns:
         rows int32 [used tokens, K], -1 where the token has fewer; used bool [P].
@@ -146,15 +147,12 @@ def rows_of_tokens(
     """
     if dispatched_TE.dim() != 2 or dispatched_TE.dtype != torch.bool:
         raise ValueError(f"dispatched_TE must be bool [T, E]; got {dispatched_TE.dtype} {list(dispatched_TE.shape)}")
-    if active_TE.shape != dispatched_TE.shape or active_TE.dtype != torch.bool:
-        raise ValueError(
-            f"active_TE must be bool {list(dispatched_TE.shape)}; got {active_TE.dtype} {list(active_TE.shape)}"
-        )
+    check_like("active_TE", active_TE, dispatched_TE.shape, torch.bool)
     device, (num_tokens, num_experts) = dispatched_TE.device, dispatched_TE.shape
     share = num_tokens // num_ranks
     num_used = len(range(share)[tokens]) * num_ranks
     rows_TK = torch.empty(num_used, top_k, dtype=torch.int32, device=device)
-    # Where experts' rows are padded, some are no token's.
+    # Padding rows belong to no token, and the kernel does not write them.
     new = torch.empty if starts_E is None else torch.zeros
     used_P = new(num_rows, dtype=torch.bool, device=device)
     if not num_tokens:

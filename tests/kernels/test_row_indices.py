@@ -1,17 +1,16 @@
-"""Where the rows of each token lie: kernels and eager twin against a loop over the rows, one by one."""
+"""Where the rows of each token lie: the kernels and the eager reference against a loop over the rows."""
 
 import pytest
 import torch
+from kernel_cases import DEVICE
 
 from megatron_moe_spec.parallel import row_indices as eager
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from megatron_moe_spec.kernels import interpreted
-from megatron_moe_spec.kernels import positions as kernels
+from megatron_moe_spec.kernels import row_indices as kernels
 
-DEVICE = "cpu" if interpreted() else "cuda"
-TWINS = {"kernels": kernels.rows_of_tokens, "eager": eager.rows_of_tokens}
+IMPLEMENTATIONS = {"kernels": kernels.rows_of_tokens, "eager": eager.rows_of_tokens}
 
 
 def maps(num_tokens, num_experts, k, seed=0):
@@ -40,7 +39,7 @@ def one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, used_alone, b
     return [row + [-1] * (k - len(row)) for row in rows], used_rows
 
 
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "num_tokens, num_experts, k, tokens, num_ranks",
     [
@@ -53,7 +52,7 @@ def one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, used_alone, b
     ],
 )
 @pytest.mark.parametrize("used_alone, padded", [(False, False), (True, False), (False, True)])
-def test_rows(twin, num_tokens, num_experts, k, tokens, num_ranks, used_alone, padded):
+def test_rows(implementation, num_tokens, num_experts, k, tokens, num_ranks, used_alone, padded):
     dispatched, active = maps(num_tokens, num_experts, k)
     share = num_tokens // num_ranks
     is_used = torch.tensor([token % share in range(share)[tokens] for token in range(num_tokens)], device=DEVICE)
@@ -62,22 +61,22 @@ def test_rows(twin, num_tokens, num_experts, k, tokens, num_ranks, used_alone, p
     num_rows = sum(blocks or counts)
     expected = one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, used_alone, blocks)
     starts = None if blocks is None else eager.first_rows(blocks, torch.device(DEVICE))
-    rows, used = TWINS[twin](dispatched, active, k, num_rows, tokens, num_ranks, used_alone, starts)
+    rows, used = IMPLEMENTATIONS[implementation](dispatched, active, k, num_rows, tokens, num_ranks, used_alone, starts)
     assert rows.dtype == torch.int32 and rows.shape == (len(expected[0]), k)
     assert rows.tolist() == expected[0]
     assert used.tolist() == expected[1]
 
 
-@pytest.mark.parametrize("twin", TWINS)
-def test_no_tokens(twin):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_tokens(implementation):
     empty = torch.zeros(0, 4, dtype=torch.bool, device=DEVICE)
-    rows, used = TWINS[twin](empty, empty, 2, 0)
+    rows, used = IMPLEMENTATIONS[implementation](empty, empty, 2, 0)
     assert rows.shape == (0, 2) and used.shape == (0,)
 
 
 def test_worked_example():
     dispatched = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.bool, device=DEVICE)
-    for rows_of_tokens in TWINS.values():
+    for rows_of_tokens in IMPLEMENTATIONS.values():
         rows, used = rows_of_tokens(dispatched, dispatched, 2, 4)
         assert rows.tolist() == [[0, 3], [1, 2]] and used.all()
 

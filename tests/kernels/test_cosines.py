@@ -1,68 +1,25 @@
-"""The Triton kernels against float64 and against eager PyTorch: forward and backward, and the extremes.
+"""Cosines between the rows of each token, and gradients through them: the kernels against float64 and eager PyTorch.
 
-Runs under Triton's interpreter on CPU; with TRITON_INTERPRET=0, on the GPU. What a kernel allocates is filled with NaN
-first. Suffixes: P rows, F row size, T tokens, K experts of a token, E experts.
+Runs under Triton's interpreter on CPU; with TRITON_INTERPRET=0, on the GPU. Suffixes: P rows, F row size, T tokens, K
+experts of a token.
 """
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernel_cases import DEVICE, DTYPES, SHAPES, assert_no_further, covered_by, tokens_of_rows, work_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from megatron_moe_spec.kernels import choose, interpreted
 from megatron_moe_spec.kernels import cosines as row_kernels
-from megatron_moe_spec.kernels import mass as mass_kernels
 from megatron_moe_spec.losses import orthogonality_loss, specialization_loss
-from megatron_moe_spec.losses.coupling import routed_mass
-from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
 from megatron_moe_spec.losses.vectors import inverse as inverse_of
 from megatron_moe_spec.losses.vectors import mixed, mixing_of, packed, pair_cosines, unit_vectors, unpacked
 
-# Numpy's, of the tests with infinite values.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-DEVICE = "cpu" if interpreted() else "cuda"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# By how much a kernel may be further from float64 than eager is, relative to the largest magnitude.
-HAIR = 1e-5
-
-# (T, K, F, rows of no token): full and ragged tiles of tokens, rows shorter and longer than a block
-SHAPES = [
-    (1, 2, 1, 0),
-    (9, 2, 300, 3),
-    (5, 3, 40, 0),
-    (4, 4, 128, 17),
-    (3, 6, 130, 1),
-    (5, 8, 257, 2),
-    (2, 16, 96, 5),
-    (1, 16, 33, 0),
-    (2, 22, 36, 4),
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    # Numpy's, of the tests with infinite values.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
-
-
-@pytest.fixture
-def random():
-    """A seeded torch.randn, of fp32 numbers on the device."""
-    generator = torch.Generator().manual_seed(0)
-    return lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)
-
-
-def tokens_of_rows(num_tokens, k, spare=0, seed=0, valid=0.8):
-    """Each token's row numbers, scattered over all rows, -1 where it has none; and which rows are of a token."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(num_tokens * k + spare, generator=generator)[: num_tokens * k].view(num_tokens, k)
-    rows = rows.masked_fill(torch.rand(num_tokens, k, generator=generator) >= valid, -1).to(DEVICE, torch.int32)
-    return rows, covered_by(rows, num_tokens * k + spare)
-
-
-def covered_by(rows, num_rows):
-    return torch.zeros(num_rows, dtype=torch.bool, device=DEVICE).index_fill_(0, rows[rows >= 0].long(), True)
 
 
 def row_cosines(z, rows):
@@ -94,40 +51,6 @@ def eager_gradient(z, rows, weight, incoming):
     valid = rows >= 0
     total = gradient.new_zeros(z.shape).index_add_(0, rows[valid], gradient[valid])
     return incoming + total.to(incoming.dtype)
-
-
-def assert_no_further(found, eager, exact, at_least=0.0):
-    """``found`` is as near to the float64 values as ``eager`` is, plus a hair of these, or of what they cancel from."""
-    assert found.isfinite().all()
-    scale = max(float(exact.abs().max()), at_least) if exact.numel() else 0.0
-    error = float((found.double() - exact).abs().max()) if exact.numel() else 0.0
-    allowed = float((eager.double() - exact).abs().max()) if exact.numel() else 0.0
-    assert error <= allowed + HAIR * scale, f"error {error:.2e}, eager {allowed:.2e}, scale {scale:.2e}"
-
-
-def work_of(monkeypatch, module, operation):
-    """How often the operation launches a kernel of the module, and the names of what else it asks the device for."""
-    launches, others = [], set()
-
-    class Recorder:
-        def __getitem__(self, grid):
-            return lambda *args, **options: launches.append(grid)
-
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if not function.is_view:
-                others.add(function.name())
-            return function(*args, **(kwargs or {}))
-
-    with monkeypatch.context() as patches, Mode():
-        for name in dir(module):
-            if name.endswith("_kernel"):
-                patches.setattr(module, name, Recorder())
-        operation()
-    return len(launches), others
-
-
-# Rows
 
 
 def test_packed_and_unpacked(random):
@@ -408,113 +331,3 @@ def test_arguments_that_do_not_fit(random):
             row_kernels.add_squares_gradient(*arguments)
     with pytest.raises(ValueError, match="mixing_TKK"):
         row_kernels.add_mixed(z, rows, used, cosines, inverse, 1.0)
-
-
-# Coupling
-
-
-def logits_and_map(random, num_tokens, num_experts, dtype, scale=3.0):
-    logits = (random(num_tokens, num_experts) * scale).to(DTYPES[dtype])
-    top = logits.float().topk(min(2, num_experts), dim=1).indices
-    live = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, top, True)
-    live[1::3] = False  # padding, or dropped by every expert
-    return logits, live
-
-
-def eager_mass_gradient(logits, live, score_function, neighbor_grads, weight, incoming):
-    gradient = normalized_scores_gradient(logits, score_function, live * sum(neighbor_grads).unsqueeze(-1) * weight)
-    return incoming + gradient.to(incoming.dtype)
-
-
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_tokens, num_experts", [(1, 2), (300, 8), (35, 60), (17, 64), (9, 256), (5, 512), (0, 8)])
-def test_mass(random, score_function, dtype, num_tokens, num_experts):
-    logits, live = logits_and_map(random, num_tokens, num_experts, dtype)
-    found, products = mass_kernels.routed_mass(logits, live, score_function)
-    eager, exact = (routed_mass(normalized_scores(x, score_function), live) for x in (logits, logits.double()))
-    assert_no_further(found, eager, exact)
-    assert products is None
-    assert not found[1::3].any()
-    previous, others, incoming = random(num_tokens), random(num_tokens), random(*logits.shape).to(DTYPES[dtype])
-    again, products = mass_kernels.routed_mass(logits, live, score_function, previous)
-    assert torch.equal(found, again)
-    torch.testing.assert_close(products.sum(), (previous * found).sum(), rtol=1e-4, atol=1e-5)
-    one = (live, score_function, [previous], -0.5)
-    gradient = mass_kernels.add_mass_gradient(logits, *one, incoming)
-    assert_no_further(gradient, *(eager_mass_gradient(x, *one, y) for x, y in in_both(logits, incoming)))
-    assert torch.equal(gradient[1::3], incoming[1::3])
-    weight = torch.tensor([-0.25], device=DEVICE)
-    assert torch.equal(
-        gradient, mass_kernels.add_mass_gradient(logits, live, score_function, [previous], weight, incoming, 2.0)
-    )
-    apart = torch.stack([previous, others], dim=1)  # as messages of other pipeline stages come
-    two = (live, score_function, [previous, others], -0.5)
-    assert torch.equal(products, mass_kernels.routed_mass(logits, live, score_function, apart[:, 0])[1])
-    assert torch.equal(
-        mass_kernels.add_mass_gradient(logits, live, score_function, apart.unbind(dim=1), -0.5, incoming),
-        mass_kernels.add_mass_gradient(logits, *two, incoming),
-    )
-    gradient = mass_kernels.add_mass_gradient(logits, *two, incoming)
-    assert_no_further(gradient, *(eager_mass_gradient(x, *two, y) for x, y in in_both(logits, incoming)))
-
-
-def in_both(*tensors):
-    """The tensors as they are, and in float64."""
-    return tensors, tuple(x.double() for x in tensors)
-
-
-@pytest.mark.parametrize("score_function", ["softmax", "sigmoid", "sqrtsoftplus"])
-@pytest.mark.parametrize("scale", [0.0, 1e-6, 30.0, 1e4])
-def test_mass_of_extreme_logits(random, score_function, scale):
-    logits, live = logits_and_map(random, 12, 10, "fp32", scale)
-    exact = routed_mass(normalized_scores(logits.double(), score_function), live)
-    torch.testing.assert_close(
-        mass_kernels.routed_mass(logits, live, score_function)[0].double(), exact, rtol=1e-5, atol=1e-7
-    )
-    arguments = (live, score_function, [random(12)], 1.0)
-    found = mass_kernels.add_mass_gradient(logits, *arguments, torch.zeros_like(logits))
-    expected = eager_mass_gradient(logits.double(), *arguments, torch.zeros_like(logits).double())
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-def test_mass_worked_example():
-    logits = torch.tensor([[1.0, 2.0, 5.0]], device=DEVICE).log()
-    live = torch.tensor([[True, False, True]], device=DEVICE)
-    mass, _ = mass_kernels.routed_mass(logits, live, "softmax")
-    torch.testing.assert_close(mass, torch.tensor([0.75]), check_device=False)
-    one, zeros = torch.ones(1, device=DEVICE), torch.zeros_like(logits)
-    gradient = mass_kernels.add_mass_gradient(logits, live, "softmax", [one], 1.0, zeros)
-    torch.testing.assert_close(gradient, torch.tensor([[0.03125, -0.1875, 0.15625]]), check_device=False)
-
-
-def test_mass_arguments_that_do_not_fit(random):
-    logits, live = logits_and_map(random, 6, 4, "fp32")
-    for name, arguments in {
-        "logits_TE": (logits.double(), live, "softmax"),
-        "active_TE": (logits, live[:, :3], "softmax"),
-        "score_function": (logits, live, "tanh"),
-    }.items():
-        with pytest.raises(ValueError, match=name):
-            mass_kernels.routed_mass(*arguments)
-    with pytest.raises(ValueError, match="neighbor_grads"):
-        mass_kernels.add_mass_gradient(logits, live, "softmax", [random(6), random(5)], 1.0, logits)
-    with pytest.raises(ValueError, match="previous_T"):
-        mass_kernels.routed_mass(logits, live, "softmax", random(6).half())
-    with pytest.raises(ValueError, match="incoming_TE"):
-        mass_kernels.add_mass_gradient(logits, live, "softmax", [random(6)], 1.0, logits.half())
-
-
-# Choice
-
-
-def test_choice(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose("triton", cpu) and not choose("auto", cpu) and not choose("torch", cpu)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    choose.cache_clear()
-    assert not choose("auto", cpu)
-    with pytest.raises(ValueError, match="--moe-spec-kernels"):
-        choose("triton", cpu)
-    choose.cache_clear()

@@ -4,7 +4,7 @@ Importing this package imports neither torch nor Megatron until a name is used, 
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_moe_spec import losses
@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 __all__ = ["MetricsWriter", "SpecConfig", "SpecHandle", "attach", "losses"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == "SpecConfig":
         return import_module("megatron_moe_spec.config").SpecConfig
     if name == "MetricsWriter":

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import model_ranks, tp_cp_group
 from megatron_moe_spec.integration.compat.models import FoundLayers, model_config, moe_layers
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.compat.release import require_megatron
 from megatron_moe_spec.integration.compat.schedules import follow_schedules
 from megatron_moe_spec.integration.compat.settings import logs_each_layer
@@ -35,7 +36,9 @@ _attached: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # MoE layers
 
 
 @lasting_tensors()
-def attach(model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, group=None) -> "SpecHandle":
+def attach(
+    model: Union[nn.Module, Sequence[nn.Module]], config: SpecConfig, group: Optional[ProcessGroup] = None
+) -> "SpecHandle":
     """Adds the auxiliary losses to the MoE layers that a Megatron-Core model's decoder runs.
 
     MTP layers, and the layers of other models that lie in this one (a teacher, an average of weights), are left out;
@@ -117,7 +120,7 @@ class SpecHandle:
         stages: Stages,
         groups: Sequence[ProcessGroup],
         notices: Sequence[str] = (),
-        transformer_config=None,
+        transformer_config: Optional[TransformerConfig] = None,
     ):
         self.config = config
         self.layers = [name for _, found in chunks for name in found.included]
@@ -176,7 +179,7 @@ class SpecHandle:
 
     @lasting_tensors()
     def finish_step(self, iteration: int) -> tuple[dict[str, Tensor], Optional[dict]]:
-        """Like ``end_step``, with losses left on the device and the number of the finished step given.
+        """Like ``end_step``, with losses left on the device and the index of the finished step given.
 
         Traces are written, too. A loss of micro-batches without tokens alone is NaN.
         """
@@ -220,5 +223,5 @@ class SpecHandle:
     def __enter__(self) -> "SpecHandle":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()

@@ -113,7 +113,7 @@ class TrainingLosses:
     def __init__(self, config_from_arguments: ConfigFromArguments):
         self._config_from_arguments = config_from_arguments
         self._handle: Optional[SpecHandle] = None
-        self._writer: Optional[MetricsWriter] = None
+        self._writer = MetricsWriter()
         self._skipped: frozenset[int] = frozenset()
 
     def attach(self, model: Sequence[nn.Module], args: Any) -> None:

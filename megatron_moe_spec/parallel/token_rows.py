@@ -19,7 +19,7 @@ components of a row, N pairs of a token's experts, U components of a SwiGLU's in
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class UsedTokens:
         _, used_P = self.find(dispatched_TE, exchange.num_home)
         return LocatedRows(self, dispatched_TE, exchange.begin_part(used_P))
 
-    def find(self, dispatched_TE: Tensor, num_rows: int, **others) -> tuple[Tensor, Tensor]:
+    def find(self, dispatched_TE: Tensor, num_rows: int, **others: Any) -> tuple[Tensor, Tensor]:
         """See ``kernels.row_indices.rows_of_tokens``."""
         which = (dispatched_TE, self.active_TE, self.top_k, num_rows, self.tokens, self.group.size())
         if not self.fused:

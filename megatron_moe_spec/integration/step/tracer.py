@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.step.clock import StepClock
 from megatron_moe_spec.metrics.json_lines import JsonLines
 from megatron_moe_spec.traces.schema import DROPPED, MODEL_FILE, PADDING, trace_file
@@ -29,10 +30,10 @@ class Tracer:
         ValueError: the folder cannot be written, or holds a trace of another model.
     """
 
-    def __init__(self, folder: str, clock: StepClock, transformer_config):
+    def __init__(self, folder: str, clock: StepClock, transformer_config: Optional[TransformerConfig]):
         self._clock = clock
         self.begin_step()
-        if folder:
+        if folder and transformer_config is not None:
             self._top_k = transformer_config.moe_router_topk
             self._rank = dist.get_rank()
             self._file = JsonLines(Path(folder) / trace_file(self._rank))
@@ -106,7 +107,7 @@ def _rows(active_TE: Tensor, padding_mask: Optional[Tensor], top_k: int) -> Tens
     return rows_TK.to(torch.int16)
 
 
-def _write_model(path: Path, transformer_config) -> None:
+def _write_model(path: Path, transformer_config: TransformerConfig) -> None:
     model = {
         "num_layers": transformer_config.num_layers,
         "num_experts": transformer_config.num_moe_experts,

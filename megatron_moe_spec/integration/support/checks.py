@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Optional
 
 from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.models import layer_pattern, stage_module
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.pipeline.stages import Stages
 from megatron_moe_spec.integration.support.facts import ModelFacts
 from megatron_moe_spec.integration.support.rules import RULES, SOME_CHUNKS
 
 
-def check_chunks(chunks: list[nn.Module], transformer_config) -> None:
+def check_chunks(chunks: list[nn.Module], transformer_config: Optional[TransformerConfig]) -> None:
     """Raises ValueError where a rank of several gives some of its chunks only."""
-    if getattr(transformer_config, "pipeline_model_parallel_size", 1) == 1:
+    if transformer_config is None or transformer_config.pipeline_model_parallel_size == 1:
         return
     expected = transformer_config.virtual_pipeline_model_parallel_size or 1
     if len(chunks) != expected:
@@ -25,7 +27,11 @@ def check_chunks(chunks: list[nn.Module], transformer_config) -> None:
 
 
 def check_supported(
-    chunks: list[nn.Module], transformer_config, moe_layers: list[nn.Module], stages: Stages, spec: SpecConfig
+    chunks: list[nn.Module],
+    transformer_config: Optional[TransformerConfig],
+    moe_layers: list[nn.Module],
+    stages: Stages,
+    spec: SpecConfig,
 ) -> list[str]:
     """Raises ValueError that lists everything about the model that is not supported, with its remedy.
 

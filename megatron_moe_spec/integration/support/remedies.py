@@ -1,12 +1,17 @@
-"""Remedies for what a loss cannot do with: all the flags to change, as Megatron refuses some of them without others.
-
-Functions take ``ModelFacts``, or anything else with a ``transformer_config``.
-"""
+"""Remedies for what a loss cannot do with: all the flags to change, as Megatron refuses some of them without others."""
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 
-def is_set(setting: str, model) -> bool:
+class Model(Protocol):
+    """``ModelFacts``, or a layer."""
+
+    @property
+    def transformer_config(self) -> Any: ...
+
+
+def is_set(setting: str, model: Model) -> bool:
     """Whether a setting of the TransformerConfig is there, and neither None nor False."""
     value = getattr(model.transformer_config, setting, None)
     return value is not None and value is not False
@@ -15,19 +20,19 @@ def is_set(setting: str, model) -> bool:
 def with_experts(remedy: str) -> Callable[..., str]:
     """For a model without MoE layers: experts if it has none, and ``remedy``; or nothing to hook for."""
 
-    def text(model) -> str:
+    def text(model: Model) -> str:
         experts = "" if getattr(model.transformer_config, "num_moe_experts", None) else "set --num-experts and "
         return f"{experts}{remedy}, or leave out {{model.switched_on}}"
 
     return text
 
 
-def without_overlap(model) -> str:
+def without_overlap(model: Model) -> str:
     needing = ["--delay-wgrad-compute", "--ep-overlap-early-attn-memory-release"]
     return _remove(["--overlap-moe-expert-parallel-comm", *_set_flags(needing, model)])
 
 
-def without_op_fuser(model) -> str:
+def without_op_fuser(model: Model) -> str:
     needing = ["--moe-single-grouped-weight", "--moe-expert-rank-capacity-factor", "--moe-paged-stash"]
     remedy = _remove(["--use-transformer-engine-op-fuser", *_set_flags(needing, model)])
     if "fused_group_mlp" in (getattr(model.transformer_config, "offload_modules", None) or []):
@@ -35,18 +40,18 @@ def without_op_fuser(model) -> str:
     return remedy
 
 
-def without_quantized_weights(model) -> str:
+def without_quantized_weights(model: Model) -> str:
     """Empty for weights that are not."""
     fp8 = ["--fp8-param-gather", "--reuse-grad-buf-for-mxfp8-param-ag"] if is_set("fp8_param", model) else []
     fp4 = ["--fp4-param-gather"] if is_set("fp4_param", model) else []
     return _remove([*fp8, *fp4])
 
 
-def without_rank_capacity(model) -> str:
+def without_rank_capacity(model: Model) -> str:
     return _remove(["--moe-expert-rank-capacity-factor", *_set_flags(["--moe-paged-stash"], model)])
 
 
-def with_alltoall(model) -> str:
+def with_alltoall(model: Model) -> str:
     """For the flex dispatcher."""
     backend = getattr(model.transformer_config, "moe_flex_dispatcher_backend", None)
     first = ["--moe-flex-dispatcher-backend"] if backend == "ncclep" else []
@@ -55,7 +60,7 @@ def with_alltoall(model) -> str:
     return "set --moe-token-dispatcher-type alltoall" + (f", and {remedy}" if remedy else "")
 
 
-def _set_flags(flags: list[str], model) -> list[str]:
+def _set_flags(flags: list[str], model: Model) -> list[str]:
     """Those whose setting, of the same name, is set."""
     return [flag for flag in flags if is_set(flag.removeprefix("--").replace("-", "_"), model)]
 

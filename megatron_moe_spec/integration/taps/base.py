@@ -85,8 +85,8 @@ class RouterCall:
     logits: Tensor
     padding_mask: Optional[Tensor]
     routing: LayerRouting = field(init=False)
-    probs_TE: Optional[Tensor] = None
-    routing_map_TE: Optional[Tensor] = None
+    probs_TE: Tensor = field(init=False)
+    routing_map_TE: Tensor = field(init=False)
 
 
 class Tap(Generic[L]):

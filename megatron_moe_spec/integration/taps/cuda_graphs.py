@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.cuda_graphs import is_capturing, replay_of
 from megatron_moe_spec.integration.compat.models import router_of
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.compat.settings import graphed_modules
 from megatron_moe_spec.integration.hooks.injection import join
 from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
 from megatron_moe_spec.integration.support.rules_of_graphs import CAPTURED
 
 
-def is_router_graphed(transformer_config) -> bool:
+def is_router_graphed(transformer_config: TransformerConfig) -> bool:
     return "moe_router" in graphed_modules(transformer_config)
 
 
@@ -45,7 +46,12 @@ def after_graph(moe_layer: nn.Module, route: Callable) -> MethodReplacement:
 
 
 def _preprocess(
-    moe_layer, route, preprocess, hidden_states: Tensor, probs: Tensor, routing_map: Optional[Tensor]
+    moe_layer: nn.Module,
+    route: Callable,
+    preprocess: Callable,
+    hidden_states: Tensor,
+    probs: Tensor,
+    routing_map: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Stands in for ``MoELayer.preprocess``.
 

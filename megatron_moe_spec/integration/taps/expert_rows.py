@@ -125,6 +125,7 @@ class RowsTap(Tap[RowsLoss]):
         """The rows should be where their tokens are, by now or soon."""
         run, self._run = self._run, None
         if run is not None:
+            assert run.coming is not None, "the experts have ended before all of them handed in their rows"
             self._evaluate(run, run.coming.wait())
 
     def _with_gradient(self, backward: RowsBackward, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
@@ -155,11 +156,11 @@ class RowsTap(Tap[RowsLoss]):
         if self.layer.clock.measuring and any(loss.measured for loss in self.losses):
             what = self.layer.moe_layer_index, rows.cosines_TKK[rows.own], rows.active_TK[rows.own]
             self.layer.diagnostics.measure_cosines(*what, when=run.note)
-        divisors = [loss.squares_divisor(rows.rows_TK.shape[1]) for loss in computed]
-        if None in divisors or run.probs_TK is not None:
+        divided = [(loss, divisor) for loss in computed if (divisor := loss.squares_divisor(rows.rows_TK.shape[1]))]
+        if len(divided) < len(computed) or run.probs_TK is not None:
             self._differentiate(run, rows, computed)
         else:
-            self._evaluate_squares(run, rows, list(zip(computed, divisors)))
+            self._evaluate_squares(run, rows, divided)
 
     def _evaluate_squares(self, run: ExpertsRun, rows: ComparedRows, divided: list[tuple[RowsLoss, float]]) -> None:
         """Of losses whose gradient is known: no small operation is launched for it."""

@@ -135,7 +135,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             micro_batch.etp_ep_group_count = all_reduce_sum(own, etp_ep_group(self.layer.dispatcher))
         return micro_batch.etp_ep_group_count
 
-    def _weight(self, group_count: Tensor):
+    def _weight(self, group_count: Tensor) -> Tensor:
         factor = weight_gradient_factor(self.layer.transformer_config, group_count, self.layer.tp_cp_group.size())
         return self._loss.coeff * factor
 
@@ -156,7 +156,7 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             gradients.append(self._expert_gradient(expert, response_EF.T @ proxies_EH))
         return [(proxies_gradient_EH * noise_EH).to(router.dtype), *gradients]
 
-    def _expert_gradient(self, expert: Tensor, gradient_FH: Tensor):
+    def _expert_gradient(self, expert: Tensor, gradient_FH: Tensor) -> Optional[Tensor]:
         """Gradient of the whole weight; None where it has been added to where the linear layer adds its own."""
         fused = adds_to_main_gradient(self.layer.transformer_config) and hasattr(expert, "main_grad")
         whole = expert.main_grad if fused else torch.zeros_like(expert)

@@ -1,7 +1,8 @@
 """Runs the taps of one MoE layer around its router."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from megatron_moe_spec.integration.support.rules_of_graphs import PADDED
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import RouterCall, TappedLayer
 from megatron_moe_spec.integration.taps.cuda_graphs import after_graph, is_router_graphed, stays_out_of_graphs
+
+Decision = tuple[Tensor, Tensor]  # of a router: probabilities and routing map, [T, E]
+Route = Callable[[Tensor], Decision]  # logits -> decision
 
 
 class LayerTaps:
@@ -100,7 +104,7 @@ class LayerTaps:
         for method in self._methods:
             method.restore()
 
-    def route(self, logits: Tensor, padding_mask: Optional[Tensor], route) -> tuple[Tensor, Tensor]:
+    def route(self, logits: Tensor, padding_mask: Optional[Tensor], route: Route) -> Decision:
         """Runs the router's own ``route(logits)`` between the taps."""
         for tap in self._taps:
             tap.forget()
@@ -128,10 +132,10 @@ class LayerTaps:
             for tap in self._taps:
                 probs = tap.tap_probs(probs, call)
         # Backward needs the call, but not these.
-        call.probs_TE = call.routing_map_TE = None
+        del call.probs_TE, call.routing_map_TE
         return probs
 
-    def _route_again(self, logits: Tensor, decided) -> tuple[Tensor, Tensor]:
+    def _route_again(self, logits: Tensor, decided: Route) -> Decision:
         """Runs the taps around what a CUDA graph has ``decided``. It knows of no padding."""
         if self._tracker.has_padding:
             raise RuntimeError(PADDED.text())
@@ -172,7 +176,7 @@ def _replaced(layer: str, what: str) -> str:
     )
 
 
-def _route(taps: LayerTaps, routing, logits: Tensor, *args, **kwargs):
+def _route(taps: LayerTaps, routing: Callable[..., Decision], logits: Tensor, *args: Any, **kwargs: Any) -> Decision:
     """Stands in for ``TopKRouter.routing(logits, padding_mask=None)``."""
     if stays_out_of_graphs(taps.moe_layer):
         return routing(logits, *args, **kwargs)

@@ -5,11 +5,11 @@ Suffixes: T tokens of this rank, E experts, L local experts, P rows, H hidden si
 
 from collections.abc import Callable
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.dispatch import is_flex
 from megatron_moe_spec.integration.hooks.replacement import Hook, MethodReplacement
@@ -44,7 +44,7 @@ class RowCheck:
         if self._method is not None:
             self._method.restore()
 
-    def _loaded(self, module, incompatible_keys) -> None:
+    def _loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
         self.is_due = True
 
     def check(
@@ -98,7 +98,9 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
-def _token_dispatch(sent: Callable[[Tensor], None], dispatch, hidden_states: Tensor, *args, **kwargs):
+def _token_dispatch(
+    sent: Callable[[Tensor], None], dispatch: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """Stands in for ``MoEFlexTokenDispatcher.token_dispatch(hidden_states, probs, ...)``."""
     sent(hidden_states)
     return dispatch(hidden_states, *args, **kwargs)

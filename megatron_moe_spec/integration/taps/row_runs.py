@@ -44,6 +44,10 @@ class RowsBackward:
     grad_probs_TK: Optional[Tensor] = None
     _gradients: list[Optional[Tensor]] = field(default_factory=list)
 
+    def _evaluated(self) -> KeptRows:
+        assert self.rows is not None  # in backward
+        return self.rows
+
     def weight(self) -> Weight:
         """Makes a sum over the used tokens a mean over all, as this rank's gradient has to count."""
         factor = self.per_square * self.stride / self.count.divisor
@@ -51,19 +55,21 @@ class RowsBackward:
 
     def add_gradient(self, part: int, incoming: Tensor) -> Tensor:
         """incoming + that of one part of the rows; the first that asks has those of all parts computed."""
-        if self.rows.exchange is None and len(self.saved) == 1:
+        kept = self._evaluated()
+        if kept.exchange is None and len(self.saved) == 1:
             (rows,), self.saved = self.saved, []
-            return self.rows.add_gradient(rows(), self.weight(), incoming)
+            return kept.add_gradient(rows(), self.weight(), incoming)
         if not self._gradients:
-            self._gradients = list(self.rows.gradients([rows() for rows in self.saved], self.weight()))
+            self._gradients = list(kept.gradients([rows() for rows in self.saved], self.weight()))
             self.saved = []
         gradient, self._gradients[part] = self._gradients[part], None
         return incoming + gradient
 
     def swiglu_gradient(self, y_PU: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
-        return self.rows.swiglu_gradient(y_PU, probs, self.weight(), incoming)
+        return self._evaluated().swiglu_gradient(y_PU, probs, self.weight(), incoming)
 
     def add_probs_gradient(self, incoming: Tensor) -> Tensor:
+        assert self.experts_TK is not None and self.grad_probs_TK is not None
         weight, factor = self.weight()
         gradient_TK, self.grad_probs_TK = self.grad_probs_TK * (weight * factor), None
         gradient_TE = torch.zeros(incoming.shape, dtype=gradient_TK.dtype, device=incoming.device)

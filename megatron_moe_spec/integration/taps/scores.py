@@ -1,6 +1,7 @@
 """Tap of a router's scores, normalised over all experts. Suffixes: T tokens of this rank, E experts."""
 
 from functools import partial
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -35,7 +36,9 @@ class ScoresTap(Tap[ScoresLoss]):
             what = loss.name, self.layer.moe_layer_index, value.detach(), routing.tokens
             call.micro_batch.notes.add(self.layer.losses.record_mean, *what)
 
-    def _observe(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
+    def _observe(
+        self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask: Optional[Tensor]
+    ) -> Tensor:
         """This rank's sum over its tokens; keeps the means that it needs, and the gradient with respect to them."""
         statistics = loss.token_statistics(scores_TE, routing.active_TE)
         if statistics is None:
@@ -53,6 +56,7 @@ class ScoresTap(Tap[ScoresLoss]):
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         # A recomputation has the means of the first pass.
         routing = call.micro_batch.routing[self.layer.index_in_chunk]
+        assert routing is not None
         logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
         with separate_graph():
             scores_TE = self._scores(logits_TE).requires_grad_()
@@ -65,7 +69,9 @@ class ScoresTap(Tap[ScoresLoss]):
         gradient_TE = normalized_scores_gradient(logits_TE, function, scores_gradient_TE * (weight * factor))
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)
 
-    def _weighted(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask) -> Tensor:
+    def _weighted(
+        self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask: Optional[Tensor]
+    ) -> Tensor:
         mean, grad_mean = routing.means.get(loss.name, (None, None))
         total = self._sum(loss, scores_TE, routing, mean, padding_mask)
         if grad_mean is not None:
@@ -73,7 +79,14 @@ class ScoresTap(Tap[ScoresLoss]):
             total = total + (statistics * grad_mean).sum()
         return loss.coeff * total
 
-    def _sum(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, mean, padding_mask) -> Tensor:
+    def _sum(
+        self,
+        loss: ScoresLoss,
+        scores_TE: Tensor,
+        routing: LayerRouting,
+        mean: Optional[Tensor],
+        padding_mask: Optional[Tensor],
+    ) -> Tensor:
         """Over this rank's tokens."""
         losses_T = one_per_token(loss, loss.token_losses(scores_TE, routing.active_TE, mean), len(scores_TE))
         return of_tokens(losses_T, padding_mask).sum()

@@ -31,7 +31,8 @@ def encode(message_TW: Optional[Tensor], like_SBH: Tensor, width: int) -> Tensor
     num_rows = packed_length(sequence, hidden_size, like_SBH.dtype, width) - sequence
     rows = like_SBH.new_zeros(num_rows, batch, hidden_size)
     if message_TW is not None:
-        numbers = message_TW.reshape(-1).float()
+        # As many numbers as ``decode`` looks for, so that both parts are where it looks for them.
+        numbers = torch.nn.functional.pad(message_TW, (0, 0, 0, sequence * batch - len(message_TW))).reshape(-1).float()
         if _parts(rows.dtype) == 2:
             high = numbers.to(rows.dtype)
             numbers = torch.cat([high, (numbers - high.float()).to(rows.dtype)])

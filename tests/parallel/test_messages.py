@@ -41,6 +41,16 @@ def test_decode_is_the_inverse_of_encode(dtype, error, sequence, batch, hidden_s
     assert (decode(rows, sequence * batch, width) - message).abs().max() <= error
 
 
+@pytest.mark.parametrize("dtype, error", list(zip(DTYPES, (0.0, 2.0**-16, 2.0**-21))))
+@pytest.mark.parametrize("num_tokens", [0, 1, 7])
+def test_a_message_of_fewer_tokens_than_the_step_returns(dtype, error, num_tokens):
+    """A step may return more than the hidden states that the chunk computed."""
+    message = torch.rand(num_tokens, 3)
+    decoded = decode(encode(message, torch.empty(5, 2, 8, dtype=dtype), 3), 10, 3)
+    expected = torch.cat([message, torch.zeros(10 - num_tokens, 3)])
+    assert (decoded - expected).abs().max() <= error
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequence, batch, hidden_size, width", [(5, 2, 8, 1), (3, 4, 16, 19), (1, 1, 2, 1)])
 def test_a_message_is_marked_and_nothing_else_is(dtype, sequence, batch, hidden_size, width):

@@ -25,8 +25,8 @@ from pathlib import Path
 
 import records
 
-PEER = Path(__file__).resolve().parent
-ROOT = PEER.parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 COLUMNS = (
     "processes", "tests", "passed without", "passed with", "attached", "forward passes compared", "gradients compared",
     "seconds",
@@ -111,9 +111,9 @@ def _command(options, processes, folder, coefficient) -> list[str]:
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
         "-m", "pytest", "-p", "suite_plugin", "-p", "no:cacheprovider", "-q", "-o", "addopts=", "--tb=short",
-        "--continue-on-collection-errors", f"--peer-folder={folder}", f"--peer-done={folder / 'done.txt'}",
+        "--continue-on-collection-errors", f"--suite-folder={folder}", f"--suite-done={folder / 'done.txt'}",
         *(f"--deselect={name}" for name in LEFT_OUT),
-        *([] if coefficient is None else [f"--peer-coefficient={coefficient}"]), *options.tests, *options.pytest,
+        *([] if coefficient is None else [f"--suite-coefficient={coefficient}"]), *options.tests, *options.pytest,
     ]  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _start(command, options, folder, output) -> tuple[int | str, dict[int, str]]
     """Returns the exit status, and the test that each rank was in for too long."""
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{PEER}{os.pathsep}{ROOT}",
+        "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}",
         "OMP_NUM_THREADS": "1",
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",

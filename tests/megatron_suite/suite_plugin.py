@@ -7,7 +7,7 @@ as hashes of all bits:
 - the gradients of the parameters and inputs of the modules that the test itself calls, after every backward pass;
 - the state of the random number generators when the test has ended.
 
-With ``--peer-coefficient``, every module with MoE layers gets all losses that it takes when it is first called.
+With ``--suite-coefficient``, every module with MoE layers gets all losses that it takes when it is first called.
 """
 
 import contextlib
@@ -49,9 +49,9 @@ PARTS = tuple(loss.name for loss in LOSSES)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--peer-folder", required=True, help="where the records go")
-    parser.addoption("--peer-coefficient", type=float, help="attach the losses with this coefficient")
-    parser.addoption("--peer-done", help="file with the names of tests to leave out")
+    parser.addoption("--suite-folder", required=True, help="where the records go")
+    parser.addoption("--suite-coefficient", type=float, help="attach the losses with this coefficient")
+    parser.addoption("--suite-done", help="file with the names of tests to leave out")
 
 
 def pytest_configure(config):
@@ -59,18 +59,18 @@ def pytest_configure(config):
 
     _die_first()
     groups.forget_with_model_parallelism(parallel_state)
-    config.pluginmanager.register(Recorder(config.option), "peer-recorder")
+    config.pluginmanager.register(Recorder(config.option), "suite-recorder")
 
 
 class Recorder:
     """The hooks of pytest, and those in torch that tell what a test does."""
 
     def __init__(self, options):
-        self._coefficient = options.peer_coefficient
-        self._done = set(open(options.peer_done).read().splitlines()) if options.peer_done else set()
-        self._file = open(os.path.join(options.peer_folder, f"{RANK}.jsonl"), "a", buffering=1)
-        self._ranks = Ranks(os.path.join(options.peer_folder, f"store-{len(self._done)}"))
-        self._ended = os.path.join(options.peer_folder, "ended")
+        self._coefficient = options.suite_coefficient
+        self._done = set(open(options.suite_done).read().splitlines()) if options.suite_done else set()
+        self._file = open(os.path.join(options.suite_folder, f"{RANK}.jsonl"), "a", buffering=1)
+        self._ranks = Ranks(os.path.join(options.suite_folder, f"store-{len(self._done)}"))
+        self._ended = os.path.join(options.suite_folder, "ended")
         self._depth = 0
         self._record = None
         self._call, self._backward = torch.nn.Module.__call__, torch.autograd.backward

@@ -1,4 +1,4 @@
-"""Conclusions of ``peer/run.py`` from the records of Megatron's tests, without Megatron."""
+"""Conclusions of ``megatron_suite/run.py`` from the records of Megatron's tests, without Megatron."""
 
 import copy
 import importlib
@@ -14,8 +14,8 @@ from processes import TESTS
 
 
 @pytest.fixture
-def peer(monkeypatch):
-    """Imports a module of ``peer/``."""
+def suite(monkeypatch):
+    """Imports a module of ``megatron_suite/``."""
     monkeypatch.syspath_prepend(TESTS / "megatron_suite")
     return importlib.import_module
 
@@ -41,8 +41,8 @@ def runs():
     return run(()), run(("specialization_loss",))
 
 
-def test_equal_runs_have_no_problem(peer, runs):
-    result = peer("records").compare(*runs, min_attached=1)
+def test_equal_runs_have_no_problem(suite, runs):
+    result = suite("records").compare(*runs, min_attached=1)
     assert not result.problems
     assert list(result.counts.values()) == [3, 2, 2, 1, 4, 6]
     assert result.outcomes == {("passed", "passed"): 2, ("skipped", "skipped"): 1}
@@ -109,74 +109,74 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault, text", FAULTS, ids=[fault.__name__.strip("_") for fault, _ in FAULTS])
-def test_every_fault_is_a_problem(peer, runs, fault, text):
+def test_every_fault_is_a_problem(suite, runs, fault, text):
     without, attached = runs
     fault(attached["moe"])
-    problems = peer("records").compare(without, attached, min_attached=0).problems
+    problems = suite("records").compare(without, attached, min_attached=0).problems
     assert any("moe: " in problem and text in problem for problem in problems)
 
 
-def test_lost_test_is_a_problem(peer, runs):
+def test_lost_test_is_a_problem(suite, runs):
     without, attached = runs
     del attached["dense"]
-    (problem,) = peer("records").compare(without, attached, min_attached=1).problems
+    (problem,) = suite("records").compare(without, attached, min_attached=1).problems
     assert "dense: passes without the losses, not run" in problem
 
 
-def test_too_few_tests_with_losses_are_a_problem(peer, runs):
-    (problem,) = peer("records").compare(*runs, min_attached=2).problems
+def test_too_few_tests_with_losses_are_a_problem(suite, runs):
+    (problem,) = suite("records").compare(*runs, min_attached=2).problems
     assert problem == "losses computed in 1 tests, 2 expected"
 
 
-def test_tests_that_pass_in_neither_run_are_not_compared(peer, runs):
+def test_tests_that_pass_in_neither_run_are_not_compared(suite, runs):
     without, attached = copy.deepcopy(runs)
     for run in (without, attached):
         run["moe"][0]["outcome"] = "failed"
     _change_forward(attached["moe"])
-    result = peer("records").compare(without, attached, min_attached=0)
+    result = suite("records").compare(without, attached, min_attached=0)
     assert not result.problems and result.counts["attached"] == 0
 
 
 @pytest.mark.parametrize("in_both", [True, False])
-def test_nothing_is_concluded_from_a_test_over_the_time_limit_without_the_losses(peer, runs, in_both):
+def test_nothing_is_concluded_from_a_test_over_the_time_limit_without_the_losses(suite, runs, in_both):
     without, attached = runs
     for run in (without, attached) if in_both else (without,):
         _exceed_time(run["moe"])
     _change_forward(attached["moe"])
-    result = peer("records").compare(without, attached, min_attached=0)
+    result = suite("records").compare(without, attached, min_attached=0)
     assert not result.problems and result.counts["attached"] == 0
     outcomes = ("over the time limit", "over the time limit" if in_both else "passed")
     assert result.outcomes == {("passed", "passed"): 1, ("skipped", "skipped"): 1, outcomes: 1}
     assert result.killed == [f"over the time limit {'without and with' if in_both else 'without'} the losses: moe"]
 
 
-def test_a_skipped_test_over_the_time_limit_with_the_losses_is_a_problem(peer, runs):
+def test_a_skipped_test_over_the_time_limit_with_the_losses_is_a_problem(suite, runs):
     without, attached = runs
     _exceed_time(attached["fp8"])
-    result = peer("records").compare(without, attached, min_attached=1)
+    result = suite("records").compare(without, attached, min_attached=1)
     assert result.killed == ["over the time limit with the losses: fp8"]
     assert [p.strip() for p in result.problems] == ["fp8: skipped without the losses, over the time limit with them"]
 
 
-def test_gradients_count_only_where_asked(peer, runs):
+def test_gradients_count_only_where_asked(suite, runs):
     without, attached = runs
     _change_gradient(attached["moe"])
-    result = peer("records").compare(without, attached, min_attached=1, gradients=False)
+    result = suite("records").compare(without, attached, min_attached=1, gradients=False)
     assert not result.problems and result.counts["gradients"] == 0
 
 
-def test_a_test_that_a_rank_has_not_ended_has_crashed(peer, tmp_path):
+def test_a_test_that_a_rank_has_not_ended_has_crashed(suite, tmp_path):
     ended = {"test": "moe", "outcome": "passed", "random": "r"}
     (tmp_path / "0.jsonl").write_text(f'{{"test": "moe"}}\n{json.dumps(ended)}\n')
     (tmp_path / "1.jsonl").write_text('{"test": "moe"}\n')
-    records = peer("records")
+    records = suite("records")
     tests = records.read(tmp_path)
     assert [record["outcome"] for record in tests["moe"]] == ["passed", "crashed"]
     assert records.outcome(tests["moe"]) == "crashed"
 
 
-def test_a_line_that_was_cut_off_is_not_read(peer, tmp_path):
-    records = peer("records")
+def test_a_line_that_was_cut_off_is_not_read(suite, tmp_path):
+    records = suite("records")
     file = tmp_path / "0.jsonl"
     file.write_text('{"test": "first"}\n{"test": "first", "outcome": "pas')
     records.end(tmp_path, {})
@@ -186,8 +186,8 @@ def test_a_line_that_was_cut_off_is_not_read(peer, tmp_path):
     assert {name: records.outcome(test) for name, test in tests.items()} == {"first": "crashed", "second": "crashed"}
 
 
-def test_the_running_tests_are_those_that_were_begun_long_ago_and_have_not_ended(peer, tmp_path):
-    records = peer("records")
+def test_the_running_tests_are_those_that_were_begun_long_ago_and_have_not_ended(suite, tmp_path):
+    records = suite("records")
     files = [tmp_path / f"{rank}.jsonl" for rank in range(4)]
     for file, text in zip(files, ('{"test": "t", "outcome": "passed"}', '{"test": "t"}', '{"test": "t"}', "")):
         file.write_text(f'{{"test": "s"}}\n{text}\n')
@@ -231,12 +231,12 @@ with open(folder / "0.jsonl", "a", buffering=1) as file:
 
 
 @pytest.fixture
-def main(peer, tmp_path, monkeypatch, capsys):
+def main(suite, tmp_path, monkeypatch, capsys):
     """Runs ``main`` on a checkout with these tests; returns the status, the output and the row of the table."""
     info = tmp_path / "megatron" / "core" / "package_info.py"
     info.parent.mkdir(parents=True)
     info.write_text("MAJOR = 0\nMINOR = 1\n")
-    runner = peer("run")
+    runner = suite("run")
     handler = signal.getsignal(signal.SIGTERM)
 
     def command(options, processes, folder, coefficient):
@@ -285,8 +285,8 @@ def test_a_killed_process_is_survived(main):
     assert row[1:5] == ["3", "2", "2", "2"]
 
 
-def test_the_table_is_printed_when_the_starts_are_used_up(main, peer, monkeypatch):
-    monkeypatch.setattr(peer("run"), "MOST_STARTS", 2)
+def test_the_table_is_printed_when_the_starts_are_used_up(main, suite, monkeypatch):
+    monkeypatch.setattr(suite("run"), "MOST_STARTS", 2)
     status, output, row = main("first", "die-die-1", "die-die-2", "last")
     assert status == 1
     assert "2 starts were not enough\n" in output
@@ -294,8 +294,8 @@ def test_the_table_is_printed_when_the_starts_are_used_up(main, peer, monkeypatc
     assert row[1:5] == ["3", "1", "1", "1"]
 
 
-def test_the_table_is_printed_when_the_processes_hang_outside_of_tests(main, peer, monkeypatch):
-    monkeypatch.setattr(peer("run"), "SECONDS_OUTSIDE_TESTS", 2)
+def test_the_table_is_printed_when_the_processes_hang_outside_of_tests(main, suite, monkeypatch):
+    monkeypatch.setattr(suite("run"), "SECONDS_OUTSIDE_TESTS", 2)
     status, output, row = main("first", "pass-hang outside", "last")
     assert status == 1
     assert "the time limit outside of tests" in output
@@ -341,13 +341,13 @@ class get_cuda_rng_tracker:
 
 
 @pytest.mark.slow
-def test_torchrun_is_ended_and_started_again(peer, tmp_path):
+def test_torchrun_is_ended_and_started_again(suite, tmp_path):
     for module, text in MEGATRON.items():
         file = tmp_path / "megatron" / f"{module}.py"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
     (tmp_path / "test_upstream.py").write_text(UPSTREAM_TESTS)
-    runner, records = peer("run"), peer("records")
+    runner, records = suite("run"), suite("records")
     options = runner.parse([str(tmp_path), "--tests", "test_upstream.py", "--seconds-per-test", "10"])
     folder = tmp_path / "records"
     runner.run(options, 2, folder)
@@ -362,7 +362,7 @@ def test_torchrun_is_ended_and_started_again(peer, tmp_path):
 
 
 @pytest.mark.parametrize("fault, status", [(None, 0), (_change_forward, 1)])
-def test_exit_status(peer, runs, monkeypatch, main, fault, status):
+def test_exit_status(suite, runs, monkeypatch, main, fault, status):
     if fault:
         fault(runs[1]["moe"])
 
@@ -374,15 +374,15 @@ def test_exit_status(peer, runs, monkeypatch, main, fault, status):
             (folder / f"{rank}.jsonl").write_text("\n".join(lines))
         (folder / "ended").touch()
 
-    monkeypatch.setattr(peer("run"), "run", run)
+    monkeypatch.setattr(suite("run"), "run", run)
     seen, output, row = main("tests")
     assert seen == status
     assert row[1:7] == ["3", "2", "2", "1", "4", "6"]
     assert ("FAILED moe: rank 1: 1 of 2 forwards differ" in output) == bool(fault)
 
 
-def test_hashes_see_every_bit(peer):
-    hashes = peer("hashes")
+def test_hashes_see_every_bit(suite):
+    hashes = suite("hashes")
     x = torch.linspace(1, 2, 6).view(2, 3)
     y = x.clone()
     assert hashes.value_hash((y, None)) == hashes.value_hash((x, None))

@@ -39,11 +39,10 @@ def enable() -> None:
             "is imported already: call it at the top of the script, or run the script with "
             "`torchrun ... -m megatron_moe_spec.launch --cpu SCRIPT`"
         )
-    from megatron_moe_spec.cpu import collectives, cuda_api, devices, megatron, process_groups
+    from megatron_moe_spec.cpu import cuda_api, devices, distributed, megatron
 
     cuda_api.replace()
-    collectives.replace()
-    process_groups.replace()
-    megatron.patch_on_import()
+    distributed.replace()
+    sys.meta_path.insert(0, megatron.PatchingFinder())
     devices.map_cuda_to_cpu()
     _enabled = True

@@ -11,7 +11,6 @@ from typing import Any, Optional
 
 import torch
 
-_DEVICE_NAME = "cpu"
 _MEMORY_BYTES = 80 << 30
 # Only decides which checks Megatron's argument parser makes (it asks for CUDA_DEVICE_MAX_CONNECTIONS=1 below 10).
 _CAPABILITY = (9, 0)
@@ -75,7 +74,12 @@ def replace() -> None:
     _replace_queries()
     _replace_streams()
     _replace_random_states()
-    _hide_accelerator()
+    # What is not Megatron (torch's optimizers, DataLoader, checkpointing) has to see a CPU.
+    _set_constants(torch.accelerator, None, "current_accelerator")
+    _set_constants(torch.accelerator, False, "is_available")
+    _set_constants(torch.accelerator, 0, "device_count")
+    # Megatron always asks DataLoader for pinned memory.
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
     torch.compile = _compile
 
 
@@ -99,12 +103,12 @@ def _replace_queries() -> None:
         "current_device", "memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved",
         "device_memory_used", "utilization", "temperature", "power_draw", "clock_rate",
     )  # fmt: skip
-    _set_constants(cuda, _DEVICE_NAME, "get_device_name")
+    _set_constants(cuda, "cpu", "get_device_name")
     _set_constants(cuda, _CAPABILITY, "get_device_capability")
     _set_constants(cuda, (_MEMORY_BYTES, _MEMORY_BYTES), "mem_get_info")
     major, minor = _CAPABILITY
     properties = SimpleNamespace(
-        name=_DEVICE_NAME, major=major, minor=minor, total_memory=_MEMORY_BYTES, multi_processor_count=1
+        name="cpu", major=major, minor=minor, total_memory=_MEMORY_BYTES, multi_processor_count=1
     )
     _set_constants(cuda, properties, "get_device_properties")
     profiler = SimpleNamespace(cudaProfilerStart=_constant(None), cudaProfilerStop=_constant(None))
@@ -139,15 +143,6 @@ def _replace_random_states() -> None:
         module.initial_seed = lambda: generator.initial_seed()
         module.manual_seed = lambda seed: generator.manual_seed(int(seed))
         module.manual_seed_all = lambda seed: generator.manual_seed(int(seed))
-
-
-def _hide_accelerator() -> None:
-    # What is not Megatron (torch's optimizers, DataLoader, checkpointing) has to see a CPU.
-    torch.accelerator.current_accelerator = lambda check_available=False: None
-    torch.accelerator.is_available = lambda: False
-    torch.accelerator.device_count = lambda: 0
-    # Megatron always asks DataLoader for pinned memory.
-    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
 
 
 def _compile(model: Optional[Callable[..., Any]] = None, **kwargs: Any) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from megatron_moe_spec.traces.megatron_records import (
     RankRecords,
     Record,
     TraceError,
-    check_given,
+    agreed,
     check_top_k,
     read_rank,
 )
@@ -112,9 +112,8 @@ def _model(file: Path, num_experts: Optional[int], num_layers: Optional[int]) ->
     for key, value in model.items():
         if not (value is None or type(value) is int):
             raise TraceError(f"{file}: {key} is {value!r:.40}; it must be a whole number.")
-    for key, given in (("num_experts", num_experts), ("num_layers", num_layers)):
-        check_given(key, given, model[key], file)
-        model[key] = model[key] if given is None else given
+    model["num_experts"] = agreed("num_experts", num_experts, model["num_experts"], file)
+    model["num_layers"] = agreed("num_layers", num_layers, model["num_layers"], file)
     return model
 
 
@@ -211,12 +210,7 @@ def _complete(
 
 
 def _tokens(records: list[Record]) -> tuple[Tensor, Tensor]:
-    """The tokens of one shard's micro-batch, given its layers: one sequence after the other, without padding.
-
-    Returns:
-        experts [T, M, K] int16.
-        the index of each token's sequence [T] int32.
-    """
+    """[T, M, K] int16 and [T] int32: experts and sequence of the tokens of a shard's micro-batch, without padding."""
     first = records[0]
     num_tokens, num_sequences = len(first.experts_TK), first.num_sequences
     if num_tokens % num_sequences:
@@ -227,15 +221,13 @@ def _tokens(records: list[Record]) -> tuple[Tensor, Tensor]:
                 f"{record.place}: {len(record.experts_TK)} tokens in {record.num_sequences} sequences, but "
                 f"{num_tokens} in {num_sequences} in {first.place}, another layer of the same micro-batch. {MIXED}"
             )
-    experts_TMK = torch.stack([record.experts_TK for record in records], dim=1)
     length = num_tokens // num_sequences
-    experts_SBMK = experts_TMK.unflatten(0, (length, num_sequences))
+    experts_SBMK = torch.stack([record.experts_TK for record in records], dim=1).unflatten(0, (length, num_sequences))
     experts_TMK = experts_SBMK.transpose(0, 1).flatten(0, 1)
     sequence_T = torch.arange(num_sequences, dtype=torch.int32).repeat_interleave(length)
     padding_TM = experts_TMK[:, :, 0] == PADDING
-    differs_M = (padding_TM != padding_TM[:, :1]).any(dim=0)
-    if bool(differs_M.any()):
-        other = records[int(differs_M.nonzero()[0])]
-        raise TraceError(f"{first.place} and {other.place}: different tokens are padding in two layers. {MIXED}")
+    for record, padding_T in zip(records, padding_TM.unbind(dim=1)):
+        if not torch.equal(padding_T, padding_TM[:, 0]):
+            raise TraceError(f"{first.place} and {record.place}: different tokens are padding in two layers. {MIXED}")
     is_token_T = ~padding_TM[:, 0]
     return experts_TMK[is_token_T], sequence_T[is_token_T]

@@ -1,10 +1,10 @@
 """Megatron on CPU and gloo, without a GPU: for development, teaching and tests, not for real training."""
 
+import functools
 import sys
 
-_enabled = False
 
-
+@functools.cache
 def enable() -> None:
     """Makes an unmodified Megatron run on CPU in this process.
 
@@ -30,9 +30,6 @@ def enable() -> None:
     Raises:
         RuntimeError: ``megatron.core`` is imported already.
     """
-    global _enabled
-    if _enabled:
-        return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
             "megatron_moe_spec.cpu.enable() has to come before Megatron is imported, and megatron.core "
@@ -45,4 +42,3 @@ def enable() -> None:
     distributed.replace()
     sys.meta_path.insert(0, megatron.PatchingFinder())
     devices.map_cuda_to_cpu()
-    _enabled = True

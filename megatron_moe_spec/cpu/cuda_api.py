@@ -16,7 +16,7 @@ _MEMORY_BYTES = 80 << 30
 _CAPABILITY = (9, 0)
 
 
-def _constant(value: Any) -> Callable[..., Any]:
+def constant(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
@@ -26,15 +26,13 @@ class Stream:
     cuda_stream = 0
     stream_id = 0
     device = torch.device("cpu")
-    wait_stream = _constant(None)
-    wait_event = _constant(None)
-    synchronize = _constant(None)
-    query = _constant(True)
-    priority_range = staticmethod(_constant((0, -1)))
-    __exit__ = _constant(None)
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
+    wait_stream = constant(None)
+    wait_event = constant(None)
+    synchronize = constant(None)
+    query = constant(True)
+    priority_range = staticmethod(constant((0, -1)))
+    __init__ = constant(None)
+    __exit__ = constant(None)
 
     def __enter__(self) -> "Stream":
         return self
@@ -52,9 +50,9 @@ class ExternalStream(Stream):
 class Event:
     """An event that has happened when it is recorded; ``elapsed_time`` is wall-clock time."""
 
-    wait = _constant(None)
-    synchronize = _constant(None)
-    query = _constant(True)
+    wait = constant(None)
+    synchronize = constant(None)
+    query = constant(True)
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._time = time.perf_counter()
@@ -86,7 +84,7 @@ def replace() -> None:
 def _set_constants(module: Any, value: Any, *names: str) -> None:
     # Each name gets a separate function: torch._dynamo keys a table by the functions of torch.cuda.
     for name in names:
-        setattr(module, name, _constant(value))
+        setattr(module, name, constant(value))
 
 
 def _replace_queries() -> None:
@@ -111,7 +109,7 @@ def _replace_queries() -> None:
         name="cpu", major=major, minor=minor, total_memory=_MEMORY_BYTES, multi_processor_count=1
     )
     _set_constants(cuda, properties, "get_device_properties")
-    profiler = SimpleNamespace(cudaProfilerStart=_constant(None), cudaProfilerStop=_constant(None))
+    profiler = SimpleNamespace(cudaProfilerStart=constant(None), cudaProfilerStop=constant(None))
     _set_constants(cuda, profiler, "cudart")
     _set_constants(cuda.nvtx, None, "range_push", "range_pop", "mark")
     _set_constants(torch._C, None, "_cuda_attach_out_of_memory_observer")

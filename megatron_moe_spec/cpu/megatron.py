@@ -20,9 +20,8 @@ class PatchingFinder(importlib.abc.MetaPathFinder):
     """Patches every module that a patch below names, right after its import."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[ModuleSpec]:
-        patch = _PATCHES.get(name)
-        spec = PathFinder.find_spec(name, path, target) if patch else None
-        if patch is None or spec is None:
+        spec = PathFinder.find_spec(name, path, target) if name in _PATCHES else None
+        if spec is None:
             return None
         # Set on this module's loader, not wrapped in another: inspect and linecache ask the loader for the source.
         loader: Any = spec.loader
@@ -30,7 +29,7 @@ class PatchingFinder(importlib.abc.MetaPathFinder):
 
         def execute_and_patch(module: ModuleType) -> None:
             execute(module)
-            patch(module)
+            _PATCHES[name](module)
 
         loader.exec_module = execute_and_patch
         return spec
@@ -99,14 +98,10 @@ def _allow_context_parallel_attention(module: Any) -> None:
 
 def _zigzag_causal_mask(length: int, rank: int, size: int) -> Tensor:
     """[1, 1, length, size * length], True where a query of this rank may not look."""
-    half = length // 2
-
-    def positions(r: int) -> Tensor:
-        chunks = (r, 2 * size - 1 - r)
-        return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in chunks])
-
-    keys = torch.cat([positions(r) for r in range(size)])
-    return (keys[None, :] > positions(rank)[:, None])[None, None]
+    chunks = torch.arange(size * length).view(2 * size, length // 2)
+    keys = torch.cat([chunks[[r, 2 * size - 1 - r]].flatten() for r in range(size)])
+    queries = keys.view(size, length)[rank]
+    return (keys > queries[:, None])[None, None]
 
 
 @_after_import("megatron.core.tensor_parallel.random")
@@ -147,11 +142,8 @@ def _resume_torch_adam(module: Any) -> None:
         if not module.HAVE_APEX_OR_TE and not self.optimizer.state:
             for group in self.optimizer.param_groups:
                 for weight in group["params"]:
-                    self.optimizer.state[weight] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(weight),
-                        "exp_avg_sq": torch.zeros_like(weight),
-                    }
+                    averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[weight] = {"step": torch.tensor(0.0), **averages}
         return state_dict(self)
 
     # no_grad: in fp32 the main weights are views of the model's, which require grad, and they are written in place.

@@ -1,7 +1,4 @@
-"""Routing traces as files: folders of ``router_trace_rank<r>.jsonl``, and recordings of SGLang.
-
-Suffixes: T tokens, M MoE layers, K experts of a token, S positions, B sequences.
-"""
+"""Routing traces as files. Suffixes: T tokens, M MoE layers, K experts of a token, S positions, B sequences."""
 
 import json
 from collections import defaultdict
@@ -25,7 +22,6 @@ from megatron_moe_spec.traces.schema import MODEL_FILE, PADDING, Trace
 from megatron_moe_spec.traces.sglang_records import read_recordings
 
 _Model = dict[str, Optional[int]]
-_MicroBatch = tuple[int, int]  # step, and index in the step
 
 
 def read_trace(
@@ -75,12 +71,10 @@ def _read_jsonl(files: list[Path], num_experts: Optional[int], num_layers: Optio
         )
     notices += _restarts(ranks)
     layers, shards = _shards(ranks)
-    tables = [{(r.step, r.micro_batch, r.layer): r for rank in shard for r in rank.records} for shard in shards]
     experts, batches, sequences = [], [], []
     num_padding = num_sequences = 0
-    for batch, (step, index) in enumerate(_complete(layers, shards, tables, drop, notices)):
-        for table in tables:
-            records = [table[step, index, layer] for layer in layers]
+    for batch, of_shards in enumerate(_complete(layers, shards, drop, notices)):
+        for records in of_shards:
             experts_TMK, sequence_T = _tokens(records)
             experts.append(experts_TMK)
             batches.append(torch.full_like(sequence_T, batch))
@@ -176,15 +170,13 @@ def _shards(ranks: list[RankRecords]) -> tuple[tuple[int, ...], list[tuple[RankR
 
 
 def _complete(
-    layers: tuple[int, ...],
-    shards: list[tuple[RankRecords, ...]],
-    tables: list[dict[tuple[int, int, int], Record]],
-    drop: bool,
-    notices: list[str],
-) -> list[_MicroBatch]:
-    """Micro-batches of which every shard has every layer, from the same run, in their order."""
+    layers: tuple[int, ...], shards: list[tuple[RankRecords, ...]], drop: bool, notices: list[str]
+) -> list[list[list[Record]]]:
+    """Records of all layers, by shard and micro-batch, of the micro-batches that every shard has from the same run."""
+    tables = [{(r.step, r.micro_batch, r.layer): r for rank in shard for r in rank.records} for shard in shards]
+    # Step, and index in the step.
     micro_batches = sorted({(step, index) for table in tables for step, index, _ in table})
-    problems: dict[_MicroBatch, str] = {}
+    problems: dict[tuple[int, int], str] = {}
     for step, index in micro_batches:
         for shard, table in zip(shards, tables):
             missing = [layer for layer in layers if (step, index, layer) not in table]
@@ -197,16 +189,18 @@ def _complete(
     if not shards[0][0].records[0].numbered:  # indices that follow the order say nothing where a record is missing
         of_step = {step: problem for (step, _), problem in problems.items()}
         problems = {(step, index): of_step[step] for step, index in micro_batches if step in of_step}
-    if not problems:
-        return micro_batches
-    what = f"{len(problems)} of {len(micro_batches)} micro-batches are incomplete"
-    first = problems[min(problems)]
-    if len(problems) == len(micro_batches):
-        raise TraceError(f"{first} {what}. {MIXED}")
-    if not drop:
-        raise TraceError(f"{first} {what}. Was the run cut off? Then leave them out with --drop-incomplete. {MIXED}")
-    notices.append(f"{what} and were left out. {first}")
-    return [micro_batch for micro_batch in micro_batches if micro_batch not in problems]
+    if problems:
+        what = f"{len(problems)} of {len(micro_batches)} micro-batches are incomplete"
+        first = problems[min(problems)]
+        if len(problems) == len(micro_batches):
+            raise TraceError(f"{first} {what}. {MIXED}")
+        if not drop:
+            raise TraceError(
+                f"{first} {what}. Was the run cut off? Then leave them out with --drop-incomplete. {MIXED}"
+            )
+        notices.append(f"{what} and were left out. {first}")
+    complete = [micro_batch for micro_batch in micro_batches if micro_batch not in problems]
+    return [[[table[step, index, layer] for layer in layers] for table in tables] for step, index in complete]
 
 
 def _tokens(records: list[Record]) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,4 @@
-"""Records of a routing trace: a line of JSON for each MoE layer and micro-batch of one rank (``schema.py``).
-
-Suffixes: T tokens, K experts of a token.
-"""
+"""Records of a routing trace, as ``schema.py`` describes them. Suffixes: T tokens, K experts of a token."""
 
 import json
 from array import array
@@ -134,11 +131,7 @@ def _rows(rows: Any, num_tokens: int, top_k: int, place: str) -> Tensor:
 
 
 def sorted_rows(experts_TK: Tensor, num_experts: Optional[int], place: str) -> Tensor:
-    """The rows, int16, with the experts ascending, then ``DROPPED``; rows of ``PADDING`` stay.
-
-    Raises TraceError that names the ``place`` if a number is none of an expert, or a row has an expert twice or is
-    padding in part.
-    """
+    """The rows, int16, with the experts ascending, then ``DROPPED``; rows of ``PADDING`` stay."""
     if len(experts_TK) == 0:
         return experts_TK
     lowest, highest = (int(number) for number in experts_TK.aminmax())

@@ -4,7 +4,8 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import Field, dataclass
+from contextlib import suppress
+from dataclasses import Field
 from types import SimpleNamespace
 from typing import Any, NoReturn, Optional
 
@@ -14,24 +15,11 @@ from megatron_moe_spec.losses.base import config_field, options_of
 from megatron_moe_spec.losses.installed import installed_losses
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """A flag.
-
-    Attributes:
-        option: of SpecConfig, or of a loss of another package.
-        loss: that one; None for SpecConfig.
-    """
-
-    option: Field
-    loss: Optional[type[Loss]] = None
-
-
-def _settings() -> dict[str, _Setting]:
-    """Every flag, by its destination in parsed arguments."""
-    own = [_Setting(one) for one in options_of(SpecConfig)]
-    others = [_Setting(one, loss) for loss in installed_losses() for one in options_of(loss)]
-    return {one.option.metadata["flag"].removeprefix("--").replace("-", "_"): one for one in (*own, *others)}
+def _settings() -> dict[str, tuple[Field, Optional[type[Loss]]]]:
+    """Every flag by its destination in parsed arguments: its option, and the loss of another package that has it."""
+    found: list[tuple[Field, Optional[type[Loss]]]] = [(one, None) for one in options_of(SpecConfig)]
+    found += [(one, loss) for loss in installed_losses() for one in options_of(loss)]
+    return {one.metadata["flag"].removeprefix("--").replace("-", "_"): (one, loss) for one, loss in found}
 
 
 def add_moe_spec_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -45,22 +33,21 @@ def add_moe_spec_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     Raises:
         ValueError: an installed loss cannot be used; the message names it.
     """
-    _add_flags(parser, {name: setting.option.default for name, setting in _settings().items()})
+    _add_flags(parser, with_defaults=True)
     return parser
 
 
-def _add_flags(parser: argparse.ArgumentParser, defaults: dict) -> None:
+def _add_flags(parser: argparse.ArgumentParser, with_defaults: bool) -> None:
     # Before Python 3.14, argparse takes -2e-3 for a flag and asks for a value; SpecConfig says what is wrong with it.
     parser._negative_number_matcher = re.compile(r"-(\.?\d|inf$|nan$)")
     group = parser.add_argument_group("auxiliary losses for MoE experts (megatron_moe_spec)")
-    for name, setting in _settings().items():
-        option = setting.option
+    for name, (option, _) in _settings().items():
         paper = f" Paper: {option.metadata['paper']}." if option.metadata["paper"] else ""
         group.add_argument(
             option.metadata["flag"],
             dest=name,
             type=type(option.default),
-            default=defaults.get(name, argparse.SUPPRESS),
+            default=option.default if with_defaults else argparse.SUPPRESS,
             choices=option.metadata["choices"],
             help=(option.metadata["help"] + paper).replace("%", "%%"),
         )
@@ -107,7 +94,7 @@ def _parse(command_line: Optional[Sequence[str]]) -> tuple[dict, Optional[str]]:
     """The flags that were given, by destination, and the YAML file."""
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--yaml-cfg")
-    _add_flags(parser, defaults={})
+    _add_flags(parser, with_defaults=False)
     given = vars(parser.parse_known_args(sys.argv[1:] if command_line is None else command_line)[0])
     return given, given.pop("yaml_cfg")
 
@@ -130,10 +117,8 @@ def _in_sections(tree: dict) -> dict:
         if isinstance(value, SimpleNamespace):
             value = vars(value)
         name = str(key).replace("-", "_")
-        if name in _settings():
-            inner = {name: value}
-        else:
-            inner = _in_sections(value) if isinstance(value, dict) else {}
+        section = value if isinstance(value, dict) else {}
+        inner = {name: value} if name in _settings() else _in_sections(section)
         for name, value in inner.items():
             if found.setdefault(name, value) != value:
                 raise ValueError(f"--yaml-cfg sets {name} to {found[name]!r} and to {value!r}: keep one of them")
@@ -142,24 +127,18 @@ def _in_sections(tree: dict) -> dict:
 
 def _config(values: dict) -> SpecConfig:
     """SpecConfig of values by destination. Installed losses with a coefficient are among its extra losses."""
+    settings = _settings()
     fields: dict = {}
     options: dict[type[Loss], dict] = {loss: {} for loss in installed_losses()}
     for name, value in values.items():
-        setting = _settings()[name]
-        number = _number(value, setting.option)
-        if setting.loss is None:
-            fields[config_field(setting.option)] = number
+        option, loss = settings[name]
+        # PyYAML reads 2e-3, without a dot, as a string.
+        if isinstance(value, str) and not option.metadata["choices"]:
+            with suppress(ValueError):  # SpecConfig says what it must be.
+                value = option.type(value)  # type: ignore[operator]
+        if loss is None:
+            fields[config_field(option)] = value
         else:
-            options[setting.loss][setting.option.name] = number
+            options[loss][option.name] = value
     extra = [loss(**values) for loss, values in options.items()]
     return SpecConfig(**fields, extra_losses=tuple(loss for loss in extra if loss.is_trained or loss.measured))
-
-
-def _number(value: Any, option: Field) -> Any:
-    # PyYAML reads 2e-3, without a dot, as a string.
-    if isinstance(value, str) and not option.metadata["choices"]:
-        try:
-            return option.type(value)  # type: ignore[operator]
-        except ValueError:
-            pass  # SpecConfig says what it must be.
-    return value

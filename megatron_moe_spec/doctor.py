@@ -9,9 +9,9 @@ import importlib.util
 import io
 import platform
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 if TYPE_CHECKING:
     import torch
@@ -41,41 +41,32 @@ def main(argv: Optional[list[str]] = None) -> int:
     if not _found("torch"):
         _print_section("installed", [("torch", "not installed (needed)")])
         return _print_verdict(["No module named 'torch': pip install torch"])
-    gpu = _gpu(_device())
-    _do_without_gpu()
-    broken = _do_without_broken_library()
-    _print_section("installed", [("GPU", gpu), *_installed(broken)])
-    missing = _missing(wants_training=bool(argv))
-    if missing:
-        return _print_verdict([missing])
-    if not argv:
-        return _print_verdict([])
-    verdict = judge(argv)
+    _print_section("installed", _installed(*_prepared()))
+    from megatron_moe_spec.integration.compat.release import require_megatron
+
+    try:
+        require_megatron()
+        verdict = judge(argv) if argv else Verdict()
+    except ImportError as error:
+        return _print_verdict([str(error)])
     if verdict.megatron_error:
         print(f"\nMegatron does not take these flags: {verdict.megatron_error}")
         return USAGE
     if verdict.used:
         _print_section("would be used", verdict.used)
     if verdict.notices:
-        _print_section("notice", _numbered(verdict.notices))
+        _print_section("notice", enumerate(verdict.notices, 1))
     return _print_verdict(verdict.problems)
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the losses would do with the flags of a training run.
+    """What the losses would do with the flags of a training run."""
 
-    Attributes:
-        used: rows (name, text): what would be used.
-        notices: what is worth knowing.
-        problems: why they are refused, with the remedies; empty if they are usable.
-        megatron_error: why Megatron itself rejects them; empty if it does not.
-    """
-
-    used: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    notices: list[str] = dataclasses.field(default_factory=list)
-    problems: list[str] = dataclasses.field(default_factory=list)
-    megatron_error: str = ""
+    used: Sequence[tuple[str, str]] = ()  # rows (name, text)
+    notices: Sequence[str] = ()  # what is worth knowing
+    problems: Sequence[str] = ()  # why they are refused, with the remedies; empty if they are usable
+    megatron_error: str = ""  # why Megatron itself rejects them; empty if it does not
 
 
 def judge(argv: list[str]) -> Verdict:
@@ -84,9 +75,7 @@ def judge(argv: list[str]) -> Verdict:
     Raises:
         ImportError: Megatron's training program is not there, or lacks a package.
     """
-    device = _device()
-    _do_without_gpu()
-    _do_without_broken_library()
+    device, _ = _prepared()
     from megatron_moe_spec.integration.compat.assumed import training_machine
     from megatron_moe_spec.integration.compat.training_program import training_modules
 
@@ -114,18 +103,18 @@ def _judge(argv: list[str], device: "torch.device") -> Verdict:
 
     args, transformer_config = _settings(argv)
     given = spec_config_from_args(args, argv)
-    spec = _with_coefficients(given, argv)
-    assumed = spec is not given
+    assumed = _with_coefficients(given, argv)
     numbers = moe_layers_of_stages(args, transformer_config)
     stages = Stages(numbers, [0], transformer_config.num_moe_experts or 0)
-    spec = resolve_across_stages(spec, stages, transformer_config)
+    spec = resolve_across_stages(assumed, stages, transformer_config)
     # Which kernels can run is a question of the other machine.
     known = device if device.type == "cuda" else None
     facts = ModelFacts.of_flags(args, transformer_config, stages, spec, known)
     problems = unsupported_settings(facts)
     if not sum(numbers):
         return Verdict(problems=problems)
-    used, absent = list(_used(facts, assumed, device)), missing_libraries(transformer_config)
+    used = list(_used(facts, assumed is not given, device))
+    absent = missing_libraries(transformer_config)
     if device.type != "cuda":
         absent.append("a GPU of capability {}.{}".format(*torch.cuda.get_device_capability()))
     if absent:
@@ -147,25 +136,27 @@ def _with_coefficients(spec: "SpecConfig", argv: list[str]) -> "SpecConfig":
     return dataclasses.replace(spec, **papers)
 
 
-def _print_verdict(problems: list[str]) -> int:
+def _print_verdict(problems: Sequence[str]) -> int:
     if problems:
-        _print_section("refused", _numbered(problems))
+        _print_section("refused", enumerate(problems, 1))
     print(f"\n{'refused' if problems else 'usable'}")
     return REFUSED if problems else USABLE
 
 
-def _numbered(texts: list[str]) -> list[tuple[str, str]]:
-    return [(str(number), text) for number, text in enumerate(texts, 1)]
-
-
-def _print_section(title: str, rows: Iterable[tuple[str, str]]) -> None:
+def _print_section(title: str, rows: Iterable[tuple[Union[str, int], str]]) -> None:
     print(f"\n{title}")
     for name, value in rows:
         print(f"  {name:<20} {value}")
 
 
-def _installed(broken: Optional[str]) -> Iterator[tuple[str, str]]:
-    """Rows; ``broken``: why transformer-engine cannot be imported, if so."""
+def _installed(device: "torch.device", broken: Optional[str]) -> Iterator[tuple[str, str]]:
+    import torch
+
+    gpu = "none seen by torch"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        gpu = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
+    yield "GPU", gpu
     yield "python", platform.python_version()
     for package, why_not in (("torch", "needed"), ("triton", "megatron-core needs it on Linux")):
         yield package, _version(package) or f"not installed ({why_not})"
@@ -178,29 +169,22 @@ def _installed(broken: Optional[str]) -> Iterator[tuple[str, str]]:
     yield "apex", _version("apex") or "not installed (not needed)"
 
 
-def _device() -> "torch.device":
-    """Device that a model would be on; asked before the CPU back end is on."""
+def _prepared() -> tuple["torch.device", Optional[str]]:
+    """Lets Megatron be imported on any machine, before its first import.
+
+    Returns a model's device, and why transformer-engine cannot be imported, if so.
+    """
     import torch
 
-    return torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
+    from megatron_moe_spec.integration.compat.assumed import do_without_broken_transformer_engine
 
-
-def _do_without_gpu() -> None:
-    """Lets Megatron be imported and asked without a GPU; before its first import."""
-    import torch
-
-    if not torch.cuda.is_available():
+    device = torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu").device
+    if device.type != "cuda":
         from megatron_moe_spec.cpu import enable
 
         enable()
-
-
-def _do_without_broken_library() -> Optional[str]:
-    """Lets Megatron be imported beside a broken transformer-engine, which is said; before its first import."""
-    from megatron_moe_spec.integration.compat.assumed import do_without_broken_transformer_engine
-
     with _silence():
-        return do_without_broken_transformer_engine()
+        return device, do_without_broken_transformer_engine()
 
 
 def _megatron() -> str:
@@ -225,30 +209,6 @@ def _found(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ModuleNotFoundError, ValueError):  # its package is missing; it is blocked in sys.modules
         return False
-
-
-def _gpu(device: "torch.device") -> str:
-    import torch
-
-    if device.type != "cuda":
-        return "none seen by torch"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, capability {major}.{minor}"
-
-
-def _missing(wants_training: bool) -> Optional[str]:
-    """The package that has to be installed first, or None."""
-    try:
-        from megatron_moe_spec.integration.compat.release import require_megatron
-        from megatron_moe_spec.integration.compat.training_program import training_modules
-
-        require_megatron()
-        if wants_training:
-            with _silence():
-                training_modules()
-    except ImportError as error:
-        return str(error)
-    return None
 
 
 class _Rejected(Exception):

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Optional
 
+import torch
+
 from megatron_moe_spec.arguments import add_moe_spec_args, spec_config_from_args, spec_config_from_command_line
 
 _USAGE = """usage: torchrun ... -m megatron_moe_spec.launch [--cpu] SCRIPT [SCRIPT'S FLAGS ...]
@@ -22,8 +24,6 @@ is edited.
 """
 # What torchrun sets, and what stands for it where others start the processes (srun, mpirun, PMI).
 _STARTED_BY = ("RANK", "MASTER_ADDR", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-
-
 _guards: list = []  # of this process, until it ends
 
 
@@ -96,16 +96,9 @@ def _problem(script: Path, on_cpu: bool) -> Optional[str]:
     if not any(name in os.environ for name in _STARTED_BY):
         flag = "--cpu " if on_cpu else ""
         return f"torchrun has to start it, for one process too: {start} {flag}{shlex.join(sys.argv)}"
-    if not on_cpu and not _accelerator():
+    if not (on_cpu or torch.cuda.is_available() or torch.accelerator.is_available()):  # of another vendor
         return f"torch sees no GPU. To run on CPU, put --cpu before the script: {start} --cpu {shlex.join(sys.argv)}"
     return None
-
-
-def _accelerator() -> bool:
-    import torch
-
-    others = getattr(torch, "accelerator", None)  # since torch 2.6; of other vendors
-    return torch.cuda.is_available() or (others is not None and others.is_available())
 
 
 def _fail(problem: str, status: int) -> int:

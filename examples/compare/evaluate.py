@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from megatron_moe_spec.metrics.information import normalized_mutual_information
+from megatron_moe_spec.metrics import normalized_mutual_information
 from megatron_moe_spec.placement.halves import halves, tokens
 from megatron_moe_spec.placement.measures import imbalance, measure
 from megatron_moe_spec.placement.objectives import OBJECTIVES

@@ -1,10 +1,10 @@
 """Megatron on CPU and gloo, without a GPU: for development, teaching and tests, not for real training."""
 
+import functools
 import sys
 
-_enabled = False
 
-
+@functools.cache
 def enable() -> None:
     """Makes an unmodified Megatron run on CPU in this process.
 
@@ -30,20 +30,15 @@ def enable() -> None:
     Raises:
         RuntimeError: ``megatron.core`` is imported already.
     """
-    global _enabled
-    if _enabled:
-        return
     if "megatron.core" in sys.modules:
         raise RuntimeError(
             "megatron_moe_spec.cpu.enable() has to come before Megatron is imported, and megatron.core "
             "is imported already: call it at the top of the script, or run the script with "
             "`torchrun ... -m megatron_moe_spec.launch --cpu SCRIPT`"
         )
-    from megatron_moe_spec.cpu import collectives, cuda_api, devices, megatron, process_groups
+    from megatron_moe_spec.cpu import cuda_api, devices, distributed, megatron
 
     cuda_api.replace()
-    collectives.replace()
-    process_groups.replace()
-    megatron.patch_on_import()
+    distributed.replace()
+    sys.meta_path.insert(0, megatron.PatchingFinder())
     devices.map_cuda_to_cpu()
-    _enabled = True

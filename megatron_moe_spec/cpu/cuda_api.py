@@ -11,13 +11,12 @@ from typing import Any, Optional
 
 import torch
 
-_DEVICE_NAME = "cpu"
 _MEMORY_BYTES = 80 << 30
 # Only decides which checks Megatron's argument parser makes (it asks for CUDA_DEVICE_MAX_CONNECTIONS=1 below 10).
 _CAPABILITY = (9, 0)
 
 
-def _constant(value: Any) -> Callable[..., Any]:
+def constant(value: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
 
 
@@ -27,15 +26,13 @@ class Stream:
     cuda_stream = 0
     stream_id = 0
     device = torch.device("cpu")
-    wait_stream = _constant(None)
-    wait_event = _constant(None)
-    synchronize = _constant(None)
-    query = _constant(True)
-    priority_range = staticmethod(_constant((0, -1)))
-    __exit__ = _constant(None)
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        pass
+    wait_stream = constant(None)
+    wait_event = constant(None)
+    synchronize = constant(None)
+    query = constant(True)
+    priority_range = staticmethod(constant((0, -1)))
+    __init__ = constant(None)
+    __exit__ = constant(None)
 
     def __enter__(self) -> "Stream":
         return self
@@ -53,9 +50,9 @@ class ExternalStream(Stream):
 class Event:
     """An event that has happened when it is recorded; ``elapsed_time`` is wall-clock time."""
 
-    wait = _constant(None)
-    synchronize = _constant(None)
-    query = _constant(True)
+    wait = constant(None)
+    synchronize = constant(None)
+    query = constant(True)
 
     def __init__(self, *args: Any, **kwargs: Any):
         self._time = time.perf_counter()
@@ -75,14 +72,19 @@ def replace() -> None:
     _replace_queries()
     _replace_streams()
     _replace_random_states()
-    _hide_accelerator()
+    # What is not Megatron (torch's optimizers, DataLoader, checkpointing) has to see a CPU.
+    _set_constants(torch.accelerator, None, "current_accelerator")
+    _set_constants(torch.accelerator, False, "is_available")
+    _set_constants(torch.accelerator, 0, "device_count")
+    # Megatron always asks DataLoader for pinned memory.
+    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
     torch.compile = _compile
 
 
 def _set_constants(module: Any, value: Any, *names: str) -> None:
     # Each name gets a separate function: torch._dynamo keys a table by the functions of torch.cuda.
     for name in names:
-        setattr(module, name, _constant(value))
+        setattr(module, name, constant(value))
 
 
 def _replace_queries() -> None:
@@ -99,15 +101,15 @@ def _replace_queries() -> None:
         "current_device", "memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved",
         "device_memory_used", "utilization", "temperature", "power_draw", "clock_rate",
     )  # fmt: skip
-    _set_constants(cuda, _DEVICE_NAME, "get_device_name")
+    _set_constants(cuda, "cpu", "get_device_name")
     _set_constants(cuda, _CAPABILITY, "get_device_capability")
     _set_constants(cuda, (_MEMORY_BYTES, _MEMORY_BYTES), "mem_get_info")
     major, minor = _CAPABILITY
     properties = SimpleNamespace(
-        name=_DEVICE_NAME, major=major, minor=minor, total_memory=_MEMORY_BYTES, multi_processor_count=1
+        name="cpu", major=major, minor=minor, total_memory=_MEMORY_BYTES, multi_processor_count=1
     )
     _set_constants(cuda, properties, "get_device_properties")
-    profiler = SimpleNamespace(cudaProfilerStart=_constant(None), cudaProfilerStop=_constant(None))
+    profiler = SimpleNamespace(cudaProfilerStart=constant(None), cudaProfilerStop=constant(None))
     _set_constants(cuda, profiler, "cudart")
     _set_constants(cuda.nvtx, None, "range_push", "range_pop", "mark")
     _set_constants(torch._C, None, "_cuda_attach_out_of_memory_observer")
@@ -139,15 +141,6 @@ def _replace_random_states() -> None:
         module.initial_seed = lambda: generator.initial_seed()
         module.manual_seed = lambda seed: generator.manual_seed(int(seed))
         module.manual_seed_all = lambda seed: generator.manual_seed(int(seed))
-
-
-def _hide_accelerator() -> None:
-    # What is not Megatron (torch's optimizers, DataLoader, checkpointing) has to see a CPU.
-    torch.accelerator.current_accelerator = lambda check_available=False: None
-    torch.accelerator.is_available = lambda: False
-    torch.accelerator.device_count = lambda: 0
-    # Megatron always asks DataLoader for pinned memory.
-    warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true but no accelerator is found")
 
 
 def _compile(model: Optional[Callable[..., Any]] = None, **kwargs: Any) -> Callable[..., Any]:

@@ -63,10 +63,8 @@ def _replace(owner: Any, name: str, wrap: Callable[[Function], Function]) -> Non
 
 
 def _is_cuda(device: object) -> bool:
-    if isinstance(device, torch.device):
-        return device.type == "cuda"
-    if isinstance(device, str):
-        return device.split(":")[0] == "cuda"
+    if isinstance(device, (str, torch.device)):
+        return str(device).partition(":")[0] == "cuda"
     # Torch takes a bare number for a device of the current accelerator.
     return isinstance(device, int) and not isinstance(device, bool)
 
@@ -93,8 +91,7 @@ def _itself(method: Function) -> Function:
 def _type_on_cuda(method: Function) -> Function:
     # Megatron's optimizers take torch.cuda.FloatTensor and its like, and no others.
     def type_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:
-            return method(self, *args, **kwargs)
-        return method(self).replace("torch.", "torch.cuda.", 1)
+        result = method(self, *args, **kwargs)
+        return result if args or kwargs else result.replace("torch.", "torch.cuda.", 1)
 
     return type_on_cuda

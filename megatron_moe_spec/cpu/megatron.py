@@ -1,31 +1,26 @@
 """Patches for the places of Megatron that assume a GPU, Transformer Engine or Apex; applied at import."""
 
-import contextlib
 import importlib.abc
 import logging
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, Optional
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 Patch = Callable[[Any], None]  # of a module
-_PATCHES: dict[str, list[Patch]] = {}
+_PATCHES: dict[str, Patch] = {}  # by the module's name
 _async_loop: Optional[Callable[..., None]] = None  # Megatron's, once it is replaced
 
 
-def patch_on_import() -> None:
+class PatchingFinder(importlib.abc.MetaPathFinder):
     """Patches every module that a patch below names, right after its import."""
-    sys.meta_path.insert(0, _PatchingFinder())
 
-
-class _PatchingFinder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any, target: Any = None) -> Optional[ModuleSpec]:
-        patches = _PATCHES.get(name, ())
-        spec = PathFinder.find_spec(name, path, target) if patches else None
+        spec = PathFinder.find_spec(name, path, target) if name in _PATCHES else None
         if spec is None:
             return None
         # Set on this module's loader, not wrapped in another: inspect and linecache ask the loader for the source.
@@ -34,45 +29,23 @@ class _PatchingFinder(importlib.abc.MetaPathFinder):
 
         def execute_and_patch(module: ModuleType) -> None:
             execute(module)
-            for patch in patches:
-                patch(module)
+            _PATCHES[name](module)
 
         loader.exec_module = execute_and_patch
         return spec
 
 
 def _after_import(name: str) -> Callable[[Patch], Patch]:
-    def register(patch: Patch) -> Patch:
-        _PATCHES.setdefault(name, []).append(patch)
-        return patch
-
-    return register
-
-
-@contextlib.contextmanager
-def _override(config: Any, **values: Any) -> Iterator[None]:
-    """The config with other values for the time of the ``with`` block."""
-    saved = {name: getattr(config, name) for name in values}
-    for name, value in values.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            setattr(config, name, value)
+    return lambda patch: _PATCHES.setdefault(name, patch)
 
 
 @_after_import("megatron.core.transformer.moe.moe_utils")
-def _convert_splits(module: Any) -> None:
+def _do_without_cuda_tensors(module: Any) -> None:
     # Only for tensors that say is_cuda does Megatron turn the all-to-all's split sizes into what gloo takes.
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
-
-
-@_after_import("megatron.core.transformer.moe.moe_utils")
-def _define_te_general_gemm(module: Any) -> None:
     # 0.16 reads this name without Transformer Engine too, where it does not define it.
     if not hasattr(module, "te_general_gemm"):
         module.te_general_gemm = None
@@ -85,7 +58,7 @@ def _allow_sequence_parallel_norm(module: Any) -> None:
     new = module.WrappedTorchNorm.__new__
 
     def new_norm(cls: type, config: Any, *args: Any, **kwargs: Any) -> Any:
-        with _override(config, sequence_parallel=False):
+        with mock.patch.object(config, "sequence_parallel", False):
             norm = new(cls, config, *args, **kwargs)
         for weight in norm.parameters():
             weight.sequence_parallel = config.sequence_parallel
@@ -102,7 +75,7 @@ def _allow_context_parallel_attention(module: Any) -> None:
     init, forward = attention.__init__, attention.forward
 
     def patched_init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        with _override(config, context_parallel_size=1):
+        with mock.patch.object(config, "context_parallel_size", 1):
             init(self, config, *args, **kwargs)
 
     def patched_forward(
@@ -125,18 +98,14 @@ def _allow_context_parallel_attention(module: Any) -> None:
 
 def _zigzag_causal_mask(length: int, rank: int, size: int) -> Tensor:
     """[1, 1, length, size * length], True where a query of this rank may not look."""
-    half = length // 2
-
-    def positions(r: int) -> Tensor:
-        chunks = (r, 2 * size - 1 - r)
-        return torch.cat([torch.arange(chunk * half, (chunk + 1) * half) for chunk in chunks])
-
-    keys = torch.cat([positions(r) for r in range(size)])
-    return (keys[None, :] > positions(rank)[:, None])[None, None]
+    chunks = torch.arange(size * length).view(2 * size, length // 2)
+    keys = torch.cat([chunks[[r, 2 * size - 1 - r]].flatten() for r in range(size)])
+    queries = keys.view(size, length)[rank]
+    return (keys > queries[:, None])[None, None]
 
 
 @_after_import("megatron.core.tensor_parallel.random")
-def _recompute_without_transformer_engine(module: Any) -> None:
+def _recompute_on_cpu(module: Any) -> None:
     # The constructor takes fp8=False for fp8 (it tests `is not None`), and calls Transformer Engine for it.
     checkpoint = module.CheckpointWithoutOutput
     init = checkpoint.__init__
@@ -147,24 +116,15 @@ def _recompute_without_transformer_engine(module: Any) -> None:
 
     checkpoint.__init__ = patched_init
 
-
-@_after_import("megatron.core.tensor_parallel.random")
-def _recompute_without_compiler(module: Any) -> None:
-    # Newer versions compile a C++ extension on first use, so that the discarded tensor shares the recomputed one's
-    # storage. A copy into the discarded storage reaches all of its views as well.
-    if not hasattr(module, "_get_share_storage"):
-        return
-
     def copy_storage(destination: Tensor, source: Tensor) -> None:
         storage = destination.untyped_storage()
         storage.resize_(source.untyped_storage().nbytes())
         storage.copy_(source.untyped_storage())
 
-    module._get_share_storage = lambda: copy_storage
-
-
-@_after_import("megatron.core.tensor_parallel.random")
-def _silence_shared_generator(module: Any) -> None:
+    # Newer versions compile a C++ extension on first use, so that the discarded tensor shares the recomputed one's
+    # storage. A copy into the discarded storage reaches all of its views as well.
+    if hasattr(module, "_get_share_storage"):
+        module._get_share_storage = lambda: copy_storage
     # "cuda" and "cpu" share one generator here, so what this warning reports is no fault.
     logging.getLogger(module.__name__).addFilter(
         lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
@@ -173,29 +133,18 @@ def _silence_shared_generator(module: Any) -> None:
 
 @_after_import("megatron.core.optimizer.distrib_optimizer")
 def _resume_torch_adam(module: Any) -> None:
+    optimizer = module.DistributedOptimizer
+    state_dict, set_states = optimizer.state_dict, optimizer._set_main_param_and_optimizer_states
+
     # Without Transformer Engine and Apex the optimizer is torch's, whose state is empty until the first step, which
     # state_dict() cannot take: a torch_dist checkpoint could not be loaded. Loading overwrites the state made here.
-    optimizer = module.DistributedOptimizer
-    state_dict = optimizer.state_dict
-
     def patched_state_dict(self: Any) -> Any:
         if not module.HAVE_APEX_OR_TE and not self.optimizer.state:
             for group in self.optimizer.param_groups:
                 for weight in group["params"]:
-                    self.optimizer.state[weight] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(weight),
-                        "exp_avg_sq": torch.zeros_like(weight),
-                    }
+                    averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+                    self.optimizer.state[weight] = {"step": torch.tensor(0.0), **averages}
         return state_dict(self)
-
-    optimizer.state_dict = patched_state_dict
-
-
-@_after_import("megatron.core.optimizer.distrib_optimizer")
-def _load_torch_adam(module: Any) -> None:
-    optimizer = module.DistributedOptimizer
-    set_states = optimizer._set_main_param_and_optimizer_states
 
     # no_grad: in fp32 the main weights are views of the model's, which require grad, and they are written in place.
     @torch.no_grad()
@@ -209,6 +158,7 @@ def _load_torch_adam(module: Any) -> None:
         if step is not None:
             self.optimizer.state[weight]["step"] = step.clone()
 
+    optimizer.state_dict = patched_state_dict
     optimizer._set_main_param_and_optimizer_states = patched_set_states
 
 

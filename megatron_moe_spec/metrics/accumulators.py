@@ -9,7 +9,7 @@ from typing import Any, Union
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.metrics.information import conditional_entropy, entropy, normalized_mutual_information
+from megatron_moe_spec.metrics import conditional_entropy, entropy, normalized_mutual_information
 
 Measure = Union[float, list[float], None]
 Count = Union[int, Tensor]
@@ -21,13 +21,7 @@ def at_once(function: Callable[..., object], *args: Any) -> None:
 
 
 class LayerStatistics:
-    """Routing and overlap of one MoE layer.
-
-    Attributes:
-        sums: fp64 vector that adds up over micro-batches and ranks.
-        largest_cosine: fp64 scalar, of which the maximum counts.
-        loads: [E] of each micro-batch on this rank: the tokens that each expert was given.
-    """
+    """Routing and overlap of one MoE layer. ``sums`` adds up over micro-batches and ranks."""
 
     # tokens, entropy, |cos|, pairs, violation, micro-batches; then masses [K], scores [E] and dispatched tokens [E]
     _SCALARS = 6
@@ -35,8 +29,8 @@ class LayerStatistics:
     def __init__(self, num_experts: int, top_k: int, device: torch.device):
         self._sizes = [self._SCALARS, top_k, num_experts, num_experts]
         self.sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
-        self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)
-        self.loads: list[Tensor] = []
+        self.largest_cosine = torch.zeros((), dtype=torch.float64, device=device)  # the maximum counts
+        self.loads: list[Tensor] = []  # [E] of each micro-batch on this rank: tokens that each expert was given
 
     def add_routing(self, scores_TE: Tensor, active_TE: Tensor, num_tokens: Count, when: When = at_once) -> None:
         """Adds a micro-batch's scores (normalised over the experts, 0 for padding) and dispatched experts."""

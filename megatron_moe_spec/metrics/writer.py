@@ -1,5 +1,6 @@
 """Writes the values of training steps to a file of JSON lines, to TensorBoard and to W&B."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -64,12 +65,16 @@ class MetricsWriter:
             return
         each_layer = {f"moe/{name}_layer_{i}": v for name, of in (of_layers or {}).items() for i, v in of.items()}
         scalars = {**(losses if self._log_losses else {}), **each_layer}
-        measured, brief = ({}, {}) if diagnostics is None else (_of_each_layer(diagnostics), _brief(diagnostics))
+        measures = [] if diagnostics is None else list(_measures(diagnostics))
+        measured = {
+            f"moe_spec/{name}/{'layers' if len(layers) > 1 else 'layer'}_{'_'.join(map(str, layers))}": value
+            for name, layers, value in measures
+        }
         if self._tensorboard is not None:
             for tag, value in {**scalars, **measured}.items():
                 self._tensorboard.add_scalar(tag, value, iteration)
         if self._wandb is not None and (scalars or measured):
-            self._wandb.log({**scalars, **(brief if self._brief else measured)}, iteration)
+            self._wandb.log({**scalars, **(_brief(measures) if self._brief else measured)}, iteration)
 
 
 def _checked(file: JsonLines) -> Optional[JsonLines]:
@@ -86,22 +91,14 @@ def _checked(file: JsonLines) -> Optional[JsonLines]:
     return file if is_first else None
 
 
-def _of_each_layer(diagnostics: dict) -> dict[str, float]:
-    return {
-        f"moe_spec/{name}/{'layers' if len(layers) > 1 else 'layer'}_{'_'.join(map(str, layers))}": value
-        for name, layers, value in _measures(diagnostics)
-    }
-
-
-def _brief(diagnostics: dict) -> dict[str, float]:
+def _brief(measures: list[tuple[str, list[int], float]]) -> dict[str, float]:
     """Of all layers together, so that the number of keys does not grow with the model."""
-    values: dict[str, list[float]] = {}
-    for name, _, value in _measures(diagnostics):
-        values.setdefault(name, []).append(value)
-    largest = {
-        f"moe_spec/{name}_largest": max(values[name]) for name in ("max_violation", "dead_experts") if name in values
-    }
-    return {**{f"moe_spec/{name}": sum(found) / len(found) for name, found in values.items()}, **largest}
+    values: dict[str, list[float]] = defaultdict(list)
+    for name, _, value in measures:
+        values[name].append(value)
+    means = {f"moe_spec/{name}": sum(found) / len(found) for name, found in values.items()}
+    largest = [name for name in ("max_violation", "dead_experts") if name in values]
+    return {**means, **{f"moe_spec/{name}_largest": max(values[name]) for name in largest}}
 
 
 def _measures(diagnostics: dict) -> Iterator[tuple[str, list[int], float]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Optional
 
-from megatron_moe_spec.metrics.information import normalized_mutual_information
+from megatron_moe_spec.metrics import normalized_mutual_information
 from megatron_moe_spec.report import panels
 from megatron_moe_spec.report.figures import Figure
 from megatron_moe_spec.report.runs import AUXILIARY, TRAIN_LOSS, VALIDATION_LOSS, Run

@@ -1,7 +1,4 @@
-"""Routing traces as files: folders of ``router_trace_rank<r>.jsonl``, and recordings of SGLang.
-
-Suffixes: T tokens, M MoE layers, K experts of a token, S positions, B sequences.
-"""
+"""Routing traces as files. Suffixes: T tokens, M MoE layers, K experts of a token, S positions, B sequences."""
 
 import json
 from collections import defaultdict
@@ -17,7 +14,7 @@ from megatron_moe_spec.traces.megatron_records import (
     RankRecords,
     Record,
     TraceError,
-    check_given,
+    agreed,
     check_top_k,
     read_rank,
 )
@@ -25,7 +22,6 @@ from megatron_moe_spec.traces.schema import MODEL_FILE, PADDING, Trace
 from megatron_moe_spec.traces.sglang_records import read_recordings
 
 _Model = dict[str, Optional[int]]
-_MicroBatch = tuple[int, int]  # step, and index in the step
 
 
 def read_trace(
@@ -75,12 +71,10 @@ def _read_jsonl(files: list[Path], num_experts: Optional[int], num_layers: Optio
         )
     notices += _restarts(ranks)
     layers, shards = _shards(ranks)
-    tables = [{(r.step, r.micro_batch, r.layer): r for rank in shard for r in rank.records} for shard in shards]
     experts, batches, sequences = [], [], []
     num_padding = num_sequences = 0
-    for batch, (step, index) in enumerate(_complete(layers, shards, tables, drop, notices)):
-        for table in tables:
-            records = [table[step, index, layer] for layer in layers]
+    for batch, of_shards in enumerate(_complete(layers, shards, drop, notices)):
+        for records in of_shards:
             experts_TMK, sequence_T = _tokens(records)
             experts.append(experts_TMK)
             batches.append(torch.full_like(sequence_T, batch))
@@ -112,9 +106,8 @@ def _model(file: Path, num_experts: Optional[int], num_layers: Optional[int]) ->
     for key, value in model.items():
         if not (value is None or type(value) is int):
             raise TraceError(f"{file}: {key} is {value!r:.40}; it must be a whole number.")
-    for key, given in (("num_experts", num_experts), ("num_layers", num_layers)):
-        check_given(key, given, model[key], file)
-        model[key] = model[key] if given is None else given
+    model["num_experts"] = agreed("num_experts", num_experts, model["num_experts"], file)
+    model["num_layers"] = agreed("num_layers", num_layers, model["num_layers"], file)
     return model
 
 
@@ -177,15 +170,13 @@ def _shards(ranks: list[RankRecords]) -> tuple[tuple[int, ...], list[tuple[RankR
 
 
 def _complete(
-    layers: tuple[int, ...],
-    shards: list[tuple[RankRecords, ...]],
-    tables: list[dict[tuple[int, int, int], Record]],
-    drop: bool,
-    notices: list[str],
-) -> list[_MicroBatch]:
-    """Micro-batches of which every shard has every layer, from the same run, in their order."""
+    layers: tuple[int, ...], shards: list[tuple[RankRecords, ...]], drop: bool, notices: list[str]
+) -> list[list[list[Record]]]:
+    """Records of all layers, by shard and micro-batch, of the micro-batches that every shard has from the same run."""
+    tables = [{(r.step, r.micro_batch, r.layer): r for rank in shard for r in rank.records} for shard in shards]
+    # Step, and index in the step.
     micro_batches = sorted({(step, index) for table in tables for step, index, _ in table})
-    problems: dict[_MicroBatch, str] = {}
+    problems: dict[tuple[int, int], str] = {}
     for step, index in micro_batches:
         for shard, table in zip(shards, tables):
             missing = [layer for layer in layers if (step, index, layer) not in table]
@@ -198,25 +189,22 @@ def _complete(
     if not shards[0][0].records[0].numbered:  # indices that follow the order say nothing where a record is missing
         of_step = {step: problem for (step, _), problem in problems.items()}
         problems = {(step, index): of_step[step] for step, index in micro_batches if step in of_step}
-    if not problems:
-        return micro_batches
-    what = f"{len(problems)} of {len(micro_batches)} micro-batches are incomplete"
-    first = problems[min(problems)]
-    if len(problems) == len(micro_batches):
-        raise TraceError(f"{first} {what}. {MIXED}")
-    if not drop:
-        raise TraceError(f"{first} {what}. Was the run cut off? Then leave them out with --drop-incomplete. {MIXED}")
-    notices.append(f"{what} and were left out. {first}")
-    return [micro_batch for micro_batch in micro_batches if micro_batch not in problems]
+    if problems:
+        what = f"{len(problems)} of {len(micro_batches)} micro-batches are incomplete"
+        first = problems[min(problems)]
+        if len(problems) == len(micro_batches):
+            raise TraceError(f"{first} {what}. {MIXED}")
+        if not drop:
+            raise TraceError(
+                f"{first} {what}. Was the run cut off? Then leave them out with --drop-incomplete. {MIXED}"
+            )
+        notices.append(f"{what} and were left out. {first}")
+    complete = [micro_batch for micro_batch in micro_batches if micro_batch not in problems]
+    return [[[table[step, index, layer] for layer in layers] for table in tables] for step, index in complete]
 
 
 def _tokens(records: list[Record]) -> tuple[Tensor, Tensor]:
-    """The tokens of one shard's micro-batch, given its layers: one sequence after the other, without padding.
-
-    Returns:
-        experts [T, M, K] int16.
-        the index of each token's sequence [T] int32.
-    """
+    """[T, M, K] int16 and [T] int32: experts and sequence of the tokens of a shard's micro-batch, without padding."""
     first = records[0]
     num_tokens, num_sequences = len(first.experts_TK), first.num_sequences
     if num_tokens % num_sequences:
@@ -227,15 +215,13 @@ def _tokens(records: list[Record]) -> tuple[Tensor, Tensor]:
                 f"{record.place}: {len(record.experts_TK)} tokens in {record.num_sequences} sequences, but "
                 f"{num_tokens} in {num_sequences} in {first.place}, another layer of the same micro-batch. {MIXED}"
             )
-    experts_TMK = torch.stack([record.experts_TK for record in records], dim=1)
     length = num_tokens // num_sequences
-    experts_SBMK = experts_TMK.unflatten(0, (length, num_sequences))
+    experts_SBMK = torch.stack([record.experts_TK for record in records], dim=1).unflatten(0, (length, num_sequences))
     experts_TMK = experts_SBMK.transpose(0, 1).flatten(0, 1)
     sequence_T = torch.arange(num_sequences, dtype=torch.int32).repeat_interleave(length)
     padding_TM = experts_TMK[:, :, 0] == PADDING
-    differs_M = (padding_TM != padding_TM[:, :1]).any(dim=0)
-    if bool(differs_M.any()):
-        other = records[int(differs_M.nonzero()[0])]
-        raise TraceError(f"{first.place} and {other.place}: different tokens are padding in two layers. {MIXED}")
+    for record, padding_T in zip(records, padding_TM.unbind(dim=1)):
+        if not torch.equal(padding_T, padding_TM[:, 0]):
+            raise TraceError(f"{first.place} and {record.place}: different tokens are padding in two layers. {MIXED}")
     is_token_T = ~padding_TM[:, 0]
     return experts_TMK[is_token_T], sequence_T[is_token_T]

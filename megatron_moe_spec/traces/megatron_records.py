@@ -1,7 +1,4 @@
-"""Records of a routing trace: a line of JSON for each MoE layer and micro-batch of one rank (``schema.py``).
-
-Suffixes: T tokens, K experts of a token.
-"""
+"""Records of a routing trace, as ``schema.py`` describes them. Suffixes: T tokens, K experts of a token."""
 
 import json
 from array import array
@@ -26,40 +23,26 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """One MoE layer and micro-batch of one rank.
+    """One MoE layer and micro-batch of one rank."""
 
-    Attributes:
-        place: file and line.
-        numbered: whether the record has its micro-batch; Megatron's own does not, and ``read_rank`` counts them.
-        micro_batch: index in the step.
-        num_sequences: 1 where the record does not say.
-        experts_TK: int16, as ``sorted_rows`` returns them.
-    """
-
-    place: str
+    place: str  # file and line
     rank: int
     step: int
-    numbered: bool
-    micro_batch: int
+    numbered: bool  # whether it says its micro-batch; Megatron's own does not, and ``read_rank`` counts them
+    micro_batch: int  # index in the step
     layer: int
-    num_sequences: int
-    experts_TK: Tensor
+    num_sequences: int  # 1 where the record does not say
+    experts_TK: Tensor  # int16, as ``sorted_rows`` returns them
 
 
 @dataclass(frozen=True)
 class RankRecords:
-    """What a rank's file holds of the decoder's layers.
-
-    Attributes:
-        layers: their indices, ascending.
-        records: at least one; steps ascending.
-        superseded: how often each step was skipped, as a run before a restart wrote it.
-    """
+    """What a rank's file holds of the decoder's layers."""
 
     file: Path
-    layers: tuple[int, ...]
-    records: list[Record]
-    superseded: Counter[int]
+    layers: tuple[int, ...]  # their indices, ascending
+    records: list[Record]  # at least one; steps ascending
+    superseded: Counter[int]  # how often each step was skipped, as a run before a restart wrote it
 
 
 def read_rank(
@@ -87,9 +70,13 @@ def read_rank(
                 other_blocks[fields["block"]] += 1
                 continue
             record = _record(fields, place, num_experts, num_layers)
-            if records:
-                _check_alike(record, records[0])
             records.append(record)
+            first = records[0]
+            if record.rank != first.rank:
+                raise TraceError(f"{place}: rank {record.rank}, but rank {first.rank} in {first.place}. {MIXED}")
+            check_top_k(record, first)
+            if record.numbered != first.numbered:
+                raise TraceError(f"{place} and {first.place}: only one of them has a micro_batch. {MIXED}")
     for block, count in other_blocks.items():
         notices.append(f"{file}: {count} records of the block {block} were left out; only the decoder's are read.")
     if not records:
@@ -144,11 +131,7 @@ def _rows(rows: Any, num_tokens: int, top_k: int, place: str) -> Tensor:
 
 
 def sorted_rows(experts_TK: Tensor, num_experts: Optional[int], place: str) -> Tensor:
-    """The rows, int16, with the experts ascending, then ``DROPPED``; rows of ``PADDING`` stay.
-
-    Raises TraceError that names the ``place`` if a number is none of an expert, or a row has an expert twice or is
-    padding in part.
-    """
+    """The rows, int16, with the experts ascending, then ``DROPPED``; rows of ``PADDING`` stay."""
     if len(experts_TK) == 0:
         return experts_TK
     lowest, highest = (int(number) for number in experts_TK.aminmax())
@@ -174,22 +157,14 @@ def sorted_rows(experts_TK: Tensor, num_experts: Optional[int], place: str) -> T
     return rows_TK.masked_fill(rows_TK == _MOST, DROPPED)
 
 
-def check_given(name: str, given: Optional[int], found: Optional[int], file: Path) -> None:
-    """Refuse an argument that differs from what a file says; None: not known."""
+def agreed(name: str, given: Optional[int], found: Optional[int], file: Path) -> Optional[int]:
+    """What an argument or the file says, and refuse the one that differs from the other; None: not known."""
     if given is not None and found not in (None, given):
         raise TraceError(
             f"--{name.replace('_', '-')} is {given}, but {file} says {found}. Is this a trace of another model? If "
             "not, leave the flag out."
         )
-
-
-def _check_alike(record: Record, first: Record) -> None:
-    """Refuse a record that cannot stand in a file with the first one."""
-    if record.rank != first.rank:
-        raise TraceError(f"{record.place}: rank {record.rank}, but rank {first.rank} in {first.place}. {MIXED}")
-    check_top_k(record, first)
-    if record.numbered != first.numbered:
-        raise TraceError(f"{record.place} and {first.place}: only one of them has a micro_batch. {MIXED}")
+    return found if given is None else given
 
 
 def check_top_k(record: Record, first: Record) -> None:
@@ -219,10 +194,8 @@ def _last_run(records: list[Record]) -> tuple[list[Record], Counter[int]]:
         key = record.layer, record.micro_batch
         if kept and (record.step < kept[-1].step or key in seen):
             seen.clear()
-            steps = set()
-            while kept and kept[-1].step >= record.step:
-                steps.add(kept.pop().step)
-            superseded.update(steps)
+            superseded.update({other.step for other in kept if other.step >= record.step})
+            kept = [other for other in kept if other.step < record.step]
         seen.add(key)
         kept.append(record)
     return kept, superseded

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.traces.megatron_records import MIXED, TraceError, check_given, sorted_rows
+from megatron_moe_spec.traces.megatron_records import MIXED, TraceError, agreed, sorted_rows
 from megatron_moe_spec.traces.schema import DROPPED, Trace
 
 _TIME = re.compile(r"expert_distribution_recorder_(\d+(?:\.\d+)?)")
@@ -61,7 +61,10 @@ def read_recordings(
     following = None  # position that would go on with the sequence
     for each in passes:
         experts_TMK = _experts(each, layers, top_k, num_experts)
-        lengths, positions = _lengths(each.record), each.record["positions"]
+        positions, lengths = each.record["positions"], each.record["extend_seq_lens"]
+        lengths = [] if lengths is None else list(map(int, lengths))
+        if sum(lengths) != len(experts_TMK):
+            lengths = [1] * len(experts_TMK)
         goes_on = len(lengths) == 1 and positions[0] == following
         following = positions[-1] + 1 if len(lengths) == 1 and is_one_rank else None
         indices = num_sequences - goes_on + torch.arange(len(lengths), dtype=torch.int32)
@@ -107,17 +110,12 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-def _time(file: Path) -> float:
-    """When the file was written, by its name."""
-    found = _TIME.search(file.name)
-    return float(found.group(1)) if found else 0.0
-
-
 def _passes(files: list[Path], notices: list[str]) -> list[_Pass]:
     """Forward passes that have tokens, in the order of the trace."""
     of_rank: dict[int, list[_Pass]] = defaultdict(list)
     recordings: Counter[int] = Counter()
-    for file in sorted(files, key=_time):
+    # By the time in their names.
+    for file in sorted(files, key=lambda file: float((_TIME.findall(file.name) or [0.0])[0])):
         content = _load(file)
         logical_LP = content["last_physical_to_logical_map"]
         recordings.update({record["rank"] for record in content["records"]})
@@ -154,8 +152,8 @@ def _model(passes: list[_Pass], num_experts: Optional[int], num_layers: Optional
     for file, logical_LP in {each.file: each.logical_LP for each in passes}.items():
         if (int(logical_LP.max()) + 1, len(logical_LP)) != found:
             raise TraceError(f"{first.file} and {file} are of different models. {MIXED}")
-    for name, given, in_file in (("num_experts", num_experts, found[0]), ("num_layers", num_layers, found[1])):
-        check_given(name, given, in_file, first.file)
+    agreed("num_experts", num_experts, found[0], first.file)
+    agreed("num_layers", num_layers, found[1], first.file)
     return found
 
 
@@ -194,10 +192,3 @@ def _experts(each: _Pass, layers: list[int], top_k: int, num_experts: int) -> Te
     logical_MTK = logical_MP.long().gather(1, physical_MTK.clamp_min(0).flatten(1)).view_as(physical_MTK)
     logical_TMK = logical_MTK.masked_fill(physical_MTK < 0, DROPPED).transpose(0, 1).short()
     return sorted_rows(logical_TMK.flatten(0, 1), num_experts, each.place).view_as(logical_TMK)
-
-
-def _lengths(record: dict[str, Any]) -> list[int]:
-    """Tokens of each sequence in a forward pass."""
-    num_tokens = len(record["input_ids"])
-    lengths = [] if record["extend_seq_lens"] is None else [int(length) for length in record["extend_seq_lens"]]
-    return lengths if sum(lengths) == num_tokens else [1] * num_tokens

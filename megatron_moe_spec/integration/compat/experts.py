@@ -66,17 +66,11 @@ def has_adapter(module: nn.Module) -> bool:
     return unwrapped(module) is not module
 
 
-def has_grouped_experts(transformer_config: TransformerConfig) -> bool:
-    """Whether a layer's local experts are one module, by the flags; transformer-engine has it."""
-    wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
-    return wanted and has_transformer_engine()
-
-
 def describe_down_projections(transformer_config: TransformerConfig) -> str:
-    """Whose input z is."""
-    if has_grouped_experts(transformer_config):
-        return "input of linear_fc2 of all local experts (TEGroupedMLP)"
+    """Whose input z is, by the flags; transformer-engine has the module of all local experts."""
     wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
+    if wanted and has_transformer_engine():
+        return "input of linear_fc2 of all local experts (TEGroupedMLP)"
     why = " for want of transformer-engine" if wanted else ""
     return f"input of each local expert's linear_fc2 (SequentialMLP{why})"
 

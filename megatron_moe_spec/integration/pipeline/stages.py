@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat.groups import pipeline_group
+from megatron_moe_spec.integration.compat.groups import process_groups
 from megatron_moe_spec.integration.compat.models import layer_index
 from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 
@@ -53,7 +53,7 @@ class Stages:
         num_stages = getattr(transformer_config, "pipeline_model_parallel_size", 1)
         if num_stages == 1:
             return cls._of_indices(indices_of_chunks, list(range(len(chunks))), num_experts)
-        group = pipeline_group(chunks[0])
+        group = process_groups(chunks[0]).pp
         gathered: list = [None] * num_stages
         dist.all_gather_object(gathered, (indices_of_chunks, spec), group=group)
         if any(other != spec for _, other in gathered):

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.step.clock import StepClock
-from megatron_moe_spec.integration.step.losses import ReducedLosses
-from megatron_moe_spec.integration.step.reduction import reduced
+from megatron_moe_spec.integration.step.losses import ReducedLosses, reduced
 from megatron_moe_spec.losses.base import PAIRS
 from megatron_moe_spec.metrics.accumulators import Count, LayerStatistics, PairStatistics, RouterStatistics, at_once
 from megatron_moe_spec.parallel.collectives import all_reduce_max, all_reduce_sum, current_device

@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.hooks.routing import TokenCount
 from megatron_moe_spec.integration.step.clock import StepClock
-from megatron_moe_spec.integration.step.reduction import reduced
 from megatron_moe_spec.parallel.collectives import current_device
 
 _MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
@@ -155,3 +154,19 @@ class StepLosses:
 
     def _by_name(self, values: Iterable) -> dict:
         return {loss.name: value for loss, value in zip(self._computed, values) if self._clock.is_computed(loss)}
+
+
+def reduced(
+    x: Tensor, groups: Sequence[dist.ProcessGroup], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    """x over one process group after another, which is over all ranks; x itself stays as it is. A collective."""
+    x = x.clone()
+    for group in groups:
+        try:
+            dist.all_reduce(x, op=operation, group=group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the values to be logged could not be reduced: call end_step() on every rank of the model's "
+                "process groups, or give attach() the ranks that hold it, attach(model, config, group=...)"
+            ) from error
+    return x

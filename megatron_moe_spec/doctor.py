@@ -97,9 +97,8 @@ def _judge(argv: list[str], device: "torch.device") -> Verdict:
     from megatron_moe_spec.integration.compat.assumed import missing_libraries
     from megatron_moe_spec.integration.compat.training_program import moe_layers_of_stages
     from megatron_moe_spec.integration.pipeline.stages import Stages
-    from megatron_moe_spec.integration.support.checks import notices, unsupported_settings
+    from megatron_moe_spec.integration.support.checks import notices, resolve_across_stages, unsupported_settings
     from megatron_moe_spec.integration.support.facts import ModelFacts
-    from megatron_moe_spec.integration.support.rules_of_pairs import resolve_across_stages
 
     args, transformer_config = _settings(argv)
     given = spec_config_from_args(args, argv)
@@ -239,7 +238,7 @@ def _silence() -> Iterator[io.StringIO]:
 
 
 def _used(facts: "ModelFacts", assumed: bool, device: "torch.device") -> Iterator[tuple[str, str]]:
-    from megatron_moe_spec.integration.support.description import described_reads
+    from megatron_moe_spec.integration.support.checks import described_reads
     from megatron_moe_spec.integration.taps.cuda_graphs import is_router_graphed
 
     spec, transformer_config, stages = facts.spec, facts.transformer_config, facts.stages

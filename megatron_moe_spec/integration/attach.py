@@ -24,8 +24,8 @@ from megatron_moe_spec.integration.step.clock import StepClock
 from megatron_moe_spec.integration.step.diagnostics import StepDiagnostics
 from megatron_moe_spec.integration.step.losses import ReducedLosses, StepLosses
 from megatron_moe_spec.integration.step.tracer import Tracer
-from megatron_moe_spec.integration.support.checks import check_chunks, check_supported
-from megatron_moe_spec.integration.support.rules_of_pairs import resolve_across_stages
+from megatron_moe_spec.integration.support.checks import check_chunks, check_supported, resolve_across_stages
+from megatron_moe_spec.integration.support.facts import ModelFacts
 from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.integration.taps.layer import LayerTaps
 from megatron_moe_spec.integration.taps.lost_losses import LostLosses, warn_of_decisions, with_reasons
@@ -78,8 +78,8 @@ def attach(
     clock = StepClock(config)
 
     def checked() -> tuple[list[str], Tracer]:
-        notices = check_supported(chunks, transformer_config, layers, stages, config)
-        return notices, Tracer(config.trace_path, clock, transformer_config)
+        facts = ModelFacts.of_model(chunks, transformer_config, layers, stages, config)
+        return check_supported(facts), Tracer(config.trace_path, clock, transformer_config)
 
     notices, tracer = together(checked, groups, current_device())
     handle = SpecHandle(config, clock, tracer, list(zip(chunks, found)), stages, groups, notices, transformer_config)

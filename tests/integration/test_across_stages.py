@@ -6,7 +6,7 @@ import pytest
 
 from megatron_moe_spec import SpecConfig
 from megatron_moe_spec.integration.pipeline.stages import Stages
-from megatron_moe_spec.integration.support.rules_of_pairs import resolve_across_stages
+from megatron_moe_spec.integration.support.checks import resolve_across_stages
 
 PIPELINE, ONE_RANK = Stages([2, 2], [0], 4), Stages([2, 2], [0, 1], 4)
 

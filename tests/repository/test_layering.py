@@ -111,7 +111,7 @@ def test_only_losses_and_the_taps_of_one_loss_name_a_loss():
             for name in (
                 *["hooks/injection", "hooks/micro_batch", "hooks/routing", "hooks/scaling", "pipeline/stages"],
                 *["step/clock", "step/losses", "step/diagnostics", "taps/layer"],
-                *["support/checks", "support/description", "support/facts", "support/rule"],
+                *["support/checks", "support/facts", "support/rule"],
             )
         ]
         + [f"integration/taps/{name}.py" for name in ("__init__", "base", "router_weight", "scores")]

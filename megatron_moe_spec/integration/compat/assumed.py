@@ -10,7 +10,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any, NoReturn, Optional
 from unittest import mock
 
@@ -48,43 +47,34 @@ def training_machine(has_gpu: bool) -> Iterator[None]:
     Import Megatron before: names are replaced in the modules that are there. The environment is that of the other
     machine, too: without a GPU, what is set for one here says nothing.
     """
-    assumes = not _is_installed(_TRANSFORMER_ENGINE)
     with mock.patch.dict(os.environ):
         if not has_gpu:
             os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
-        if assumes:
-            _assumed.add(_TRANSFORMER_ENGINE)
-            absent = [name for name in _FUSED if not hasattr(_moe_utils(), name)]
-            for name in absent:
-                setattr(_moe_utils(), name, None)
-            original = sys.modules["megatron.core.utils"].is_te_min_version
-            _replace("is_te_min_version", original, _always)
-            _replace("fused_", None, _never_called)
-        try:
+        with contextlib.nullcontext() if _is_installed(_TRANSFORMER_ENGINE) else _assumed_transformer_engine():
             yield
-        finally:
-            if assumes:  # also in modules that were imported meanwhile
-                _replace("fused_", _never_called, None)
-                for name in absent:
-                    delattr(_moe_utils(), name)
-                _replace("is_te_min_version", _always, original)
-                _assumed.discard(_TRANSFORMER_ENGINE)
 
 
-# Without transformer-engine, 0.16 does not define them.
-_FUSED = (
-    "fused_permute",
-    "fused_permute_with_probs",
-    "fused_sort_chunks_by_index",
-    "fused_sort_chunks_by_index_with_probs",
-    "fused_unpermute",
-)
-
-
-def _moe_utils() -> ModuleType:
+@contextlib.contextmanager
+def _assumed_transformer_engine() -> Iterator[None]:
     from megatron.core.transformer.moe import moe_utils
 
-    return moe_utils
+    fused = "permute", "permute_with_probs", "sort_chunks_by_index", "sort_chunks_by_index_with_probs", "unpermute"
+    # Without transformer-engine, 0.16 does not define them.
+    absent = [f"fused_{name}" for name in fused if not hasattr(moe_utils, f"fused_{name}")]
+    original = sys.modules["megatron.core.utils"].is_te_min_version
+    _assumed.add(_TRANSFORMER_ENGINE)
+    for name in absent:
+        setattr(moe_utils, name, None)
+    _replace("is_te_min_version", original, _always)
+    _replace("fused_", None, _never_called)
+    try:
+        yield
+    finally:  # also in modules that were imported meanwhile
+        _replace("fused_", _never_called, None)
+        for name in absent:
+            delattr(moe_utils, name)
+        _replace("is_te_min_version", _always, original)
+        _assumed.discard(_TRANSFORMER_ENGINE)
 
 
 def missing_libraries(transformer_config: TransformerConfig) -> list[str]:

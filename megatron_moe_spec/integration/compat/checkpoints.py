@@ -12,9 +12,8 @@ from torch import Tensor
 def follow_checkpoints(first_pass: Callable, recomputation: Callable) -> None:
     """Tells what runs in a reentrant checkpoint: Megatron's, Transformer Engine's and torch's own.
 
-    Each is an autograd Function; its forward is the first pass, its backward recomputes it. A second call does nothing
-    but to look for checkpoints that were imported since. There is no way back, and no need for one: without
-    trackers, nothing happens.
+    Each is an autograd Function; its forward is the first pass, its backward recomputes it. A second call looks for
+    checkpoints that were imported since. There is no way back, and no need for one: without trackers, nothing happens.
 
     Args:
         first_pass: whether the checkpoint was made with gradients -> context manager around the first pass, which gives

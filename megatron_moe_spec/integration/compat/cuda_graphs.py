@@ -7,13 +7,12 @@ the rest of the layer, of which ``MoELayer.preprocess`` is the first method that
 Suffixes: T tokens of this rank, E experts, K experts per token, P permuted rows, H hidden size.
 """
 
-from dataclasses import dataclass
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.integration.compat.dispatch import expert_map, is_allgather, is_alltoall, is_flex
+from megatron_moe_spec.integration.compat.dispatch import expert_map
 from megatron_moe_spec.integration.compat.protocols import MoELayer
 
 
@@ -24,36 +23,25 @@ def is_capturing() -> bool:
     return is_graph_capturing()
 
 
-@dataclass
-class Replay:
-    """What the graph of a layer's router hands out, with its gradients.
+class Replay(NamedTuple):
+    """What the graph of a layer's router hands out, with its gradients."""
 
-    Attributes:
-        hidden: the router's input, [..., H].
-        probs_TE, routing_map_TE: its decision.
-    """
-
-    hidden: Tensor
-    probs_TE: Tensor
+    hidden: Tensor  # the router's input, [..., H]
+    probs_TE: Tensor  # its decision
     routing_map_TE: Tensor
 
 
 def replay_of(moe_layer: MoELayer, hidden: Tensor, probs: Tensor, routing_map: Optional[Tensor]) -> Optional[Replay]:
-    """Reads the outputs of a layer's graph; None where no graph has run its router.
-
-    Args:
-        hidden, probs, routing_map: arguments of ``MoELayer.preprocess``.
-    """
+    """Outputs of a layer's graph, by the arguments of ``MoELayer.preprocess``; None where none has run its router."""
     if moe_layer.cudagraph_tensor_store.is_empty():
         return None
     if routing_map is not None:
         return Replay(hidden, probs, routing_map)
-    dispatcher = moe_layer.token_dispatcher
-    if is_allgather(dispatcher):
+    dispatcher: Any = moe_layer.token_dispatcher
+    if dispatcher.config.moe_token_dispatcher_type == "allgather":
         return Replay(hidden, probs, dispatcher.routing_map)
-    if is_alltoall(dispatcher):
+    if dispatcher.config.moe_token_dispatcher_type == "alltoall":
         return Replay(_first_rows(hidden, dispatcher.routing_map), dispatcher.probs, dispatcher.routing_map)
-    assert is_flex(dispatcher)
     manager = dispatcher._comm_manager
     if hasattr(manager, "token_indices"):
         chosen_TE = expert_map(manager.token_indices, moe_layer.config.num_moe_experts)

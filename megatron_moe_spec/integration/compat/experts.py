@@ -53,17 +53,6 @@ def expert_first_weights(moe_layer: MoELayer) -> list[Tensor]:
     return [] if any(weight is None for weight in weights) else weights
 
 
-def divides_expert_weights(transformer_config: TransformerConfig) -> bool:
-    """Whether ranks with other tokens keep shards of an expert's weights, which they gather for each pass (GTP)."""
-    return getattr(transformer_config, "expert_gtp_weight_remat_size", 1) > 1
-
-
-def joins_expert_weights(transformer_config: TransformerConfig) -> bool:
-    """Whether one parameter holds the weights of all local experts, by the flags."""
-    names = ("moe_single_grouped_weight", "moe_use_legacy_grouped_gemm")
-    return transformer_config.moe_grouped_gemm and any(getattr(transformer_config, name, False) for name in names)
-
-
 def has_adapted_weights(moe_layer: MoELayer) -> bool:
     """Whether adapters were put around the router, or around what reads the experts' first weights."""
     experts = unwrapped(moe_layer.experts)
@@ -77,17 +66,11 @@ def has_adapter(module: nn.Module) -> bool:
     return unwrapped(module) is not module
 
 
-def has_grouped_experts(transformer_config: TransformerConfig) -> bool:
-    """Whether a layer's local experts are one module, by the flags; transformer-engine has it."""
-    wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
-    return wanted and has_transformer_engine()
-
-
 def describe_down_projections(transformer_config: TransformerConfig) -> str:
-    """Whose input z is."""
-    if has_grouped_experts(transformer_config):
-        return "input of linear_fc2 of all local experts (TEGroupedMLP)"
+    """Whose input z is, by the flags; transformer-engine has the module of all local experts."""
     wanted = transformer_config.moe_grouped_gemm and transformer_config.transformer_impl != "local"
+    if wanted and has_transformer_engine():
+        return "input of linear_fc2 of all local experts (TEGroupedMLP)"
     why = " for want of transformer-engine" if wanted else ""
     return f"input of each local expert's linear_fc2 (SequentialMLP{why})"
 
@@ -121,9 +104,3 @@ def gate_rows(moe_layer: MoELayer, weight: Tensor) -> Tensor:
 def adds_to_main_gradient(transformer_config: TransformerConfig) -> bool:
     """Whether linear layers write their weight's gradient into ``main_grad``, past ``Tensor.grad``."""
     return transformer_config.gradient_accumulation_fusion
-
-
-def delays_weight_gradients(transformer_config: TransformerConfig) -> bool:
-    """Whether some weights' gradients are computed apart from the backward pass."""
-    names = ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad")
-    return any(getattr(transformer_config, name, False) for name in names)

@@ -7,11 +7,6 @@ from megatron_moe_spec.integration.compat.models import router_of, stage_module
 from megatron_moe_spec.integration.compat.protocols import MoELayer, ProcessGroupCollection, TokenDispatcher
 
 
-def pipeline_group(chunk: nn.Module) -> ProcessGroup:
-    """The ranks of the pipeline stages."""
-    return process_groups(chunk).pp
-
-
 def process_groups(chunk: nn.Module) -> ProcessGroupCollection:
     """A model's own ProcessGroupCollection, or that of the job."""
     groups = getattr(stage_module(chunk), "pg_collection", None)

@@ -10,15 +10,10 @@ from megatron_moe_spec.integration.compat.protocols import MoELayer, Router, Tra
 
 @dataclass(frozen=True)
 class FoundLayers:
-    """MoE layers below a model chunk, by name, in the order in which the model runs them.
+    """MoE layers below a model chunk, by name, in the order in which the model runs them."""
 
-    Attributes:
-        included: those that the chunk's own decoder runs.
-        skipped: the others, and why; also modules that look like MoE layers and are none of Megatron's.
-    """
-
-    included: dict[str, nn.Module]
-    skipped: dict[str, str]
+    included: dict[str, nn.Module]  # those that the chunk's own decoder runs
+    skipped: dict[str, str]  # the others, and why; also modules that look like MoE layers and are none of Megatron's
 
 
 def moe_layers(chunk: nn.Module) -> FoundLayers:
@@ -34,8 +29,14 @@ def moe_layers(chunk: nn.Module) -> FoundLayers:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     stage = stage_module(chunk)
-    names = {name: layer for name, layer in chunk.named_modules() if isinstance(layer, MoELayer)}
-    skipped = {name: f"a {_path(type(one))}, not Megatron's MoELayer" for name, one in _lookalikes(chunk).items()}
+    modules = dict(chunk.named_modules())
+    names = {name: layer for name, layer in modules.items() if isinstance(layer, MoELayer)}
+    skipped = {
+        name: f"a {_path(type(one))}, not Megatron's MoELayer"
+        for name, one in modules.items()
+        # A router and experts of their own, as forks have them.
+        if name not in names and {"router", "experts"} <= one._modules.keys()
+    }
     if skipped and not names:
         found = ", ".join(f"{name} ({reason})" for name, reason in skipped.items())
         raise ValueError(
@@ -55,17 +56,6 @@ def moe_layers(chunk: nn.Module) -> FoundLayers:
         else:
             included[name] = layer
     return FoundLayers(included, skipped)
-
-
-def _lookalikes(chunk: nn.Module) -> dict[str, nn.Module]:
-    """Modules with a router and experts of their own, as forks have them, by name."""
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
-    return {
-        name: module
-        for name, module in chunk.named_modules()
-        if {"router", "experts"} <= module._modules.keys() and not isinstance(module, MoELayer)
-    }
 
 
 def _path(kind: type) -> str:

@@ -1,11 +1,10 @@
 """What this package uses of Megatron's own objects: attributes that every supported release has, with their types.
 
 What a release may lack is not here, and is read by ``getattr``. ``tests/integration/test_megatron_contract.py``
-compares all of this with the objects of a model that has run. Suffixes: T tokens of this rank, G tokens of all ranks,
-E experts, H hidden size, L local experts.
+compares all of this with the objects of a model that has run. Suffixes: E experts, H hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Optional, Protocol, Union
 
 import torch
@@ -13,13 +12,20 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 
-class TransformerConfig(Protocol):
-    """Settings of a model, or of one layer."""
+class Layout(Protocol):
+    """Of the TransformerConfig, and of the training program's arguments."""
 
-    calculate_per_token_loss: bool
     context_parallel_size: int
     expert_model_parallel_size: int
     expert_tensor_parallel_size: Optional[int]
+    pipeline_model_parallel_size: int
+    tensor_model_parallel_size: int
+
+
+class TransformerConfig(Layout, Protocol):
+    """Settings of a model, or of one layer."""
+
+    calculate_per_token_loss: bool
     gated_linear_unit: bool
     gradient_accumulation_fusion: bool
     hidden_size: int
@@ -38,11 +44,9 @@ class TransformerConfig(Protocol):
     num_moe_experts: int  # None in a dense model
     pipeline_dtype: torch.dtype
     pipeline_model_parallel_layout: Any
-    pipeline_model_parallel_size: int
     recompute_granularity: Optional[str]
     recompute_modules: Optional[list[str]]
     sequence_parallel: bool
-    tensor_model_parallel_size: int
     transformer_impl: str
     variable_seq_lengths: bool
     virtual_pipeline_model_parallel_size: Optional[int]
@@ -65,7 +69,7 @@ class Router(Protocol):
 
 
 class TokenDispatcher(Protocol):
-    """What all dispatchers have; ``tp`` is expert tensor parallelism here."""
+    """What all dispatchers have, and none of what each has besides; ``tp`` is expert tensor parallelism here."""
 
     config: TransformerConfig
     ep_group: ProcessGroup
@@ -75,30 +79,6 @@ class TokenDispatcher(Protocol):
     tp_group: ProcessGroup
     tp_rank: int
     tp_size: int
-
-
-class AllToAllDispatcher(TokenDispatcher, Protocol):
-    """MoEAlltoAllTokenDispatcher, between dispatch and combine."""
-
-    capacity: int  # of an expert; None where experts are not padded to it
-    input_splits: Optional[Sequence[int]]  # None where they are
-    num_global_tokens_per_local_expert: Tensor  # [ranks, L]
-    output_splits: Optional[Sequence[int]]
-    probs: Tensor  # [T, E]
-    routing_map: Tensor  # [T, E]
-
-
-class AllGatherDispatcher(TokenDispatcher, Protocol):
-    """MoEAllGatherTokenDispatcher, between dispatch and combine."""
-
-    local_map: Tensor  # [G, L]
-    routing_map: Tensor  # [G, E]
-
-
-class FlexDispatcher(TokenDispatcher, Protocol):
-    """MoEFlexTokenDispatcher. The managers of DeepEP and HybridEP differ in their attributes."""
-
-    _comm_manager: Any
 
 
 class MoELayer(Protocol):
@@ -111,12 +91,7 @@ class MoELayer(Protocol):
     token_dispatcher: TokenDispatcher
 
 
-class Arguments(Protocol):
+class Arguments(Layout, Protocol):
     """Of the training program."""
 
-    context_parallel_size: int
-    expert_model_parallel_size: int
-    expert_tensor_parallel_size: Optional[int]
-    pipeline_model_parallel_size: int
-    tensor_model_parallel_size: int
     world_size: int

@@ -19,7 +19,8 @@ def require_megatron() -> None:
             f"megatron-core cannot be imported: {type(error).__name__}: {error} (mend what it imports, until "
             "python -c 'import megatron.core' succeeds)"
         ) from error
-    if _release(version) < OLDEST_SUPPORTED:
+    # Also of "0.16.1rc0" and "0.16.1+local".
+    if tuple(int("0" + re.sub(r"\D.*", "", part)) for part in version.split(".")[:3]) < OLDEST_SUPPORTED:
         raise ImportError(f"megatron-core {version} is too old: {oldest} or newer is needed")
 
 
@@ -28,8 +29,3 @@ def megatron_version() -> str:
     from megatron.core import __version__ as version
 
     return version
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(0, 16, 1) of "0.16.1", "0.16.1rc0" and "0.16.1+local"."""
-    return tuple(int("0" + re.sub(r"\D.*", "", part)) for part in version.split(".")[:3])

@@ -104,8 +104,6 @@ def with_received_shapes(
     Nothing changes where shapes travel with the tensors (``variable_seq_lengths``).
 
     Args:
-        name, arguments: of the schedule, see ``around_schedules``.
-        transformer_config: the model's TransformerConfig.
         num_ranks: that a sequence is divided over.
         change: shape [sequence, batch, hidden] of this rank, dtype -> shape.
     """

@@ -45,12 +45,6 @@ def replaced_logits(transformer_config: TransformerConfig) -> str:
     return ""
 
 
-def shares_differently(transformer_config: TransformerConfig) -> bool:
-    """Whether the ranks that share a sample differ from one to the next."""
-    names = ("hybrid_context_parallel", "dynamic_context_parallel")
-    return any(getattr(transformer_config, name, False) for name in names)
-
-
 def logs_each_layer(transformer_config: Optional[TransformerConfig]) -> bool:
     """Whether Megatron logs its auxiliary losses for each layer, too."""
     return bool(getattr(transformer_config, "moe_per_layer_logging", False))

@@ -80,11 +80,7 @@ def _shards(args: Arguments, what: str, columns: int) -> int:
 
 
 def moe_layers_of_stages(args: Arguments, transformer_config: TransformerConfig) -> list[int]:
-    """Number of MoE layers in each (virtual) pipeline stage, MTP layers left out, as Megatron will divide them.
-
-    Args:
-        args, transformer_config: from ``settings_of_flags``.
-    """
+    """Number of MoE layers in each (virtual) pipeline stage, MTP layers left out, as Megatron will divide them."""
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 

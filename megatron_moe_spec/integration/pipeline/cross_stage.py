@@ -25,11 +25,6 @@ class CrossStageCoupling:
 
     Attributes:
         on_open: for each chunk, what is to be called with each micro-batch that it opens; None without messages.
-
-    Args:
-        chunks: the chunks.
-        stages: of the whole model.
-        spec: the losses.
     """
 
     def __init__(self, chunks: list[nn.Module], stages: Stages, spec: SpecConfig):

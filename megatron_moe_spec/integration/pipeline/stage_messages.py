@@ -26,19 +26,12 @@ class StageMessages:
     states. A step may run the chunk several times: their messages lie one after another.
 
     Args:
-        chunk: the chunk.
-        message_format: what messages hold.
         is_last: whether no stage follows.
         has_layers, has_layers_before: whether this stage, and an earlier one, has an MoE layer.
     """
 
     def __init__(
-        self,
-        chunk: nn.Module,
-        message_format: MessageFormat,
-        is_last: bool,
-        has_layers: bool,
-        has_layers_before: bool,
+        self, chunk: nn.Module, message_format: MessageFormat, is_last: bool, has_layers: bool, has_layers_before: bool
     ):
         self.stage = stage_module(chunk)
         self.owner: Optional[object] = None
@@ -73,11 +66,7 @@ class StageMessages:
             self._step, self._runs_step = None, False
 
     def open(self, micro_batch: MicroBatch) -> None:
-        """The chunk's forward begins.
-
-        Raises:
-            RuntimeError: it is not run by a schedule that carries messages.
-        """
+        """The chunk's forward begins. Raises RuntimeError if no schedule that carries messages runs it."""
         step = self._step
         if step is None or not (self._training and self._runs_step):
             raise RuntimeError(
@@ -90,11 +79,7 @@ class StageMessages:
             micro_batch.take_before = partial(step.next_routing, step.message_TW)
 
     def check(self) -> None:
-        """A training step ends. Synchronises with the device.
-
-        Raises:
-            RuntimeError: something that arrived in it was no message.
-        """
+        """Raises RuntimeError if something that arrived in the step was no message. Synchronises with the device."""
         if self._all_marked is not None:
             _raise_unless(bool(self._all_marked))
 
@@ -118,7 +103,8 @@ class StageMessages:
         self._note_mark(rows)
         message_TW = decode(rows, length * batch, width)
         self._step = step = ForwardStep(self._format, self._has_layers, message_TW)
-        return Strip.apply(packed, length, partial(self._answer, step))
+        # What the losses here ask of the previous stage goes back with the gradient.
+        return Strip.apply(packed, length, lambda like: encode(step.grad_for_previous(), like, width))
 
     def _pack(self, output: Any, step: "ForwardStep") -> Any:
         """Returns the step's output with the message for the next stage; unchanged on the last stage."""
@@ -143,10 +129,6 @@ class StageMessages:
 
         return Append.apply(output, rows, receive)
 
-    def _answer(self, step: "ForwardStep", like: Tensor) -> Tensor:
-        """Rows for the previous stage: what the losses here ask of it."""
-        return encode(step.grad_for_previous(), like, self._format.width)
-
     def _note_mark(self, rows: Tensor) -> None:
         marked = is_marked(rows)
         if self._all_marked is None:  # the first: before anything is computed of it
@@ -157,17 +139,12 @@ class StageMessages:
 
 
 class ForwardStep:
-    """One forward step of a chunk, and its backward.
-
-    Attributes:
-        message_TW: from the previous stage; None if there is none.
-        micro_batches: those opened in it, in their order.
-    """
+    """One forward step of a chunk, and its backward."""
 
     def __init__(self, message_format: MessageFormat, has_layers: bool, message_TW: Optional[Tensor] = None):
         self._format, self._has_layers = message_format, has_layers
-        self.message_TW = message_TW
-        self.micro_batches: list[MicroBatch] = []
+        self.message_TW = message_TW  # from the previous stage
+        self.micro_batches: list[MicroBatch] = []  # those opened in it, in their order
         self._num_read = 0  # tokens of the message
         self._num_sent: list[int] = []  # tokens of each micro-batch
         self._neighbor_grad_TW: Optional[Tensor] = None  # of a stage without MoE layers, which passes it on
@@ -183,10 +160,7 @@ class ForwardStep:
         return self._format.unpack(message_TW[start : self._num_read])
 
     def message_for_next(self) -> Optional[Tensor]:
-        """Routing of the chunk's last MoE layer, micro-batch after micro-batch; None without a micro-batch.
-
-        A stage without MoE layers passes on what it received.
-        """
+        """Of the chunk's last MoE layer, by micro-batch; None without any. A stage without MoE layers passes it on."""
         if not self._has_layers:
             return self.message_TW
         routings = [routing for micro_batch in self.micro_batches if (routing := micro_batch.routing[-1]) is not None]

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_moe_spec.config import SpecConfig
-from megatron_moe_spec.integration.compat.groups import pipeline_group
+from megatron_moe_spec.integration.compat.groups import process_groups
 from megatron_moe_spec.integration.compat.models import layer_index
 from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 
@@ -37,37 +37,28 @@ class Stages:
         transformer_config: Optional[TransformerConfig],
         spec: SpecConfig,
     ) -> "Stages":
-        """A collective over the pipeline group where there is more than one stage.
-
-        Args:
-            chunks: all model chunks of this rank.
-            layers_of_chunks: MoE layers of each.
-            transformer_config: the model's TransformerConfig; None where it has no MoE layer.
-            spec: what the losses are, the same on all ranks.
+        """By this rank's chunks and the MoE layers of each; a collective over the pipeline group of several stages.
 
         Raises:
             ValueError: a rank gives another config than the others; on all of them.
         """
-        num_experts = getattr(transformer_config, "num_moe_experts", None) or 0
         indices_of_chunks = [list(map(layer_index, layers)) for layers in layers_of_chunks]
         num_stages = getattr(transformer_config, "pipeline_model_parallel_size", 1)
-        if num_stages == 1:
-            return cls._of_indices(indices_of_chunks, list(range(len(chunks))), num_experts)
-        group = pipeline_group(chunks[0])
-        gathered: list = [None] * num_stages
-        dist.all_gather_object(gathered, (indices_of_chunks, spec), group=group)
+        gathered, rank = [(indices_of_chunks, spec)], 0
+        if num_stages > 1:
+            group = process_groups(chunks[0]).pp
+            gathered, rank = gathered * num_stages, group.rank()
+            dist.all_gather_object(gathered, (indices_of_chunks, spec), group=group)
         if any(other != spec for _, other in gathered):
             raise ValueError("attach() got another config on another pipeline stage: give every rank the same")
         of_stages = [indices for chunk in zip(*(chunks for chunks, _ in gathered)) for indices in chunk]
-        return cls._of_indices(
-            of_stages, [chunk * num_stages + group.rank() for chunk in range(len(chunks))], num_experts
-        )
-
-    @classmethod
-    def _of_indices(cls, of_stages: list[list[Optional[int]]], own: list[int], num_experts: int) -> "Stages":
         found = [index for indices in of_stages for index in indices]
-        layer_indices = [i if index is None else index for i, index in enumerate(found)]
-        return cls([len(indices) for indices in of_stages], own, num_experts, layer_indices)
+        return cls(
+            num_layers=list(map(len, of_stages)),
+            own=[chunk * num_stages + rank for chunk in range(len(chunks))],
+            num_experts=getattr(transformer_config, "num_moe_experts", None) or 0,
+            layer_indices=[i if index is None else index for i, index in enumerate(found)],
+        )
 
     @property
     def several_ranks(self) -> bool:

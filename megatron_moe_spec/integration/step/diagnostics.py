@@ -9,8 +9,7 @@ from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.step.clock import StepClock
-from megatron_moe_spec.integration.step.losses import ReducedLosses
-from megatron_moe_spec.integration.step.reduction import reduced
+from megatron_moe_spec.integration.step.losses import ReducedLosses, reduced
 from megatron_moe_spec.losses.base import PAIRS
 from megatron_moe_spec.metrics.accumulators import Count, LayerStatistics, PairStatistics, RouterStatistics, at_once
 from megatron_moe_spec.parallel.collectives import all_reduce_max, all_reduce_sum, current_device
@@ -19,14 +18,7 @@ from megatron_moe_spec.parallel.collectives import all_reduce_max, all_reduce_su
 class StepDiagnostics:
     """Collects what the taps of one model measure in a step; nothing in a step that is not measured.
 
-    Layers are given by their index among the model's MoE layers.
-
-    Args:
-        layer_indices: of the MoE layers, among all layers of the model.
-        num_experts: of each MoE layer.
-        top_k: experts of a token.
-        tp_cp_group: the ranks that share a micro-batch.
-        groups: process groups to reduce over, one after another.
+    Layers are given by their index among the model's MoE layers; for the arguments, see ``StepLosses``.
     """
 
     def __init__(
@@ -79,7 +71,7 @@ class StepDiagnostics:
     def reduce(self, losses: ReducedLosses) -> Optional[dict]:
         """The measures of this step, on every rank, each layer's with its ``losses``; None if it is not measured.
 
-        A collective in a step that is measured: every rank calls it, once. Synchronises with the device.
+        A collective in a step that is measured. Synchronises with the device.
         """
         if not self._clock.measuring:
             return None

@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.hooks.routing import TokenCount
 from megatron_moe_spec.integration.step.clock import StepClock
-from megatron_moe_spec.integration.step.reduction import reduced
 from megatron_moe_spec.parallel.collectives import current_device
 
 _MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
@@ -19,25 +18,17 @@ _MOST_TERMS = 2**18  # kept before they are summed: 1 MiB
 
 @dataclass(frozen=True)
 class ReducedLosses:
-    """The losses of a step over all ranks, by name. One that is off, and was not measured, is left out.
+    """The losses of a step over all ranks, by name. One that is off, and was not measured, is left out."""
 
-    Attributes:
-        means: over micro-batches, layers (pairs) and ranks; scalars on the device. A mean of nothing is NaN.
-        numbers: of values in each mean, on the device.
-        of_layers: the mean of each layer (pair) by layer index (of a pair, the first one's), without those of nothing;
-            empty where losses are not kept for each layer.
-    """
-
-    means: dict[str, Tensor]
-    numbers: dict[str, Tensor]
+    means: dict[str, Tensor]  # over micro-batches, layers (pairs) and ranks; on the device. A mean of nothing is NaN
+    numbers: dict[str, Tensor]  # of values in each mean, on the device
+    # The mean of each layer (pair) by layer index (of a pair, the first one's), without those of nothing; empty where
+    # losses are not kept for each layer.
     of_layers: dict[str, dict[int, float]]
 
 
 class StepLosses:
     """Sums up the losses that the taps of one model compute in a step.
-
-    Attributes:
-        recorded: name and MoE layer index (first of a pair) of the losses that this rank has recorded in this step.
 
     Args:
         layer_indices: of the MoE layers, among all layers of the model.
@@ -73,14 +64,13 @@ class StepLosses:
         self._terms: dict[tuple[int, int, float], list[Tensor]] = {}
         self._terms_of_tokens: dict[tuple[int, int, float, float], list[tuple[Tensor, Tensor]]] = {}
         self._num_terms = 0
+        # Name and MoE layer index (first of a pair) of the losses that this rank has recorded in this step.
         self.recorded: set[tuple[str, int]] = set()
 
     def record_loss(self, name: str, layer: int, value: Tensor, counts: Union[Tensor, bool]) -> None:
-        """Records this rank's part of a loss of one layer (pair) and micro-batch.
+        """Records this rank's part of a loss of one MoE layer (first of a pair) and micro-batch.
 
-        Args:
-            layer: MoE layer index, of a pair that of the first one.
-            counts: whether the micro-batch has tokens.
+        ``counts``: whether the micro-batch has tokens.
         """
         self.recorded.add((name, layer))
         loss, layer = self._place(name, layer)
@@ -97,10 +87,8 @@ class StepLosses:
     ) -> None:
         """Records offset + factor * the sum of ``terms`` / number of the micro-batch's tokens, see ``record_loss``.
 
-        The terms have no gradient.
-
-        Nothing is computed before the terms of many layers are there: operations on small tensors cost the time that
-        they take to be launched.
+        The terms have no gradient. Nothing is computed before those of many layers are there: operations on small
+        tensors cost the time that they take to be launched.
         """
         self.recorded.add((name, layer))
         loss, layer = self._place(name, layer)
@@ -136,10 +124,7 @@ class StepLosses:
         self._num_terms = 0
 
     def reduce(self) -> ReducedLosses:
-        """The losses of this step so far. A collective: every rank calls it, once a step.
-
-        Synchronises with the device where losses are kept for each layer.
-        """
+        """The losses so far. A collective, once a step; synchronises where losses are kept for each layer."""
         if not self._names:
             return ReducedLosses({}, {}, {})
         self._add_terms()
@@ -155,3 +140,19 @@ class StepLosses:
 
     def _by_name(self, values: Iterable) -> dict:
         return {loss.name: value for loss, value in zip(self._computed, values) if self._clock.is_computed(loss)}
+
+
+def reduced(
+    x: Tensor, groups: Sequence[dist.ProcessGroup], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
+    """x over one process group after another, which is over all ranks; x itself stays as it is. A collective."""
+    x = x.clone()
+    for group in groups:
+        try:
+            dist.all_reduce(x, op=operation, group=group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "the values to be logged could not be reduced: call end_step() on every rank of the model's "
+                "process groups, or give attach() the ranks that hold it, attach(model, config, group=...)"
+            ) from error
+    return x

@@ -23,8 +23,6 @@ class Tracer:
 
     Args:
         folder: where each rank has its file; empty: nothing is traced.
-        clock: tells which steps are traced.
-        transformer_config: the model's; None where it has no MoE layer.
 
     Raises:
         ValueError: the folder cannot be written, or holds a trace of another model.
@@ -59,10 +57,8 @@ class Tracer:
 
         Args:
             layer: layer index, among all layers of the model.
-            micro_batch: its number in the step.
             active_TE: bool, the experts that each token was dispatched to.
             padding_mask: True for padding, in any shape of T elements; None: no padding.
-            num_sequences: None: not known.
         """
         if not self._clock.tracing:
             return
@@ -73,7 +69,6 @@ class Tracer:
         self._records.append((layer, rows_TK, origin))
 
     def write(self, step: int) -> None:
-        """Writes what was added, as of a step."""
         if self._records:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # copies to the host

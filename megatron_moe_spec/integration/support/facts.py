@@ -22,32 +22,19 @@ from megatron_moe_spec.kernels import unavailable
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts about a built model (``of_model``), or about one that is not built yet (``of_flags``).
-
-    Attributes:
-        spec: the losses.
-        transformer_config: Megatron's TransformerConfig; of a layer, where layers have their own.
-        stages: the MoE layers of all pipeline stages.
-        tensor_size, expert_tensor_size: numbers of tensor-parallel and of expert-tensor-parallel ranks.
-        layer_pattern: flag and value of the pattern that it is built of, see ``compat.models.layer_pattern``.
-        shards_weights: whether FSDP leaves a rank shards of the weights.
-        graphs_inference_alone: whether its CUDA graphs are switched off in training.
-        no_kernels: why the Triton kernels that ``spec`` demands cannot run; empty: they can, or it does not.
-        moe_layers: that are to have the losses; empty before they are built.
-        is_frozen: whether no weight is trained; of a pipeline, one stage may be frozen.
-    """
+    """Facts about a built model (``of_model``), or about one that is not built yet (``of_flags``)."""
 
     spec: SpecConfig
-    transformer_config: Any
+    transformer_config: Any  # Megatron's; of a layer, where layers have their own
     stages: Stages
-    tensor_size: int
+    tensor_size: int  # number of tensor-parallel ranks
     expert_tensor_size: int
-    layer_pattern: tuple[str, str]
-    shards_weights: bool
-    graphs_inference_alone: bool
-    no_kernels: str
-    moe_layers: Sequence[nn.Module] = ()
-    is_frozen: bool = False
+    layer_pattern: tuple[str, str]  # see ``compat.models.layer_pattern``
+    shards_weights: bool  # whether FSDP leaves a rank shards of the weights
+    graphs_inference_alone: bool  # whether its CUDA graphs are switched off in training
+    no_kernels: str  # why the Triton kernels that ``spec`` demands cannot run; empty: they can, or it does not
+    moe_layers: Sequence[nn.Module] = ()  # that are to have the losses; empty before they are built
+    is_frozen: bool = False  # whether no weight is trained; of a pipeline, one stage may be frozen
 
     @classmethod
     def of_model(
@@ -58,7 +45,7 @@ class ModelFacts:
         stages: Stages,
         spec: SpecConfig,
     ) -> "ModelFacts":
-        """See ``check_supported``."""
+        """Of the model chunks of this rank, and all their MoE layers that are to have the losses."""
         # Routers are made on the CPU, and may be on the meta device: the model is moved later.
         device = next((x for x in (router_of(layer).weight.device for layer in moe_layers) if x.type == "cuda"), None)
         whole = len(stages.own) == len(stages.num_layers)
@@ -86,12 +73,7 @@ class ModelFacts:
         spec: SpecConfig,
         device: Optional[torch.device],
     ) -> "ModelFacts":
-        """Facts as far as flags tell them.
-
-        Args:
-            args, transformer_config: see ``settings_of_flags``.
-            device: of the model; None: on another machine, whose kernels are not known.
-        """
+        """As far as the flags tell, see ``settings_of_flags``; ``device``: None on another machine than the model's."""
         tensor_size = transformer_config.tensor_model_parallel_size
         return cls(
             spec=spec,

@@ -19,8 +19,7 @@ class Rule:
         name: of the setting, in documents and tests.
         message: why; a template of ``{model...}``, a ``ModelFacts``, and ``{loss...}``.
         remedy: what to change, likewise, or a function of the model that returns it; follows in parentheses.
-        when: whether it applies to (model, loss), or the name of a setting of the TransformerConfig with which it does.
-            None: code that runs later raises its text.
+        when: whether it applies to (model, loss). None: code that runs later raises its text.
         reads: it concerns the losses that read one of these, one by one. Empty: all of them, metrics and traces too,
             and the loss is None.
         refuses: or else it is a notice.
@@ -30,31 +29,28 @@ class Rule:
     name: str
     message: str
     remedy: Union[str, Callable[[Any], str]] = ""
-    when: Union[When, str, None] = None
+    when: Optional[When] = None
     reads: tuple[str, ...] = ()
     refuses: bool = True
     of_dense: bool = False
 
     def complaints(self, model: ModelFacts) -> Iterator[str]:
         """Its text, for each loss to which it applies."""
-        if not model.spec.enabled or model.has_moe_layers == self.of_dense:
-            return
-        for loss in model.spec.computed_losses if self.reads else (None,):
-            if (loss is None or loss.reads in self.reads) and self.applies(model, loss):
-                yield self.text(model, loss)
+        if model.spec.enabled and model.has_moe_layers != self.of_dense:
+            for loss in model.spec.computed_losses if self.reads else (None,):
+                if (loss is None or loss.reads in self.reads) and self.applies(model, loss):
+                    yield self.text(model, loss)
 
     def applies(self, model: ModelFacts, loss: Optional[Loss]) -> bool:
-        if callable(self.when):
-            return bool(self.when(model, loss))
-        return self.when is not None and is_set(self.when, model)
+        return self.when is not None and bool(self.when(model, loss))
 
     def text(self, model: Any = None, loss: Optional[Loss] = None, **values: Any) -> str:
-        """Message and remedy.
-
-        Args:
-            model: its facts; in training, a layer: anything with the fields of the templates.
-            values: other fields of the templates.
-        """
+        """Message and remedy; in training, ``model`` is a layer; ``values``: other fields of the templates."""
         remedy = self.remedy(model) if callable(self.remedy) else self.remedy
         template = f"{self.message} ({remedy})" if remedy else self.message
         return template.format(model=model, loss=loss, **values)
+
+
+def any_set(*settings: str) -> When:
+    """For ``when``: one of these settings of the TransformerConfig is there, and neither None nor False."""
+    return lambda model, loss: is_set(model, *settings)

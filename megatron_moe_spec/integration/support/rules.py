@@ -1,14 +1,15 @@
 """What is not supported: the one list, from which attach(), the doctor and docs/unsupported.md have it."""
 
+from collections.abc import Callable
+from typing import Any
+
+from megatron_moe_spec.integration.compat.experts import has_adapter
 from megatron_moe_spec.integration.compat.models import main_part
-from megatron_moe_spec.integration.compat.settings import replaced_logits, shares_differently
+from megatron_moe_spec.integration.compat.settings import graphed_modules, replaced_logits
 from megatron_moe_spec.integration.support.facts import ModelFacts
-from megatron_moe_spec.integration.support.remedies import with_experts
-from megatron_moe_spec.integration.support.rule import Rule
-from megatron_moe_spec.integration.support.rules_of_graphs import GRAPHS
-from megatron_moe_spec.integration.support.rules_of_pairs import PAIRS_OF_LAYERS
-from megatron_moe_spec.integration.support.rules_of_rows import ROWS
-from megatron_moe_spec.integration.support.rules_of_weights import WEIGHTS
+from megatron_moe_spec.integration.support.remedies import is_set, with_experts
+from megatron_moe_spec.integration.support.rule import Rule, any_set
+from megatron_moe_spec.integration.support.rules_of_losses import PAIRS_OF_LAYERS, ROWS, WEIGHTS
 
 
 def _lacks_pattern(model: ModelFacts) -> bool:
@@ -35,6 +36,51 @@ SOME_CHUNKS = Rule(
     "some of a rank's model chunks",
     "attach() takes all model chunks of a rank at once, as get_model returns them: got {given} of {expected}",
     "{made_by}",
+)
+
+# The release decides whether --cuda-graph-scope is called --cuda-graph-modules; it takes the older name.
+_ROUTERS = "set --cuda-graph-impl transformer_engine with --cuda-graph-scope attn moe_router"
+_ATTENTION = "capture attention alone: --cuda-graph-scope attn"
+
+
+def _graphs_layers(model: ModelFacts) -> bool:
+    graphed = graphed_modules(model.transformer_config)
+    return graphed == "everything" or "moe" in graphed
+
+
+def _graphs(model: ModelFacts, *kinds: str) -> bool:
+    """Whether graphs capture these, and no layers."""
+    return not _graphs_layers(model) and set(kinds) <= set(graphed_modules(model.transformer_config))
+
+
+def _inference_alone(model: ModelFacts) -> bool:
+    return model.graphs_inference_alone and getattr(model.transformer_config, "cuda_graph_impl", None) == "local"
+
+
+def _dispatches_by(kind: str, model: ModelFacts) -> bool:
+    return model.transformer_config.moe_token_dispatcher_type == kind
+
+
+def _hidden_by(flag: str, hides: Callable[[ModelFacts], Any]) -> Rule:
+    """``hides``: whether the flag puts a router's input, or its decision, behind the dispatcher's preparations."""
+    return Rule(
+        f"CUDA graphs over moe_preprocess with {flag}",
+        f"with {flag}, a CUDA graph over moe_preprocess does not hand out what the losses read",
+        _ROUTERS,
+        lambda model, loss: _graphs(model, "moe_router", "moe_preprocess") and hides(model),
+    )
+
+
+# Raised by the taps.
+CAPTURED = Rule(
+    "CUDA graphs over MoE layers, made by no setting",
+    "a CUDA graph over an MoE layer in training skips the auxiliary losses",
+    _ROUTERS,
+)
+PADDED = Rule(
+    "CUDA graphs over moe_router with a padding mask",
+    "a router in a CUDA graph is given no padding mask, so that the auxiliary losses would count padding",
+    f"{_ATTENTION}, or pass no padding_mask",
 )
 
 RULES: tuple[Rule, ...] = (
@@ -77,7 +123,7 @@ RULES: tuple[Rule, ...] = (
         "--hybrid-context-parallel",
         "each sample has context-parallel ranks of its own, over which the losses do not reduce",
         "remove --hybrid-context-parallel",
-        lambda model, loss: shares_differently(model.transformer_config),
+        any_set("hybrid_context_parallel", "dynamic_context_parallel"),
     ),
     Rule(
         "a frozen model",
@@ -87,7 +133,38 @@ RULES: tuple[Rule, ...] = (
     ),
     _random_logits("--moe-router-force-load-balancing"),
     _random_logits("--moe-router-force-biased"),
-    *GRAPHS,
+    Rule(
+        "CUDA graphs over layers, experts or steps",
+        "CUDA graphs over whole layers, experts or steps skip the hooks when they are replayed",
+        _ROUTERS,
+        lambda model, loss: _graphs_layers(model) and not _inference_alone(model),
+    ),
+    CAPTURED,
+    Rule(
+        "CUDA graphs over moe_router with --moe-input-jitter-eps",
+        "what a router drew at random cannot be computed again beside a CUDA graph",
+        f"remove --moe-input-jitter-eps, or {_ATTENTION}",
+        lambda model, loss: _graphs(model, "moe_router") and model.transformer_config.moe_input_jitter_eps,
+    ),
+    Rule(
+        "CUDA graphs over adapted routers",
+        "the logits of an adapted router cannot be computed again beside a CUDA graph",
+        _ATTENTION,
+        lambda model, loss: _graphs(model, "moe_router") and any(has_adapter(one.router) for one in model.moe_layers),
+    ),
+    PADDED,
+    _hidden_by("--moe-latent-size", lambda model: getattr(model.transformer_config, "moe_latent_size", None)),
+    _hidden_by(
+        "--moe-expert-capacity-factor",
+        lambda model: _dispatches_by("alltoall", model) and is_set(model, "moe_expert_capacity_factor"),
+    ),
+    _hidden_by(
+        "--moe-router-padding-for-quantization",
+        lambda model: _dispatches_by("alltoall", model) and is_set(model, "moe_router_padding_for_quantization"),
+    ),
+    _hidden_by(
+        "--expert-tensor-parallel-size", lambda model: _dispatches_by("flex", model) and model.expert_tensor_size > 1
+    ),
     *PAIRS_OF_LAYERS,
     *ROWS,
     *WEIGHTS,

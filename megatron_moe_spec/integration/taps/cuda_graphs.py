@@ -16,7 +16,7 @@ from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.compat.settings import graphed_modules
 from megatron_moe_spec.integration.hooks.injection import join
 from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
-from megatron_moe_spec.integration.support.rules_of_graphs import CAPTURED
+from megatron_moe_spec.integration.support.rules import CAPTURED
 
 
 def is_router_graphed(transformer_config: TransformerConfig) -> bool:

@@ -19,7 +19,7 @@ from megatron_moe_spec.integration.compat.experts import (
 from megatron_moe_spec.integration.compat.groups import etp_ep_group, etp_group
 from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, separate_graph
 from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
-from megatron_moe_spec.integration.support.rules_of_weights import ADAPTED_WEIGHTS
+from megatron_moe_spec.integration.support.rules_of_losses import ADAPTED_WEIGHTS
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer, TokensPerExpert
 from megatron_moe_spec.losses.expert_router_coupling import (
     ExpertRouterCoupling,

@@ -13,7 +13,7 @@ from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch, MicroBat
 from megatron_moe_spec.integration.hooks.modes import without_autocast
 from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
 from megatron_moe_spec.integration.hooks.routing import read_routing, token_scores
-from megatron_moe_spec.integration.support.rules_of_graphs import PADDED
+from megatron_moe_spec.integration.support.rules import PADDED
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import RouterCall, TappedLayer
 from megatron_moe_spec.integration.taps.cuda_graphs import after_graph, is_router_graphed, stays_out_of_graphs

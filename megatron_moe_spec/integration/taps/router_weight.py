@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_moe_spec.integration.compat.experts import has_adapter
 from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, separate_graph
 from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
-from megatron_moe_spec.integration.support.rules_of_weights import ADAPTED_ROUTER
+from megatron_moe_spec.integration.support.rules_of_losses import ADAPTED_ROUTER
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap
 from megatron_moe_spec.losses import RouterWeightLoss
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.dispatch import is_flex
 from megatron_moe_spec.integration.hooks.replacement import Hook, MethodReplacement
-from megatron_moe_spec.integration.support.rules_of_rows import DISORDERED
+from megatron_moe_spec.integration.support.rules_of_losses import DISORDERED
 from megatron_moe_spec.integration.taps.base import TappedLayer
 from megatron_moe_spec.parallel.row_exchange import RowExchange
 from megatron_moe_spec.parallel.row_indices import expert_rows, first_rows

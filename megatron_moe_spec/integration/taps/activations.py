@@ -9,14 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_moe_spec.integration.compat.experts import (
-    expert_down_projections,
-    weighted_swiglu_inputs,
-)
+from megatron_moe_spec.integration.compat.experts import expert_down_projections, weighted_swiglu_inputs
 from megatron_moe_spec.integration.hooks.injection import replace_swiglu
 from megatron_moe_spec.integration.taps.base import TokensPerExpert
-from megatron_moe_spec.integration.taps.expert_rows import RowsTap
-from megatron_moe_spec.integration.taps.row_runs import RowsBackward
+from megatron_moe_spec.integration.taps.expert_rows import RowsBackward, RowsTap
 
 
 class ActivationsTap(RowsTap):

@@ -75,15 +75,15 @@ class RouterCall:
 
     Attributes:
         micro_batch: that it serves.
-        logits: detached, [..., E].
-        padding_mask: bool, True for padding, in any shape; None: no padding.
+        logits_TE: detached.
+        num_sequences: of the micro-batch, if known.
         routing: what it decided; once it has run.
         probs_TE, routing_map_TE: its results, without gradients; for ``observe`` and ``tap_probs``.
     """
 
     micro_batch: MicroBatch
-    logits: Tensor
-    padding_mask: Optional[Tensor]
+    logits_TE: Tensor
+    num_sequences: Optional[int]
     routing: LayerRouting = field(init=False)
     probs_TE: Tensor = field(init=False)
     routing_map_TE: Tensor = field(init=False)

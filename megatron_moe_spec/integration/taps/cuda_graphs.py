@@ -5,7 +5,6 @@ logits are computed again from the router's input: one small matrix product, and
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Optional
 
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ from megatron_moe_spec.integration.compat.models import router_of
 from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.compat.settings import graphed_modules
 from megatron_moe_spec.integration.hooks.injection import join
-from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
 from megatron_moe_spec.integration.support.rules_of_graphs import CAPTURED
 
 
@@ -26,8 +24,7 @@ def is_router_graphed(transformer_config: TransformerConfig) -> bool:
 def stays_out_of_graphs(moe_layer: nn.Module) -> bool:
     """Whether the router runs to be captured: what its taps did would be replayed without them, or not at all.
 
-    Raises:
-        RuntimeError: there will be no way to run the taps on what the graph hands out.
+    Raises RuntimeError if there will be no way to run the taps on what the graph hands out.
     """
     if not is_capturing():
         return False
@@ -36,16 +33,7 @@ def stays_out_of_graphs(moe_layer: nn.Module) -> bool:
     return True
 
 
-def after_graph(moe_layer: nn.Module, route: Callable) -> MethodReplacement:
-    """Has the taps of a layer run where a graph has run its router.
-
-    Args:
-        route: runs them around a router: logits, function of logits -> the router's decision; gives the decision.
-    """
-    return MethodReplacement(moe_layer, "preprocess", partial(_preprocess, moe_layer, route))
-
-
-def _preprocess(
+def beside_graph(
     moe_layer: nn.Module,
     route: Callable,
     preprocess: Callable,
@@ -53,10 +41,13 @@ def _preprocess(
     probs: Tensor,
     routing_map: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Stands in for ``MoELayer.preprocess``.
+    """Stands in for ``MoELayer.preprocess``: has the taps run where a graph has run the router.
 
     The taps' nodes are on the new logits and on the probabilities that the graph hands out. Neither is what the layer
     goes on with: backward comes to them by way of the hidden states that are dispatched.
+
+    Args:
+        route: runs the taps around a router: logits, function of logits -> the router's decision; gives the decision.
     """
     replay = replay_of(moe_layer, hidden_states, probs, routing_map)
     if replay is None:

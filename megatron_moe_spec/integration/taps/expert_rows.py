@@ -11,13 +11,11 @@ from functools import partial
 from typing import Any, Optional
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.dispatch import dispatched_map, is_flex, row_exchange
 from megatron_moe_spec.integration.compat.groups import etp_group
 from megatron_moe_spec.integration.hooks.injection import add_gradient, kept_by, separate_graph
-from megatron_moe_spec.integration.hooks.replacement import keep_last
 from megatron_moe_spec.integration.hooks.routing import TokenCount
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer, TokensPerExpert
@@ -34,28 +32,17 @@ from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, Locate
 
 @dataclass
 class RowsBackward:
-    """What the nodes of a run need until backward; they hold it, and nothing else of the run.
-
-    Attributes:
-        transformer_config: of the layer.
-        tokens: which of this rank's tokens are used: one of every ``stride``.
-        count: of the tokens of the micro-batch.
-        rows: of the tokens that are used; once the losses are evaluated.
-        per_square: coefficient of a token's squared cosines in the losses; see ``RowsLoss.squares_divisor``.
-        saved: give, in backward, each part of the rows; see ``kept_by``.
-        experts_TK: numbers of the experts of this rank's tokens; None where no loss asks for lengths.
-        grad_probs_TK: gradient of p of this rank's tokens; likewise, once the losses are evaluated.
-    """
+    """What the nodes of a run need until backward; they hold it, and nothing else of the run."""
 
     transformer_config: Any
-    tokens: slice
+    tokens: slice  # of this rank, that are used: one of every ``stride``
     stride: int
-    count: TokenCount
-    rows: Optional[KeptRows] = None
-    per_square: float = 1.0
-    saved: list[Callable[[], Tensor]] = field(default_factory=list)
-    experts_TK: Optional[Tensor] = None
-    grad_probs_TK: Optional[Tensor] = None
+    count: TokenCount  # of the micro-batch
+    rows: Optional[KeptRows] = None  # of the tokens that are used; once the losses are evaluated
+    per_square: float = 1.0  # coefficient of a token's squared cosines in the losses; see ``RowsLoss.squares_divisor``
+    saved: list[Callable[[], Tensor]] = field(default_factory=list)  # give, in backward, each part; see ``kept_by``
+    experts_TK: Optional[Tensor] = None  # numbers of this rank's tokens' experts; None where no loss asks for lengths
+    grad_probs_TK: Optional[Tensor] = None  # gradient of p; likewise, once the losses are evaluated
     _gradients: list[Optional[Tensor]] = field(default_factory=list)
 
     def weight(self) -> Weight:
@@ -90,34 +77,22 @@ class RowsBackward:
 
 @dataclass
 class RowsRun:
-    """One run of the experts that the router has announced.
+    """One run of the experts: the router has announced it; then they begin, hand in their rows, and end."""
 
-    Attributes:
-        used: the tokens whose vectors are compared.
-        note: see ``Notes.add``, of the micro-batch.
-        routing_map_TE: bool, by which this rank's tokens go to experts, as the router has it.
-        probs_TK: p of each vector, 1 where there is none; None where no loss asks for lengths.
-        sent_TH: the tokens that the dispatcher is given, where a library takes them to the experts; until these begin.
-        rows: where the rows are to be, once the experts have begun.
-        num_rows: that the dispatcher has handed to the local experts.
-        tokens_per_expert: how many of these are each local expert's.
-        parts: of the rows, in the experts' order; until they are compared.
-        handed_in: of each part, how many rows are each local expert's, padded where Megatron pads them.
-        coming: the rows, once all parts are there.
-    """
-
-    used: UsedTokens
+    used: UsedTokens  # whose vectors are compared
     backward: RowsBackward
-    note: Callable
-    routing_map_TE: Tensor
-    probs_TK: Optional[Tensor] = None
-    sent_TH: Optional[Tensor] = None
+    note: Callable  # ``Notes.add`` of the micro-batch
+    routing_map_TE: Tensor  # bool, by which this rank's tokens go to experts, as the router has it
+    probs_TK: Optional[Tensor] = None  # p of each vector, 1 where there is none; None where no loss asks for lengths
+    sent_TH: Optional[Tensor] = None  # that a library of the dispatcher takes to the experts; until these begin
+    # Once the experts have begun:
     rows: Optional[LocatedRows] = None
-    num_rows: int = 0
-    tokens_per_expert: TokensPerExpert = ()
-    parts: list[Tensor] = field(default_factory=list)
+    num_rows: int = 0  # that the dispatcher has handed to the local experts
+    tokens_per_expert: TokensPerExpert = ()  # how many of these are each local expert's
+    parts: list[Tensor] = field(default_factory=list)  # of the rows, in the experts' order; until they are compared
+    # Of each part, how many rows are each local expert's, padded where Megatron pads them.
     handed_in: list[TokensPerExpert] = field(default_factory=list)
-    coming: Optional[Pending[ComparedRows]] = None
+    coming: Optional[Pending[ComparedRows]] = None  # once all parts are there
 
 
 class RowsTap(Tap[RowsLoss]):
@@ -129,23 +104,15 @@ class RowsTap(Tap[RowsLoss]):
     What each rank keeps for backward are the rows, as autograd keeps its own tensors, and ``RowsBackward``.
     """
 
-    _num_parts = 1  # in which the rows are handed in
-
-    def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
+    def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer, projections: Sequence[nn.Module] = ()):
+        """The rows are handed in by ``projections``, of which each has a part of them; or by none."""
         super().__init__(losses, layer)
+        self._projections, self._num_parts = projections, max(1, len(projections))
         self._stride, self._a2a_dtype = losses[0].token_stride, losses[0].a2a_dtype
         self._run: Optional[RowsRun] = None
         self._check = RowCheck(layer, self._note_sent)
-        self._rows_hooks = self._hook_rows()
-        self.hooks = [self.hook_inputs(), *self._rows_hooks]
-
-    def _hook_rows(self) -> list[RemovableHandle]:
-        """Hooks what hands in the rows, see ``_take``, and what finishes a run, see ``_finish``."""
-        raise NotImplementedError
-
-    def begin_first_forward(self) -> None:
-        for hook in self._rows_hooks:
-            keep_last(hook)
+        self.last_hooks = [*map(self.hook_activations, range(len(projections)), projections), self.hook_outputs()]
+        self.hooks = [self.hook_inputs(), *self.last_hooks]
 
     def forget(self) -> None:
         self._run = None
@@ -207,8 +174,11 @@ class RowsTap(Tap[RowsLoss]):
                 self._finish()
         return self._with_gradient(run.backward, part, rows_PD, kept_PD) if self.trained else rows_PD
 
+    def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
+        self._finish()  # nothing of the experts is left for the exchange to run beside
+        return outputs_PH
+
     def _finish(self) -> None:
-        """The rows should be where their tokens are, by now or soon."""
         run, self._run = self._run, None
         if run is not None and run.rows is not None:
             assert run.coming is not None, "the experts have ended before all of them handed in their rows"

@@ -91,7 +91,10 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         router, experts = self.layer.router.weight, expert_first_weights(self.layer.module)
         with torch.no_grad():
             noise_EH = router_noise(router, seed=(self.layer.clock.step << 16) + self.layer.moe_layer_index)
-            norms_EE = self._norms(proxy_tokens(router, noise_EH), experts)
+            gates = [gate_rows(self.layer.module, weight).flatten(0, -2) for weight in experts]
+            over_columns = partial(all_reduce_sum, group=etp_group(self.layer.dispatcher))
+            norms_EL = proxy_norms(proxy_tokens(router, noise_EH), gates, total=over_columns)
+            norms_EE = all_gather(norms_EL.T.contiguous(), ep_group).T
         with separate_graph():
             norms_EE.requires_grad_()
             loss = excess(norms_EE, self._loss.alpha)
@@ -103,12 +106,6 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         slope_EL = slope_EE.unflatten(1, (ep_group.size(), -1))[:, ep_group.rank()]
         run.gradients = partial(self._gradients, noise_EH, slope_EL, self._group_count(call))
         return outputs_PH
-
-    def _norms(self, proxies_EH: Tensor, experts: list[Tensor]) -> Tensor:
-        gates = [gate_rows(self.layer.module, weight).flatten(0, -2) for weight in experts]
-        over_columns = partial(all_reduce_sum, group=etp_group(self.layer.dispatcher))
-        norms_EL = proxy_norms(proxies_EH, gates, total=over_columns)
-        return all_gather(norms_EL.T.contiguous(), self.layer.dispatcher.ep_group).T
 
     def _group_count(self, call: RouterCall) -> Tensor:
         """Weight of the micro-batches of all ranks of the expert group: their tokens, or one for each that has any.

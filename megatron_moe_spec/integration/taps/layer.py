@@ -11,7 +11,7 @@ from megatron_moe_spec.integration.compat.models import follows_scores, is_model
 from megatron_moe_spec.integration.compat.settings import replaced_logits
 from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch, MicroBatchTracker
 from megatron_moe_spec.integration.hooks.modes import without_autocast
-from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
+from megatron_moe_spec.integration.hooks.replacement import MethodReplacement, keep_last
 from megatron_moe_spec.integration.hooks.routing import read_routing
 from megatron_moe_spec.integration.support.rules_of_graphs import PADDED
 from megatron_moe_spec.integration.taps import by_tap
@@ -65,8 +65,8 @@ class LayerTaps:
             ("router", moe_layer.router, layer.router),
             ("experts", moe_layer.experts, self._experts),
         ]
-        for tap in self._taps:
-            tap.begin_first_forward()
+        for hook in (hook for tap in self._taps for hook in tap.last_hooks):
+            keep_last(hook)
         for what, found, hooked in (*places, *(place for tap in self._taps for place in tap.hooked())):
             if not runs(found, hooked):
                 raise RuntimeError(_replaced(layer.name, what))
@@ -146,7 +146,7 @@ class LayerTaps:
             self._is_first = False
             self.follows_scores = follows_scores(layer.router, call.logits_TE, routing.active_TE)
         if layer.clock.measuring:
-            scores_TE = routing.scores(call.logits_TE, layer.transformer_config.moe_router_score_function)
+            scores_TE = routing.scores(call.logits_TE, layer.score_function)
             what = layer.moe_layer_index, scores_TE, routing.active_TE, routing.tokens.local
             layer.diagnostics.measure_routing(*what, when=call.micro_batch.notes.add)
         if layer.clock.tracing:

@@ -15,15 +15,8 @@ from megatron_moe_spec.integration.hooks.routing import LayerRouting
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
-from megatron_moe_spec.losses.coupling import (
-    Coupling,
-    joint_scores,
-    logits_grad,
-    neighbor_grad_of_following,
-    neighbor_grad_of_previous,
-    routed_mass,
-    strongest_successors,
-)
+from megatron_moe_spec.losses import coupling
+from megatron_moe_spec.losses.coupling import Coupling
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 
@@ -61,15 +54,14 @@ class PairsTap(Tap[Coupling]):
 
     def _observe_mass(self, previous: Optional[LayerRouting], call: RouterCall) -> None:
         """Leaves the layer's message, and records the loss of it and of the layer before."""
-        layer, routing = self.layer, call.routing
-        function = layer.transformer_config.moe_router_score_function
+        layer, routing, function = self.layer, call.routing, self.layer.score_function
         before_T = None if previous is None else previous.message
         if self._is_fused(call):
             from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
 
             routing.message, products = fused_mass(call.logits_TE, routing.active_TE, function, before_T)
         else:
-            routing.message = routed_mass(routing.scores(call.logits_TE, function), routing.active_TE)
+            routing.message = coupling.routed_mass(routing.scores(call.logits_TE, function), routing.active_TE)
             products = None if before_T is None else before_T * routing.message
         if products is not None:
             share = 1.0 / layer.tp_cp_group.size()
@@ -79,12 +71,12 @@ class PairsTap(Tap[Coupling]):
     def _observe_pathway(self, previous: Optional[LayerRouting], call: RouterCall) -> None:
         """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
         layer, routing = self.layer, call.routing
-        routing.message = routing.scores(call.logits_TE, layer.transformer_config.moe_router_score_function)
+        routing.message = routing.scores(call.logits_TE, layer.score_function)
         if previous is None:
             return
-        joint_EE = joint_scores(previous.message, routing.message, routing.tokens.divisor)
+        joint_EE = coupling.joint_scores(previous.message, routing.message, routing.tokens.divisor)
         everywhere_EE = all_reduce_sum(joint_EE, layer.tp_cp_group)
-        previous.successors_EE = strongest_successors(everywhere_EE, layer.transformer_config.moe_router_topk)
+        previous.successors_EE = coupling.strongest_successors(everywhere_EE, layer.transformer_config.moe_router_topk)
         value = 1.0 / layer.tp_cp_group.size() - (joint_EE * previous.successors_EE).sum()
         what = self._loss.name, layer.moe_layer_index - 1, value, routing.tokens.counts
         call.micro_batch.notes.add(layer.losses.record_loss, *what)
@@ -99,20 +91,20 @@ class PairsTap(Tap[Coupling]):
         assert routing is not None  # its router has run
         neighbor_grads = []
         if (previous := micro_batch.previous(index)) is not None:
-            neighbor_grads.append(neighbor_grad_of_previous(kind, previous.message, previous.successors_EE))
+            neighbor_grads.append(coupling.neighbor_grad_of_previous(kind, previous.message, previous.successors_EE))
         if (following := micro_batch.following(index)) is not None:
-            neighbor_grads.append(neighbor_grad_of_following(kind, following.message, routing.successors_EE))
+            neighbor_grads.append(coupling.neighbor_grad_of_following(kind, following.message, routing.successors_EE))
         elif micro_batch.grad_from_next is not None:
             neighbor_grads.append(micro_batch.grad_from_next)
         if not neighbor_grads:  # the only MoE layer of a stage, and pairs across stages are dropped
             return incoming
         config, logits_TE = self.layer.transformer_config, call.logits_TE
         factor, number = gradient_weight(config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
-        layer = logits_TE, routing.active_TE, config.moe_router_score_function
+        layer = logits_TE, routing.active_TE, self.layer.score_function
         if kind == "mass" and self._is_fused(call):
             from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
 
             total_TE = add_mass_gradient(*layer, neighbor_grads, factor, incoming.reshape(logits_TE.shape), number)
             return total_TE.view(incoming.shape)
-        grad_TE = logits_grad(kind, *layer, neighbor_grads, factor * number)
+        grad_TE = coupling.logits_grad(kind, *layer, neighbor_grads, factor * number)
         return incoming + grad_TE.view(incoming.shape).to(incoming.dtype)

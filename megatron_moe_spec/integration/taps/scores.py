@@ -30,7 +30,7 @@ class ScoresTap(Tap[ScoresLoss]):
         computed = self.computed_losses()
         if not computed:
             return
-        scores_TE = normalized_scores(call.logits_TE, self._score_function)
+        scores_TE = normalized_scores(call.logits_TE, self.layer.score_function)
         for loss in computed:
             value = self._observe(loss, scores_TE, call.routing)
             what = loss.name, self.layer.moe_layer_index, value.detach(), call.routing.tokens
@@ -56,18 +56,14 @@ class ScoresTap(Tap[ScoresLoss]):
         routing = call.micro_batch.routing[self.layer.index_in_chunk]
         assert routing is not None
         with separate_graph():
-            scores_TE = normalized_scores(call.logits_TE, self._score_function).requires_grad_()
+            scores_TE = normalized_scores(call.logits_TE, self.layer.score_function).requires_grad_()
             total = sum(_weighted(loss, scores_TE, routing) for loss in self.trained)
             (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
         config, tokens = self.layer.transformer_config, routing.tokens
         weight, factor = gradient_weight(config, 1.0 / tokens.divisor, tokens.total)
         scores_gradient_TE = scores_gradient_TE * (weight * factor)
-        gradient_TE = normalized_scores_gradient(call.logits_TE, self._score_function, scores_gradient_TE)
+        gradient_TE = normalized_scores_gradient(call.logits_TE, self.layer.score_function, scores_gradient_TE)
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)
-
-    @property
-    def _score_function(self) -> str:
-        return self.layer.transformer_config.moe_router_score_function
 
 
 def _weighted(loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting) -> Tensor:

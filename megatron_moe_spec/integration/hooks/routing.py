@@ -14,15 +14,10 @@ from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Number of a micro-batch's tokens that are not padding: known on the host, or a scalar on the device.
+    """Number of a micro-batch's tokens that are not padding: known on the host, or a scalar on the device."""
 
-    Attributes:
-        local: this rank's.
-        total: those of all ranks that share the micro-batch; 0 in one of padding alone.
-    """
-
-    local: Union[Tensor, int]
-    total: Union[Tensor, int]
+    local: Union[Tensor, int]  # this rank's
+    total: Union[Tensor, int]  # those of all ranks that share the micro-batch; 0 in one of padding alone
 
     @cached_property
     def divisor(self) -> Union[Tensor, int]:
@@ -37,24 +32,17 @@ class TokenCount:
 
 @dataclass
 class LayerRouting:
-    """Routing of a micro-batch's tokens in one MoE layer.
+    """Routing of a micro-batch's tokens in one MoE layer."""
 
-    Attributes:
-        active_TE: bool, the experts each token was dispatched to; none for padding tokens, and none that only
-            fills an expert up to its capacity. Of a layer in another stage, known where routing is measured.
-        tokens: how many there are.
-        message: what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway).
-        successors_EE: bool, the strongest pathways to the next layer (pathway), known once that has run.
-        means: by the name of a loss of the scores, means over the micro-batch's tokens and their gradient.
-        padding_mask: bool, True for padding, in any shape; None: no padding.
-    """
-
+    # bool, the experts each token was dispatched to; none for padding tokens, and none that only fills an expert up to
+    # its capacity. Of a layer in another stage, known where routing is measured.
     active_TE: Tensor
     tokens: TokenCount
-    message: Optional[Tensor] = None
-    successors_EE: Optional[Tensor] = None
+    message: Optional[Tensor] = None  # what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway)
+    successors_EE: Optional[Tensor] = None  # bool, strongest pathways to the next layer (pathway), once it has run
+    # By the name of a loss of the scores, means over the micro-batch's tokens and their gradient.
     means: dict[str, tuple[Optional[Tensor], Optional[Tensor]]] = field(default_factory=dict)
-    padding_mask: Optional[Tensor] = None
+    padding_mask: Optional[Tensor] = None  # bool, True for padding, in any shape; None: no padding
 
     def of_tokens(self, x_T: Tensor) -> Tensor:
         """[T, ...] with 0 for padding tokens, whatever x has there."""

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.cuda_graphs import is_capturing, replay_of
 from megatron_moe_spec.integration.compat.models import router_of
-from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.compat.settings import graphed_modules
 from megatron_moe_spec.integration.hooks.injection import join
 from megatron_moe_spec.integration.support.rules_of_graphs import CAPTURED
-
-
-def is_router_graphed(transformer_config: TransformerConfig) -> bool:
-    return "moe_router" in graphed_modules(transformer_config)
 
 
 def stays_out_of_graphs(moe_layer: nn.Module) -> bool:
@@ -28,14 +23,14 @@ def stays_out_of_graphs(moe_layer: nn.Module) -> bool:
     """
     if not is_capturing():
         return False
-    if moe_layer.training and not is_router_graphed(moe_layer.config):
+    if moe_layer.training and "moe_router" not in graphed_modules(moe_layer.config):
         raise RuntimeError(CAPTURED.text())
     return True
 
 
 def beside_graph(
     moe_layer: nn.Module,
-    route: Callable,
+    route: Callable,  # runs the taps around a router: (logits, logits -> decision) -> decision
     preprocess: Callable,
     hidden_states: Tensor,
     probs: Tensor,
@@ -45,9 +40,6 @@ def beside_graph(
 
     The taps' nodes are on the new logits and on the probabilities that the graph hands out. Neither is what the layer
     goes on with: backward comes to them by way of the hidden states that are dispatched.
-
-    Args:
-        route: runs the taps around a router: logits, function of logits -> the router's decision; gives the decision.
     """
     replay = replay_of(moe_layer, hidden_states, probs, routing_map)
     if replay is None:

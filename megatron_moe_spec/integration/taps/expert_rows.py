@@ -156,11 +156,7 @@ class RowsTap(Tap[RowsLoss]):
         return inputs_PH
 
     def _take(self, part: int, rows_PD: Tensor, tokens_per_expert: Optional[TokensPerExpert]) -> Tensor:
-        """Takes part of the layer's rows; returns what the model is to go on with instead.
-
-        Args:
-            tokens_per_expert: how many rows of each expert these are; None: as many as the experts were given.
-        """
+        """Takes part of the rows, ``tokens_per_expert`` of them (None: as were given); returns what to go on with."""
         run = self._run
         if run is None or run.rows is None:
             return rows_PD

@@ -22,13 +22,8 @@ from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, 
 from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
 from megatron_moe_spec.integration.support.rules_of_weights import ADAPTED_WEIGHTS
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer, TokensPerExpert
-from megatron_moe_spec.losses.expert_router_coupling import (
-    ExpertRouterCoupling,
-    excess,
-    proxy_norms,
-    proxy_tokens,
-    router_noise,
-)
+from megatron_moe_spec.losses import ExpertRouterCoupling, router_noise
+from megatron_moe_spec.losses.expert_router_coupling import excess, proxy_norms, proxy_tokens
 from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_sum
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.models import follows_scores, is_model, runs, submodule, whole_weight
-from megatron_moe_spec.integration.compat.settings import replaced_logits
-from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch, MicroBatchTracker
+from megatron_moe_spec.integration.compat.settings import graphed_modules, replaced_logits
+from megatron_moe_spec.integration.hooks.micro_batch import MicroBatchTracker
 from megatron_moe_spec.integration.hooks.modes import without_autocast
 from megatron_moe_spec.integration.hooks.replacement import MethodReplacement, keep_last
 from megatron_moe_spec.integration.hooks.routing import read_routing
 from megatron_moe_spec.integration.support.rules_of_graphs import PADDED
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import RouterCall, TappedLayer
-from megatron_moe_spec.integration.taps.cuda_graphs import beside_graph, is_router_graphed, stays_out_of_graphs
+from megatron_moe_spec.integration.taps.cuda_graphs import beside_graph, stays_out_of_graphs
 
 Decision = tuple[Tensor, Tensor]  # of a router: probabilities and routing map, [T, E]
 
@@ -40,7 +40,7 @@ class LayerTaps:
         tracker.watch(self)
         self._taps = [tap(losses, layer) for tap, losses in by_tap(layer.config.computed_losses)]
         self._methods = [MethodReplacement(layer.router, "routing", self._stand_in)]
-        if is_router_graphed(layer.transformer_config):
+        if "moe_router" in graphed_modules(layer.transformer_config):
             beside = partial(beside_graph, layer.module, self._route_again)
             self._methods.append(MethodReplacement(layer.module, "preprocess", beside))
 
@@ -76,7 +76,7 @@ class LayerTaps:
         if not self._layer.clock.active:
             return
         if self._methods[0].is_gone:
-            raise RuntimeError(_replaced(self._layer.name, "router's method routing"))
+            raise RuntimeError(_replaced(self.name, "router's method routing"))
         self.missed = self._stayed_out or "it did not run"
 
     def detach(self) -> None:
@@ -131,16 +131,14 @@ class LayerTaps:
         del call.probs_TE, call.routing_map_TE
         return probs
 
-    def _ran_twice(self, micro_batch: MicroBatch) -> str:
-        text = f"MoE layer {self._layer.name} ran twice in one forward of the module given to attach(): "
-        if None not in micro_batch.routing and not is_model(self._chunk):
-            return text + "give it the model inside, whose own forward runs each layer once"
-        return text + "the losses know no looped layers (set their coefficients to 0)"
-
     def _observe(self, call: RouterCall) -> None:
         layer, routing = self._layer, call.routing
         if call.micro_batch.routing[layer.index_in_chunk] is not None:
-            raise RuntimeError(self._ran_twice(call.micro_batch))
+            is_inside = None not in call.micro_batch.routing and not is_model(self._chunk)
+            inside = "give it the model inside, whose own forward runs each layer once"
+            looped = "the losses know no looped layers (set their coefficients to 0)"
+            text = f"MoE layer {self.name} ran twice in one forward of the module given to attach(): "
+            raise RuntimeError(text + (inside if is_inside else looped))
         call.micro_batch.routing[layer.index_in_chunk] = routing
         if self._is_first:
             self._is_first = False

@@ -15,8 +15,7 @@ from megatron_moe_spec.integration.hooks.routing import LayerRouting
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
-from megatron_moe_spec.losses import coupling
-from megatron_moe_spec.losses.coupling import Coupling
+from megatron_moe_spec.losses import Coupling, coupling
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 

@@ -22,12 +22,10 @@ class RowCheck:
     brought home and has to equal, bit by bit, the tokens that were sent. One exchange of the rows and one all-reduce of
     a number, when one rank or more ask for it: weights may be loaded on one alone. Other dispatchers are Megatron's
     own: their numbers of rows have to be those of the dispatched map, where no exchange needs them to be.
-
-    Args:
-        sent: takes the tokens that a library is given.
     """
 
     def __init__(self, layer: TappedLayer, sent: Callable[[Tensor], None]):
+        """``sent`` takes the tokens that a library is given."""
         self._layer, self._sent = layer, sent
         self._hook = layer.module.register_load_state_dict_post_hook(Hook(self._loaded))
         self._methods = []
@@ -51,17 +49,12 @@ class RowCheck:
     def check(
         self,
         inputs_PH: Tensor,
-        sent_TH: Optional[Tensor],
+        sent_TH: Optional[Tensor],  # the tokens, if a library was given any
         dispatched_TE: Tensor,
-        counts_L: list[int],
+        counts_L: list[int],  # rows that each local expert is given
         exchange: Optional[RowExchange],
     ) -> None:
-        """Checks what the experts are given; if the exchange was asked for it, on all of its ranks, which raise alike.
-
-        Args:
-            sent_TH: the tokens, if a library was given any.
-            counts_L: numbers of rows that each local expert is given.
-        """
+        """Raises if the experts are given other rows; if the exchange was asked for it, on all of its ranks."""
         if not self._methods:
             right = exchange is not None or dispatched_TE.sum(dim=0).tolist() == counts_L
         else:

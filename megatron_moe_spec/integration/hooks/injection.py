@@ -19,16 +19,13 @@ def _take_callback(ctx: Any) -> Callable:
     return callback
 
 
-# A node's output is x.detach(), for x itself would be a view, and other people's hooks may work on it in place.
-
-
 class _AddGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, accumulate: Callable, kept: Sequence[Tensor]) -> Tensor:
         ctx.callback = accumulate
         if kept:
             ctx.save_for_backward(*kept)
-        return x.detach()
+        return x.detach()  # x itself would be a view, and other people's hooks may work in place on what is returned
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
@@ -68,7 +65,7 @@ class _AddWeightGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradients: Callable, *weights: Tensor) -> Tensor:
         ctx.callback = gradients
-        return x.detach()
+        return x.detach()  # as above
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple:

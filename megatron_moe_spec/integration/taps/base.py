@@ -79,9 +79,9 @@ class Tap(Generic[L]):
     """Serves the losses that read one thing of one layer: adds their gradients, and records their values.
 
     Values are recorded once a micro-batch: what the router decides in forward (in the first pass of a checkpoint), what
-    needs the experts' rows where gradients flow (in the recomputation of a checkpoint). The methods from
-    ``forget`` on are called in the order in which they stand here, each for all taps of a layer; a tensor
-    that one returns has the values of the one it is given, and replaces it.
+    needs the experts' rows where gradients flow (in the recomputation of a checkpoint). The methods from ``forget`` on
+    are called in the order in which they stand here, each for all taps of a layer; a tensor that one returns has the
+    values of the one it is given, and replaces it.
 
     Attributes:
         hooks: on the experts, from ``hook_inputs``, ``hook_activations`` and ``hook_outputs``; those that it needs.

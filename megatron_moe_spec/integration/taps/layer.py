@@ -65,8 +65,9 @@ class LayerTaps:
             ("router", moe_layer.router, layer.router),
             ("experts", moe_layer.experts, self._experts),
         ]
-        for hook in (hook for tap in self._taps for hook in tap.last_hooks):
-            keep_last(hook)
+        for tap in self._taps:
+            for hook in tap.last_hooks:
+                keep_last(hook)
         for what, found, hooked in (*places, *(place for tap in self._taps for place in tap.hooked())):
             if not runs(found, hooked):
                 raise RuntimeError(_replaced(layer.name, what))

@@ -238,8 +238,8 @@ def _silence() -> Iterator[io.StringIO]:
 
 
 def _used(facts: "ModelFacts", assumed: bool, device: "torch.device") -> Iterator[tuple[str, str]]:
+    from megatron_moe_spec.integration.compat.settings import graphed_modules
     from megatron_moe_spec.integration.support.checks import described_reads
-    from megatron_moe_spec.integration.taps.cuda_graphs import is_router_graphed
 
     spec, transformer_config, stages = facts.spec, facts.transformer_config, facts.stages
     trained = [loss for loss in spec.losses if loss.is_trained]
@@ -255,7 +255,7 @@ def _used(facts: "ModelFacts", assumed: bool, device: "torch.device") -> Iterato
     spread = f", by pipeline stage {stages.num_layers}" if len(stages.num_layers) > 1 else ""
     experts = f"{transformer_config.num_moe_experts} experts, {transformer_config.moe_router_topk} for each token"
     yield "MoE layers", f"{number}, {experts}{spread}"
-    graphed = is_router_graphed(transformer_config)
+    graphed = "moe_router" in graphed_modules(transformer_config)
     yield "router tap", "MoELayer.preprocess, beside the router's CUDA graph" if graphed else "TopKRouter.routing"
     yield from described_reads(facts)
     yield "kernels", _kernels(spec, device)

@@ -111,8 +111,8 @@ MUTATIONS = [
     (
         "score variance around each rank's own mean",
         "integration/taps/scores.py",
-        "mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.tokens.divisor",
-        "mean = of_tokens(statistics, padding_mask).mean(dim=0)",
+        "mean = all_reduce_sum(routing.of_tokens(statistics).sum(dim=0), group) / routing.tokens.divisor",
+        "mean = routing.of_tokens(statistics).mean(dim=0)",
         f"{LAYOUT}[CP2-peers]",
     ),
     (
@@ -202,8 +202,8 @@ MUTATIONS = [
     (
         "rows of padding taken for rows of tokens",
         "integration/taps/expert_rows.py",
-        "run.rows.begin(run.parts, counts_L, blocks_L)",
-        "run.rows.begin(run.parts, (), None)",
+        "rows.begin(run.parts, counts_L, blocks_L)",
+        "rows.begin(run.parts, (), None)",
         f"{LAYOUT}[one process-padded rows, grouped experts, moe_act recompute]",
     ),
     (
@@ -244,7 +244,7 @@ MUTATIONS = [
     (
         "taps not silent while a CUDA graph is captured",
         "integration/taps/layer.py",
-        "if stays_out_of_graphs(taps.moe_layer):",
+        "if stays_out_of_graphs(self._layer.module):",
         "if False:",
         "tests/integration/test_cuda_graphs.py::test_graphs_change_nothing[plain-moe_router]",
     ),
@@ -351,23 +351,23 @@ MUTATIONS = [
     (
         "ERC's gradient not added where the experts begin",
         "integration/taps/expert_weights.py",
-        "return add_weight_gradients(inputs_PH, weights, run.gradients)",
+        "return add_weight_gradients(inputs_PH, weights, lambda: run.gradients())",
         "return inputs_PH",
         "tests/integration/test_peer_hooks.py::test_erc_adds_to_gradients_that_a_fused_linear_layer_accumulates",
     ),
     (
         "ERC's gradient added before Transformer Engine's linear layers write theirs",
         "integration/taps/expert_weights.py",
-        """        return add_weight_gradients(inputs_PH, weights, run.gradients)
+        """        return add_weight_gradients(inputs_PH, weights, lambda: run.gradients())
 
     def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
 """,
         """        return inputs_PH
 
     def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
-        if self._run is not None:
+        if (run := self._run) is not None:
             weights = [self.layer.router.weight, *expert_first_weights(self.layer.module)]
-            outputs_PH = add_weight_gradients(outputs_PH, weights, self._run.gradients)
+            outputs_PH = add_weight_gradients(outputs_PH, weights, lambda: run.gradients())
 """,
         "tests/te/test_te_accumulation.py::test_accumulated_gradients_are_those_of_autograd",
     ),

@@ -82,7 +82,9 @@ def attach(
         return check_supported(facts), Tracer(config.trace_path, clock, transformer_config)
 
     notices, tracer = together(checked, groups, current_device())
-    handle = SpecHandle(config, clock, tracer, list(zip(chunks, found)), stages, groups, notices, transformer_config)
+    handle = SpecHandle(config, clock, tracer, list(zip(chunks, found)), stages, groups, transformer_config)
+    for notice in notices:
+        logger.warning("%s", notice)
     SpecHandle.ever_attached = True
     return handle
 
@@ -119,7 +121,6 @@ class SpecHandle:
         chunks: list[tuple[nn.Module, FoundLayers]],
         stages: Stages,
         groups: Sequence[ProcessGroup],
-        notices: Sequence[str] = (),
         transformer_config: Optional[TransformerConfig] = None,
     ):
         self.config = config
@@ -137,11 +138,10 @@ class SpecHandle:
         self._cross_stage = CrossStageCoupling([chunk for chunk, _ in chunks], stages, config)
         self._taps: list[LayerTaps] = []
         warn = partial(warn_of_decisions, self._taps)
-        self._trackers = [
-            MicroBatchTracker(chunk, len(found.included), on_open, clock.begin_forward, warn)
-            for (chunk, found), on_open in zip(chunks, self._cross_stage.on_open)
-        ]
-        for tracker, (chunk, found), first in zip(self._trackers, chunks, stages.first_layers):
+        self._trackers: list[MicroBatchTracker] = []
+        for (chunk, found), on_open, first in zip(chunks, self._cross_stage.on_open, stages.first_layers):
+            tracker = MicroBatchTracker(chunk, len(found.included), on_open, clock.begin_forward, warn)
+            self._trackers.append(tracker)
             for index, (name, module) in enumerate(found.included.items()):
                 place = index, first + index, indices[first + index]
                 layer = TappedLayer(module, name, *place, config, clock, self._losses, self._diagnostics, tracer)
@@ -152,8 +152,6 @@ class SpecHandle:
         logger.info("%s", self.describe())
         if self.skipped:
             logger.warning("MoE layers without losses: %s", with_reasons(self.skipped))
-        for notice in notices:
-            logger.warning("%s", notice)
 
     def describe(self) -> str:
         """One line: the MoE layers of this rank's chunks with the losses, and those without."""

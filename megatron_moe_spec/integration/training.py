@@ -28,7 +28,6 @@ NEVER_ATTACHED = (
     "Megatron's training loop, the lines of patches/"
 )
 
-
 AddArguments = Callable[[ArgumentParser], ArgumentParser]
 ConfigFromArguments = Callable[[Any], SpecConfig]
 
@@ -46,9 +45,34 @@ def install(add_arguments: AddArguments, config_from_arguments: ConfigFromArgume
         ImportError: megatron-core or megatron.training is missing, or too old.
     """
     require_megatron()
+    arguments: Any
+    training: Any
     arguments, training = training_modules()
-    if not any(isinstance(value, TrainingLosses) for value in vars(training).values()):
-        _wrap(arguments, training, add_arguments, TrainingLosses(config_from_arguments))
+    if any(isinstance(value, TrainingLosses) for value in vars(training).values()):
+        return
+    losses = training.moe_spec = TrainingLosses(config_from_arguments)
+    define, build, log = arguments.add_megatron_arguments, training.setup_model_and_optimizer, training.training_log
+
+    @functools.wraps(define)
+    def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
+        return add_arguments(define(parser))
+
+    @functools.wraps(build)
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
+        model, *rest = build(*args, **kwargs)
+        losses.attach(model, training.get_args())
+        return (model, *rest)
+
+    @functools.wraps(log)
+    def training_log(
+        loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        loss_dict = losses.finish_step(loss_dict, iteration)
+        return log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+
+    arguments.add_megatron_arguments = add_megatron_arguments
+    training.setup_model_and_optimizer = setup_model_and_optimizer
+    training.training_log = training_log
 
 
 class AttachedGuard:
@@ -74,33 +98,6 @@ class AttachedGuard:
 def never_attached(asked: Callable[[], bool]) -> bool:
     """Whether losses or metrics were asked for and no model of this process has got any."""
     return not SpecHandle.ever_attached and asked()
-
-
-def _wrap(arguments: Any, training: Any, add_arguments: AddArguments, losses: "TrainingLosses") -> None:
-    define, build = arguments.add_megatron_arguments, training.setup_model_and_optimizer
-    log = training.training_log
-
-    @functools.wraps(define)
-    def add_megatron_arguments(parser: ArgumentParser) -> ArgumentParser:
-        return add_arguments(define(parser))
-
-    @functools.wraps(build)
-    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> tuple:
-        model, *rest = build(*args, **kwargs)
-        losses.attach(model, training.get_args())
-        return (model, *rest)
-
-    @functools.wraps(log)
-    def training_log(
-        loss_dict: dict, total_loss_dict: dict, learning_rate: Any, iteration: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        loss_dict = losses.finish_step(loss_dict, iteration)
-        return log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-
-    training.moe_spec = losses
-    arguments.add_megatron_arguments = add_megatron_arguments
-    training.setup_model_and_optimizer = setup_model_and_optimizer
-    training.training_log = training_log
 
 
 class TrainingLosses:

@@ -130,9 +130,9 @@ def test_losses_of_a_measured_step(mm):
 def test_losses_of_the_scores_share_one_node_and_one_normalisation_each_way(mm, monkeypatch):
     from megatron_moe_spec.integration.taps import scores
 
-    normalize, calls = scores.token_scores, []
+    normalize, calls = scores.normalized_scores, []
     monkeypatch.setattr(
-        scores, "token_scores", lambda *args, **options: calls.append(args) or normalize(*args, **options)
+        scores, "normalized_scores", lambda *args, **options: calls.append(args) or normalize(*args, **options)
     )
     nodes, add_gradient = [], scores.add_gradient
     monkeypatch.setattr(scores, "add_gradient", lambda *args: nodes.append(args) or add_gradient(*args))

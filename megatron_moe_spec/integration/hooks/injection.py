@@ -11,11 +11,6 @@ from torch import Tensor
 from megatron_moe_spec.integration.hooks.modes import without_autocast
 
 
-def _same(x: Tensor) -> Tensor:
-    """x as a node's output: not a view, as x itself would be, since other people's hooks may work on it in place."""
-    return x.detach()
-
-
 def _take_callback(ctx: Any) -> Callable:
     """A node's callback, for the only time: it holds activations that must not outlive the node's turn."""
     callback, ctx.callback = ctx.callback, None
@@ -30,7 +25,7 @@ class _AddGradient(torch.autograd.Function):
         ctx.callback = accumulate
         if kept:
             ctx.save_for_backward(*kept)
-        return _same(x)
+        return x.detach()  # x itself would be a view, and other people's hooks may work in place on what is returned
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor, None, None]:
@@ -70,7 +65,7 @@ class _AddWeightGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradients: Callable, *weights: Tensor) -> Tensor:
         ctx.callback = gradients
-        return _same(x)
+        return x.detach()  # as above
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple:
@@ -102,15 +97,12 @@ class _ReplaceSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple:
-        gradient = _take_callback(ctx)
-        gradients = without_autocast(gradient, *ctx.saved_tensors, incoming)
+        gradients = without_autocast(_take_callback(ctx), *ctx.saved_tensors, incoming)
         return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad)), None, None
 
 
 def replace_swiglu(
-    z: Tensor,
-    inputs: tuple[Tensor, Tensor],
-    gradient: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    z: Tensor, inputs: tuple[Tensor, Tensor], gradient: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 ) -> Tensor:
     """Returns z with another backward function of the inputs (y, probs) that it was made of.
 

@@ -3,7 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, Optional, Protocol
 
@@ -44,28 +44,20 @@ def _call(notes: list[tuple[Callable, tuple]]) -> None:
         note(*args)
 
 
+@dataclass(eq=False)
 class MicroBatch:
-    """State of the MoE layers of a model chunk for one micro-batch. Lives as long as its autograd graph.
+    """State of the MoE layers of a model chunk for one micro-batch. Lives as long as its autograd graph."""
 
-    Attributes:
-        index: among the micro-batches of a training step.
-        routing: per MoE layer of the chunk, its ``LayerRouting``; None until the layer's router has run.
-        before: that of the last MoE layer of the stages before; None if there is none, or it does not count.
-        take_before: takes ``before`` from what the previous stage sent, given this rank's number of tokens.
-        grad_from_next: what the loss of this chunk's last MoE layer and the next stage's first asks of this chunk,
-            known once the gradient of the chunk's output is; None if there is no such loss.
-        etp_ep_group_count: see ``ExpertWeightsTap``; known once a layer has asked.
-        notes: what is to be counted.
-    """
-
-    def __init__(self, index: int, num_layers: int):
-        self.index = index
-        self.routing: list[Optional[LayerRouting]] = [None] * num_layers
-        self.before: Optional[LayerRouting] = None
-        self.take_before: Optional[Callable[[int], LayerRouting]] = None
-        self.grad_from_next: Optional[Tensor] = None
-        self.etp_ep_group_count: Optional[Tensor] = None
-        self.notes = Notes()
+    index: int  # among the micro-batches of a training step
+    routing: list[Optional[LayerRouting]]  # per MoE layer of the chunk; None until the layer's router has run
+    before: Optional[LayerRouting] = None  # of the last MoE layer of the stages before, if it counts
+    # Takes ``before`` from what the previous stage sent, given this rank's number of tokens.
+    take_before: Optional[Callable[[int], LayerRouting]] = None
+    # What the loss of this chunk's last MoE layer and the next stage's first asks of this chunk, known once the
+    # gradient of the chunk's output is; None if there is no such loss.
+    grad_from_next: Optional[Tensor] = None
+    etp_ep_group_count: Optional[Tensor] = None  # see ``ExpertWeightsTap``; known once a layer has asked
+    notes: Notes = field(default_factory=Notes)
 
     def previous(self, index: int) -> Optional[LayerRouting]:
         return self.routing[index - 1] if index else self.before
@@ -107,24 +99,22 @@ class MicroBatchTracker:
     ):
         self._begin_forward = begin_forward
         self._end_first_forward: Optional[Callable[[], None]] = end_first_forward
-        self._num_layers = num_layers
-        self._on_open = on_open
+        self._num_layers, self._on_open = num_layers, on_open
         self._current: Optional[MicroBatch] = None
         self._checkpoints = 0  # whose first pass is running, one inside another
         self._recomputing = False
         self._opened_in = -1
         self.has_padding = False
         self._started = 0
-        stage = stage_module(chunk)
-        called = called_module(chunk)
+        stage, called = stage_module(chunk), called_module(chunk)
         self._hooks = [
             called.register_forward_pre_hook(Hook(self._open), with_kwargs=True),
             called.register_forward_hook(Hook(self._close), always_call=True),
         ]
         self._watchers: list[Watcher] = []
-        self._plan = None
+        self._methods = []
         if hasattr(stage, "build_schedule_plan"):
-            self._plan = MethodReplacement(stage, "build_schedule_plan", partial(_open_and_build_plan, self))
+            self._methods = [MethodReplacement(stage, "build_schedule_plan", self._open_and_build_plan)]
         _trackers.add(self)
         follow_checkpoints(_first_pass, _recomputation)
 
@@ -137,13 +127,11 @@ class MicroBatchTracker:
         _trackers.discard(self)
         for hook in self._hooks:
             hook.remove()
-        if self._plan is not None:
-            self._plan.restore()
+        for method in self._methods:
+            method.restore()
 
     def begin_step(self) -> None:
-        """A training step begins."""
-        self._current = None
-        self._started = 0
+        self._current, self._started = None, 0
 
     def _open(self, module: nn.Module, args: tuple, kwargs: Mapping) -> None:
         self.has_padding = kwargs.get("padding_mask") is not None
@@ -153,11 +141,18 @@ class MicroBatchTracker:
             if not self._started:
                 for watcher in self._watchers:
                     watcher.begin_first_forward()
-        self._current = MicroBatch(self._started, self._num_layers) if trains else None
+        self._current = MicroBatch(self._started, [None] * self._num_layers) if trains else None
         self._opened_in = _backward_pass()
         self._started += trains
         if self._on_open is not None and self._current is not None:
             self._on_open(self._current)
+
+    def _open_and_build_plan(self, build: MethodType, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for ``build_schedule_plan`` of a model."""
+        self._open(build.__self__, args, kwargs)
+        if self._current is not None:
+            self._current.notes.take()
+        return build(*args, **kwargs)
 
     def _close(self, module: nn.Module, args: tuple, output: Any) -> None:
         micro_batch, self._current = self._current, None
@@ -207,7 +202,7 @@ class MicroBatchTracker:
 
 
 class Watcher(Protocol):
-    """An MoE layer of a chunk, which is told of the forwards that train; see ``MicroBatchTracker.watch``."""
+    """An MoE layer of a chunk; see ``MicroBatchTracker.watch``."""
 
     def begin_first_forward(self) -> None:
         """The first of a training step begins."""
@@ -258,11 +253,3 @@ def _recomputation(served: list) -> Iterator[None]:
     finally:
         for tracker, micro_batch, recomputing in before:
             tracker._current, tracker._recomputing = micro_batch, recomputing
-
-
-def _open_and_build_plan(tracker: MicroBatchTracker, build: MethodType, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for ``build_schedule_plan`` of a model."""
-    tracker._open(build.__self__, args, kwargs)
-    if tracker._current is not None:
-        tracker._current.notes.take()
-    return build(*args, **kwargs)

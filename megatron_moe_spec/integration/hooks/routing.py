@@ -14,15 +14,10 @@ from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 @dataclass(frozen=True)
 class TokenCount:
-    """Number of a micro-batch's tokens that are not padding: known on the host, or a scalar on the device.
+    """Number of a micro-batch's tokens that are not padding: known on the host, or a scalar on the device."""
 
-    Attributes:
-        local: this rank's.
-        total: those of all ranks that share the micro-batch; 0 in one of padding alone.
-    """
-
-    local: Union[Tensor, int]
-    total: Union[Tensor, int]
+    local: Union[Tensor, int]  # this rank's
+    total: Union[Tensor, int]  # those of all ranks that share the micro-batch; 0 in one of padding alone
 
     @cached_property
     def divisor(self) -> Union[Tensor, int]:
@@ -37,22 +32,27 @@ class TokenCount:
 
 @dataclass
 class LayerRouting:
-    """Routing of a micro-batch's tokens in one MoE layer.
+    """Routing of a micro-batch's tokens in one MoE layer."""
 
-    Attributes:
-        active_TE: bool, the experts each token was dispatched to; none for padding tokens, and none that only
-            fills an expert up to its capacity. Of a layer in another stage, known where routing is measured.
-        tokens: how many there are.
-        message: what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway).
-        successors_EE: bool, the strongest pathways to the next layer (pathway), known once that has run.
-        means: by the name of a loss of the scores, means over the micro-batch's tokens and their gradient.
-    """
-
+    # bool, the experts each token was dispatched to; none for padding tokens, and none that only fills an expert up to
+    # its capacity. Of a layer in another stage, known where routing is measured.
     active_TE: Tensor
     tokens: TokenCount
-    message: Optional[Tensor] = None
-    successors_EE: Optional[Tensor] = None
+    message: Optional[Tensor] = None  # what the neighbours' gradients need: m [T] (mass) or scores [T, E] (pathway)
+    successors_EE: Optional[Tensor] = None  # bool, strongest pathways to the next layer (pathway), once it has run
+    # By the name of a loss of the scores, means over the micro-batch's tokens and their gradient.
     means: dict[str, tuple[Optional[Tensor], Optional[Tensor]]] = field(default_factory=dict)
+    padding_mask: Optional[Tensor] = None  # bool, True for padding, in any shape; None: no padding
+
+    def of_tokens(self, x_T: Tensor) -> Tensor:
+        """[T, ...] with 0 for padding tokens, whatever x has there."""
+        if self.padding_mask is None:
+            return x_T
+        return torch.where(self.padding_mask.reshape(-1, *(1 for _ in x_T.shape[1:])), 0.0, x_T)
+
+    def scores(self, logits_TE: Tensor, score_function: str) -> Tensor:
+        """[T, E] of the router's detached logits, normalised; 0 for padding tokens."""
+        return self.of_tokens(normalized_scores(logits_TE, score_function))
 
 
 def read_routing(
@@ -81,9 +81,8 @@ def read_routing(
                 "after the first, Megatron does not divide the mask among sequence-parallel ranks (pass each its part)"
             )
         active_TE &= ~padding_mask.reshape(-1, 1)
-    if known is not None:
-        return LayerRouting(active_TE, known.tokens)
-    return LayerRouting(active_TE, _count(active_TE, padding_mask, group))
+    tokens = _count(active_TE, padding_mask, group) if known is None else known.tokens
+    return LayerRouting(active_TE, tokens, padding_mask=padding_mask)
 
 
 def _count(active_TE: Tensor, padding_mask: Optional[Tensor], group: ProcessGroup) -> TokenCount:
@@ -94,15 +93,3 @@ def _count(active_TE: Tensor, padding_mask: Optional[Tensor], group: ProcessGrou
     else:
         local = torch.full((), len(active_TE), device=active_TE.device)
     return TokenCount(local, all_reduce_sum(local, group))
-
-
-def token_scores(logits: Tensor, score_function: str, padding_mask: Optional[Tensor]) -> Tensor:
-    """[T, E] scores of a router's logits [..., E], 0 for padding tokens."""
-    return of_tokens(normalized_scores(logits.detach().reshape(-1, logits.shape[-1]), score_function), padding_mask)
-
-
-def of_tokens(x_T: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-    """[T, ...] with 0 for padding tokens, whatever x has there."""
-    if padding_mask is None:
-        return x_T
-    return torch.where(padding_mask.reshape(-1, *(1 for _ in x_T.shape[1:])), 0.0, x_T)

@@ -3,29 +3,23 @@
 Weighted by the router's probability p, as Megatron multiplies what enters the down projection by it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from megatron_moe_spec.integration.compat.experts import (
-    expert_down_projections,
-    weighted_swiglu_inputs,
-)
+from megatron_moe_spec.integration.compat.experts import expert_down_projections, weighted_swiglu_inputs
 from megatron_moe_spec.integration.hooks.injection import replace_swiglu
-from megatron_moe_spec.integration.taps.base import TokensPerExpert
-from megatron_moe_spec.integration.taps.expert_rows import RowsTap
-from megatron_moe_spec.integration.taps.row_runs import RowsBackward
+from megatron_moe_spec.integration.taps.base import TappedLayer, TokensPerExpert
+from megatron_moe_spec.integration.taps.expert_rows import RowsBackward, RowsTap
+from megatron_moe_spec.losses import RowsLoss
 
 
 class ActivationsTap(RowsTap):
     """p z, at the input of the down projections; rows that travel do so while the last of these runs."""
 
-    def _hook_rows(self) -> list[RemovableHandle]:
-        self._projections = expert_down_projections(self.layer.module)
-        self._num_parts = len(self._projections)
-        return [*map(self.hook_activations, range(self._num_parts), self._projections), self.hook_outputs()]
+    def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
+        super().__init__(losses, layer, expert_down_projections(layer.module))
 
     def hooked(self) -> Iterator[tuple[str, Any, nn.Module]]:
         for found, hooked in zip(expert_down_projections(self.layer.module), self._projections):
@@ -33,10 +27,6 @@ class ActivationsTap(RowsTap):
 
     def tap_activations(self, part: int, activations_PF: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
         return self._take(part, activations_PF, tokens_per_expert)
-
-    def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
-        self._finish()
-        return outputs_PH
 
     def _with_gradient(self, backward: RowsBackward, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
         """Megatron's node of the SwiGLU gives way to one that adds the gradient on its way, where that is possible."""

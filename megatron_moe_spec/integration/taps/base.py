@@ -27,24 +27,14 @@ TokensPerExpert = Union[Tensor, Sequence[int]]  # of the local experts: on the h
 
 @dataclass(frozen=True)
 class TappedLayer:
-    """An MoE layer with losses.
+    """An MoE layer with losses, and what all layers of the model share."""
 
-    Attributes:
-        module: Megatron's MoELayer.
-        name: its name in the model chunk.
-        index_in_chunk: index among the MoE layers of its model chunk.
-        moe_layer_index: index among the model's MoE layers.
-        layer_index: index among all layers of the model.
-        config: the settings of the losses.
-        clock, losses, diagnostics, tracer: of the model.
-    """
-
-    module: nn.Module
-    name: str
-    index_in_chunk: int
-    moe_layer_index: int
-    layer_index: int
-    config: SpecConfig
+    module: nn.Module  # Megatron's MoELayer
+    name: str  # in the model chunk
+    index_in_chunk: int  # among the MoE layers of the chunk
+    moe_layer_index: int  # among the model's MoE layers
+    layer_index: int  # among all layers of the model
+    config: SpecConfig  # of the losses
     clock: StepClock
     losses: StepLosses
     diagnostics: StepDiagnostics
@@ -54,6 +44,10 @@ class TappedLayer:
     def transformer_config(self) -> Any:
         """Megatron's TransformerConfig of the layer."""
         return self.module.config
+
+    @property
+    def score_function(self) -> str:
+        return self.module.config.moe_router_score_function
 
     @cached_property
     def router(self) -> nn.Module:
@@ -71,21 +65,13 @@ class TappedLayer:
 
 @dataclass
 class RouterCall:
-    """One run of a layer's router in training.
-
-    Attributes:
-        micro_batch: that it serves.
-        logits: detached, [..., E].
-        padding_mask: bool, True for padding, in any shape; None: no padding.
-        routing: what it decided; once it has run.
-        probs_TE, routing_map_TE: its results, without gradients; for ``observe`` and ``tap_probs``.
-    """
+    """One run of a layer's router in training."""
 
     micro_batch: MicroBatch
-    logits: Tensor
-    padding_mask: Optional[Tensor]
-    routing: LayerRouting = field(init=False)
-    probs_TE: Tensor = field(init=False)
+    logits_TE: Tensor  # detached
+    num_sequences: Optional[int]  # of the micro-batch, if known
+    routing: LayerRouting = field(init=False)  # what it decided; once it has run
+    probs_TE: Tensor = field(init=False)  # its results, without gradients; for ``observe`` and ``tap_probs``
     routing_map_TE: Tensor = field(init=False)
 
 
@@ -93,25 +79,24 @@ class Tap(Generic[L]):
     """Serves the losses that read one thing of one layer: adds their gradients, and records their values.
 
     Values are recorded once a micro-batch: what the router decides in forward (in the first pass of a checkpoint), what
-    needs the experts' rows where gradients flow (in the recomputation of a checkpoint). The methods from
-    ``begin_first_forward`` on are called in the order in which they stand here, each for all taps of a layer; a tensor
-    that one returns has the values of the one it is given, and replaces it.
+    needs the experts' rows where gradients flow (in the recomputation of a checkpoint). The methods from ``forget`` on
+    are called in the order in which they stand here, each for all taps of a layer; a tensor that one returns has the
+    values of the one it is given, and replaces it.
 
     Attributes:
         hooks: on the experts, from ``hook_inputs``, ``hook_activations`` and ``hook_outputs``; those that it needs.
+        last_hooks: those of them that are to run after other people's.
     """
 
     def __init__(self, losses: Sequence[L], layer: TappedLayer):
         self.losses, self.layer = losses, layer
         self.trained = [loss for loss in losses if loss.is_trained]
         self.hooks: list[RemovableHandle] = []
+        self.last_hooks: list[RemovableHandle] = []
 
     def records(self) -> set[tuple[str, int]]:
         """Name of each loss that it records, and of which layer, or first of a pair of layers, of the model."""
         return {(loss.name, self.layer.moe_layer_index) for loss in self.losses}
-
-    def begin_first_forward(self) -> None:
-        """The first forward of a training step begins."""
 
     def hooked(self) -> Iterator[tuple[str, Any, nn.Module]]:
         """Yields (name, module that the layer runs now, the one with the tap's hooks); see ``compat.models.runs``."""

@@ -5,55 +5,38 @@ logits are computed again from the router's input: one small matrix product, and
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Optional
 
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.cuda_graphs import is_capturing, replay_of
 from megatron_moe_spec.integration.compat.models import router_of
-from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.compat.settings import graphed_modules
 from megatron_moe_spec.integration.hooks.injection import join
-from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
 from megatron_moe_spec.integration.support.rules import CAPTURED
-
-
-def is_router_graphed(transformer_config: TransformerConfig) -> bool:
-    return "moe_router" in graphed_modules(transformer_config)
 
 
 def stays_out_of_graphs(moe_layer: nn.Module) -> bool:
     """Whether the router runs to be captured: what its taps did would be replayed without them, or not at all.
 
-    Raises:
-        RuntimeError: there will be no way to run the taps on what the graph hands out.
+    Raises RuntimeError if there will be no way to run the taps on what the graph hands out.
     """
     if not is_capturing():
         return False
-    if moe_layer.training and not is_router_graphed(moe_layer.config):
+    if moe_layer.training and "moe_router" not in graphed_modules(moe_layer.config):
         raise RuntimeError(CAPTURED.text())
     return True
 
 
-def after_graph(moe_layer: nn.Module, route: Callable) -> MethodReplacement:
-    """Has the taps of a layer run where a graph has run its router.
-
-    Args:
-        route: runs them around a router: logits, function of logits -> the router's decision; gives the decision.
-    """
-    return MethodReplacement(moe_layer, "preprocess", partial(_preprocess, moe_layer, route))
-
-
-def _preprocess(
+def beside_graph(
     moe_layer: nn.Module,
-    route: Callable,
+    route: Callable,  # runs the taps around a router: (logits, logits -> decision) -> decision
     preprocess: Callable,
     hidden_states: Tensor,
     probs: Tensor,
     routing_map: Optional[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Stands in for ``MoELayer.preprocess``.
+    """Stands in for ``MoELayer.preprocess``: has the taps run where a graph has run the router.
 
     The taps' nodes are on the new logits and on the probabilities that the graph hands out. Neither is what the layer
     goes on with: backward comes to them by way of the hidden states that are dispatched.

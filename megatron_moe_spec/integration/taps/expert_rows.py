@@ -5,28 +5,94 @@ p: Megatron multiplies what enters the down projection, and its bias, by it. Suf
 experts, K experts per token, P rows, D components of a row, H hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.dispatch import dispatched_map, is_flex, row_exchange
 from megatron_moe_spec.integration.compat.groups import etp_group
 from megatron_moe_spec.integration.hooks.injection import add_gradient, kept_by, separate_graph
-from megatron_moe_spec.integration.hooks.replacement import keep_last
+from megatron_moe_spec.integration.hooks.routing import TokenCount
+from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer, TokensPerExpert
 from megatron_moe_spec.integration.taps.row_check import RowCheck
-from megatron_moe_spec.integration.taps.row_runs import AnnouncedRun, ExpertsRun, RowsBackward
 from megatron_moe_spec.kernels import choose
 from megatron_moe_spec.losses import RowsLoss
 from megatron_moe_spec.losses.base import one_per_token
 from megatron_moe_spec.losses.vectors import mixing_of
 from megatron_moe_spec.parallel.collectives import all_gather
+from megatron_moe_spec.parallel.row_arithmetic import Weight
 from megatron_moe_spec.parallel.row_exchange import Pending
-from megatron_moe_spec.parallel.token_rows import ComparedRows, UsedTokens
+from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, LocatedRows, UsedTokens
+
+
+@dataclass
+class RowsBackward:
+    """What the nodes of a run need until backward; they hold it, and nothing else of the run."""
+
+    transformer_config: Any
+    tokens: slice  # of this rank, that are used: one of every ``stride``
+    stride: int
+    count: TokenCount  # of the micro-batch
+    rows: Optional[KeptRows] = None  # of the tokens that are used; once the losses are evaluated
+    per_square: float = 1.0  # coefficient of a token's squared cosines in the losses; see ``RowsLoss.squares_divisor``
+    saved: list[Callable[[], Tensor]] = field(default_factory=list)  # give, in backward, each part; see ``kept_by``
+    experts_TK: Optional[Tensor] = None  # numbers of this rank's tokens' experts; None where no loss asks for lengths
+    grad_probs_TK: Optional[Tensor] = None  # gradient of p; likewise, once the losses are evaluated
+    _gradients: list[Optional[Tensor]] = field(default_factory=list)
+
+    def weight(self) -> Weight:
+        """Makes a sum over the used tokens a mean over all, as this rank's gradient has to count."""
+        factor = self.per_square * self.stride / self.count.divisor
+        return gradient_weight(self.transformer_config, factor, self.count.total)
+
+    def add_gradient(self, part: int, incoming: Tensor) -> Tensor:
+        """incoming + that of one part of the rows; the first that asks has those of all parts computed."""
+        assert self.rows is not None  # in backward
+        if self.rows.exchange is None and len(self.saved) == 1:
+            (rows,), self.saved = self.saved, []
+            return self.rows.add_gradient(rows(), self.weight(), incoming)
+        if not self._gradients:
+            self._gradients = list(self.rows.gradients([rows() for rows in self.saved], self.weight()))
+            self.saved = []
+        gradient, self._gradients[part] = self._gradients[part], None
+        return incoming + gradient
+
+    def swiglu_gradient(self, y_PU: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.rows is not None
+        return self.rows.swiglu_gradient(y_PU, probs, self.weight(), incoming)
+
+    def add_probs_gradient(self, incoming: Tensor) -> Tensor:
+        assert self.experts_TK is not None and self.grad_probs_TK is not None
+        weight, factor = self.weight()
+        gradient_TK, self.grad_probs_TK = self.grad_probs_TK * (weight * factor), None
+        gradient_TE = torch.zeros(incoming.shape, dtype=gradient_TK.dtype, device=incoming.device)
+        gradient_TE[self.tokens].scatter_add_(1, self.experts_TK, gradient_TK)
+        return incoming + gradient_TE.to(incoming.dtype)
+
+
+@dataclass
+class RowsRun:
+    """One run of the experts: the router has announced it; then they begin, hand in their rows, and end."""
+
+    used: UsedTokens  # whose vectors are compared
+    backward: RowsBackward
+    note: Callable  # ``Notes.add`` of the micro-batch
+    routing_map_TE: Tensor  # bool, by which this rank's tokens go to experts, as the router has it
+    probs_TK: Optional[Tensor] = None  # p of each vector, 1 where there is none; None where no loss asks for lengths
+    sent_TH: Optional[Tensor] = None  # that a library of the dispatcher takes to the experts; until these begin
+    # Once the experts have begun:
+    rows: Optional[LocatedRows] = None
+    num_rows: int = 0  # that the dispatcher has handed to the local experts
+    tokens_per_expert: TokensPerExpert = ()  # how many of these are each local expert's
+    parts: list[Tensor] = field(default_factory=list)  # of the rows, in the experts' order; until they are compared
+    # Of each part, how many rows are each local expert's, padded where Megatron pads them.
+    handed_in: list[TokensPerExpert] = field(default_factory=list)
+    coming: Optional[Pending[ComparedRows]] = None  # once all parts are there
 
 
 class RowsTap(Tap[RowsLoss]):
@@ -38,27 +104,18 @@ class RowsTap(Tap[RowsLoss]):
     What each rank keeps for backward are the rows, as autograd keeps its own tensors, and ``RowsBackward``.
     """
 
-    _num_parts = 1  # in which the rows are handed in
-
-    def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer):
+    def __init__(self, losses: Sequence[RowsLoss], layer: TappedLayer, projections: Sequence[nn.Module] = ()):
+        """The rows are handed in by ``projections``, of which each has a part of them; or by none."""
         super().__init__(losses, layer)
+        self._projections, self._num_parts = projections, max(1, len(projections))
         self._stride, self._a2a_dtype = losses[0].token_stride, losses[0].a2a_dtype
-        self._announced: Optional[AnnouncedRun] = None
-        self._run: Optional[ExpertsRun] = None
+        self._run: Optional[RowsRun] = None
         self._check = RowCheck(layer, self._note_sent)
-        self._rows_hooks = self._hook_rows()
-        self.hooks = [self.hook_inputs(), *self._rows_hooks]
-
-    def _hook_rows(self) -> list[RemovableHandle]:
-        """Hooks what hands in the rows, see ``_take``, and what finishes a run, see ``_finish``."""
-        raise NotImplementedError
-
-    def begin_first_forward(self) -> None:
-        for hook in self._rows_hooks:
-            keep_last(hook)
+        self.last_hooks = [*map(self.hook_activations, range(len(projections)), projections), self.hook_outputs()]
+        self.hooks = [self.hook_inputs(), *self.last_hooks]
 
     def forget(self) -> None:
-        self._announced = self._run = None
+        self._run = None
 
     def tap_probs(self, probs: Tensor, call: RouterCall) -> Tensor:
         computed = self.computed_losses()
@@ -71,60 +128,55 @@ class RowsTap(Tap[RowsLoss]):
         fused = choose(self.layer.config.kernels, probs.device)
         used = UsedTokens.gather(call.routing.active_TE, transformer_config.moe_router_topk, tokens, group, fused)
         backward = RowsBackward(transformer_config, tokens, stride, call.routing.tokens)
-        self._announced = AnnouncedRun(used, backward, call.micro_batch.notes.add, call.routing_map_TE)
+        self._run = RowsRun(used, backward, call.micro_batch.notes.add, call.routing_map_TE)
         if not any(loss.uses_lengths for loss in computed):
             return probs
         experts_TK, active_TK = used.experts()
         backward.experts_TK, active_TK = experts_TK[used.own], active_TK[used.own]
         probs_TK = call.probs_TE[tokens].gather(1, backward.experts_TK).masked_fill(~active_TK, 1.0)
-        self._announced.probs_TK = all_gather(probs_TK, group)
+        self._run.probs_TK = all_gather(probs_TK, group)
         return add_gradient(probs, backward.add_probs_gradient) if self.trained else probs
 
     def _note_sent(self, tokens_TH: Tensor) -> None:
-        """Takes the tokens that the dispatcher is given, where a library takes them to the experts."""
-        if self._announced is not None:
-            self._announced.sent_TH = tokens_TH.detach()
+        if self._run is not None:
+            self._run.sent_TH = tokens_TH.detach()
 
     def tap_inputs(self, inputs_PH: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
-        """Takes note of what the experts are to run on."""
-        announced, self._announced = self._announced, None
-        # Else nothing may come to the host: inference may be captured in a CUDA graph.
-        if announced is None:
+        run = self._run
+        # Where none is announced, nothing may come to the host: inference may be captured in a CUDA graph.
+        if run is None or run.rows is not None:
             return inputs_PH
-        dispatcher, num_rows = self.layer.dispatcher, len(inputs_PH)
-        dispatched_TE = all_gather(dispatched_map(dispatcher, announced.routing_map_TE), etp_group(dispatcher))
-        exchange = row_exchange(dispatcher, dispatched_TE, num_rows, self._a2a_dtype, asks=self._check.is_due)
+        dispatcher, run.num_rows, run.tokens_per_expert = self.layer.dispatcher, len(inputs_PH), tokens_per_expert
+        dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), etp_group(dispatcher))
+        exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._a2a_dtype, asks=self._check.is_due)
         if self._check.is_due or (exchange is not None and exchange.asked):
             counts_L = _numbers(tokens_per_expert)
-            self._check.check(inputs_PH.detach(), announced.sent_TH, dispatched_TE, counts_L, exchange)
-        rows = announced.used.locate(dispatched_TE, exchange)
-        of_router = announced.backward, announced.note, announced.probs_TK
-        self._run = ExpertsRun(rows, num_rows, tokens_per_expert, *of_router)
+            self._check.check(inputs_PH.detach(), run.sent_TH, dispatched_TE, counts_L, exchange)
+        run.rows, run.sent_TH = run.used.locate(dispatched_TE, exchange), None
         return inputs_PH
 
     def _take(self, part: int, rows_PD: Tensor, tokens_per_expert: Optional[TokensPerExpert]) -> Tensor:
-        """Takes part of the layer's rows; returns what the model is to go on with instead.
-
-        Args:
-            tokens_per_expert: how many rows of each expert these are; None: as many as the experts were given.
-        """
+        """Takes part of the rows, ``tokens_per_expert`` of them (None: as were given); returns what to go on with."""
         run = self._run
-        if run is None:
+        if run is None or run.rows is None:
             return rows_PD
         kept_PD = self._kept(rows_PD)
         run.parts.append(kept_PD.detach())
         if tokens_per_expert is not None:
             run.handed_in.append(tokens_per_expert)
         if len(run.parts) == self._num_parts:
-            run.coming, run.parts = self._begin(run), []
+            run.coming, run.parts = self._begin(run, run.rows), []
             if not run.rows.travel:
                 self._finish()
         return self._with_gradient(run.backward, part, rows_PD, kept_PD) if self.trained else rows_PD
 
+    def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
+        self._finish()  # nothing of the experts is left for the exchange to run beside
+        return outputs_PH
+
     def _finish(self) -> None:
-        """The rows should be where their tokens are, by now or soon."""
         run, self._run = self._run, None
-        if run is not None:
+        if run is not None and run.rows is not None:
             assert run.coming is not None, "the experts have ended before all of them handed in their rows"
             self._evaluate(run, run.coming.wait())
 
@@ -137,9 +189,9 @@ class RowsTap(Tap[RowsLoss]):
         """What is compared, and kept until backward."""
         return rows_PD
 
-    def _begin(self, run: ExpertsRun) -> Pending[ComparedRows]:
+    def _begin(self, run: RowsRun, rows: LocatedRows) -> Pending[ComparedRows]:
         if sum(map(len, run.parts)) == run.num_rows and not is_flex(self.layer.dispatcher):
-            return run.rows.begin(run.parts, (), None)
+            return rows.begin(run.parts, (), None)
         # Numbers that may be on the device come to the host only here.
         counts_L = _numbers(run.tokens_per_expert)
         blocks_L = [number for part in run.handed_in for number in _numbers(part)] or counts_L
@@ -148,23 +200,19 @@ class RowsTap(Tap[RowsLoss]):
                 f"the experts of MoE layer {self.layer.moe_layer_index} ran on {blocks_L} rows each, of "
                 f"{counts_L} that the dispatcher had handed to them: these cannot be told apart by token"
             )
-        return run.rows.begin(run.parts, counts_L, blocks_L)
+        return rows.begin(run.parts, counts_L, blocks_L)
 
-    def _evaluate(self, run: ExpertsRun, rows: ComparedRows) -> None:
+    def _evaluate(self, run: RowsRun, rows: ComparedRows) -> None:
         """Records the losses, and leaves what backward needs of them."""
-        computed = self.computed_losses()
+        computed, layer, backward = self.computed_losses(), self.layer.moe_layer_index, run.backward
         if self.layer.clock.measuring and any(loss.measured for loss in self.losses):
-            what = self.layer.moe_layer_index, rows.cosines_TKK[rows.own], rows.active_TK[rows.own]
-            self.layer.diagnostics.measure_cosines(*what, when=run.note)
+            own_TKK, active_TK = rows.cosines_TKK[rows.own], rows.active_TK[rows.own]
+            self.layer.diagnostics.measure_cosines(layer, own_TKK, active_TK, when=run.note)
         divided = [(loss, divisor) for loss in computed if (divisor := loss.squares_divisor(rows.rows_TK.shape[1]))]
         if len(divided) < len(computed) or run.probs_TK is not None:
             self._differentiate(run, rows, computed)
-        else:
-            self._evaluate_squares(run, rows, divided)
-
-    def _evaluate_squares(self, run: ExpertsRun, rows: ComparedRows, divided: list[tuple[RowsLoss, float]]) -> None:
-        """Of losses whose gradient is known: no small operation is launched for it."""
-        layer, backward = self.layer.moe_layer_index, run.backward
+            return
+        # The gradient of squares is known: no small operation is launched for it.
         for loss, divisor in divided:
             what = loss.name, layer, rows.squares, backward.count, backward.stride / divisor
             run.note(self.layer.losses.record_mean, *what)
@@ -172,7 +220,7 @@ class RowsTap(Tap[RowsLoss]):
             backward.rows = rows.keep_squares()
             backward.per_square = sum(loss.coeff / divisor for loss, divisor in divided)
 
-    def _differentiate(self, run: ExpertsRun, rows: ComparedRows, computed: Sequence[RowsLoss]) -> None:
+    def _differentiate(self, run: RowsRun, rows: ComparedRows, computed: Sequence[RowsLoss]) -> None:
         layer, backward = self.layer.moe_layer_index, run.backward
         cosines_TKK, lengths_TK, active_TK = rows.cosines_TKK, rows.lengths_TK, rows.active_TK
         if run.probs_TK is not None:

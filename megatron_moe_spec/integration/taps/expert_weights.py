@@ -4,8 +4,9 @@ Suffixes: E experts, L local experts, F gate rows on this rank, H hidden size.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Optional, cast
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -21,31 +22,17 @@ from megatron_moe_spec.integration.hooks.injection import add_weight_gradients, 
 from megatron_moe_spec.integration.hooks.scaling import micro_batch_count, weight_gradient_factor
 from megatron_moe_spec.integration.support.rules_of_losses import ADAPTED_WEIGHTS
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer, TokensPerExpert
-from megatron_moe_spec.losses.expert_router_coupling import (
-    ExpertRouterCoupling,
-    excess,
-    proxy_norms,
-    proxy_tokens,
-    router_noise,
-)
+from megatron_moe_spec.losses import ExpertRouterCoupling, router_noise
+from megatron_moe_spec.losses.expert_router_coupling import excess, proxy_norms, proxy_tokens
 from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_sum
 
 
+@dataclass
 class _Run:
-    """One run of the experts that the router has announced.
+    """One run of the experts that the router has announced."""
 
-    Attributes:
-        call: the router's.
-        evaluate: gives the gradients of the weights; once the experts have run.
-    """
-
-    def __init__(self, call: RouterCall):
-        self.call = call
-        self.evaluate: Optional[Callable[[], list]] = None
-
-    def gradients(self) -> list:
-        evaluate, self.evaluate = self.evaluate, None
-        return cast(Callable, evaluate)()
+    call: RouterCall
+    gradients: Callable[[], list] = field(init=False)  # of the weights; once the experts have run
 
 
 class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
@@ -82,27 +69,27 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         if run is None:
             return inputs_PH
         weights = [self.layer.router.weight, *expert_first_weights(self.layer.module)]
-        return add_weight_gradients(inputs_PH, weights, run.gradients)
+        return add_weight_gradients(inputs_PH, weights, lambda: run.gradients())
 
     def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
-        run, self._run = self._run, None
-        if run is not None:
-            self._evaluate(run)
-        return outputs_PH
-
-    def _evaluate(self, run: _Run) -> None:
         """Records the loss, and leaves what gives its gradients.
 
         When the experts have run, their weights are those of this step: where parameters are gathered while the model
         runs (``--overlap-param-gather``), each module waits for its own just before it runs.
         """
-        call = run.call
+        run, self._run = self._run, None
+        if run is None:
+            return outputs_PH
+        call, ep_group = run.call, self.layer.dispatcher.ep_group
         if has_adapted_weights(self.layer.module):
             raise RuntimeError(ADAPTED_WEIGHTS.text(loss=self._loss))
         router, experts = self.layer.router.weight, expert_first_weights(self.layer.module)
         with torch.no_grad():
             noise_EH = router_noise(router, seed=(self.layer.clock.step << 16) + self.layer.moe_layer_index)
-            norms_EE = self._norms(proxy_tokens(router, noise_EH), experts)
+            gates = [gate_rows(self.layer.module, weight).flatten(0, -2) for weight in experts]
+            over_columns = partial(all_reduce_sum, group=etp_group(self.layer.dispatcher))
+            norms_EL = proxy_norms(proxy_tokens(router, noise_EH), gates, total=over_columns)
+            norms_EE = all_gather(norms_EL.T.contiguous(), ep_group).T
         with separate_graph():
             norms_EE.requires_grad_()
             loss = excess(norms_EE, self._loss.alpha)
@@ -111,17 +98,9 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
         what = self._loss.name, self.layer.moe_layer_index, value, call.routing.tokens.counts
         call.micro_batch.notes.add(self.layer.losses.record_loss, *what)
         slope_EE = (gradient_EE / norms_EE.detach()).masked_fill(norms_EE.detach() == 0, 0.0)
-        weight = partial(self._weight, self._group_count(call))
-        run.evaluate = partial(self._gradients, noise_EH, self._of_local_experts(slope_EE), weight)
-
-    def _norms(self, proxies_EH: Tensor, experts: list[Tensor]) -> Tensor:
-        gates = [gate_rows(self.layer.module, weight).flatten(0, -2) for weight in experts]
-        over_columns = partial(all_reduce_sum, group=etp_group(self.layer.dispatcher))
-        norms_EL = proxy_norms(proxies_EH, gates, total=over_columns)
-        return all_gather(norms_EL.T.contiguous(), self.layer.dispatcher.ep_group).T
-
-    def _of_local_experts(self, x_EE: Tensor) -> Tensor:
-        return x_EE.unflatten(1, (self.layer.dispatcher.ep_group.size(), -1))[:, self.layer.dispatcher.ep_group.rank()]
+        slope_EL = slope_EE.unflatten(1, (ep_group.size(), -1))[:, ep_group.rank()]
+        run.gradients = partial(self._gradients, noise_EH, slope_EL, self._group_count(call))
+        return outputs_PH
 
     def _group_count(self, call: RouterCall) -> Tensor:
         """Weight of the micro-batches of all ranks of the expert group: their tokens, or one for each that has any.
@@ -135,17 +114,14 @@ class ExpertWeightsTap(Tap[ExpertRouterCoupling]):
             micro_batch.etp_ep_group_count = all_reduce_sum(own, etp_ep_group(self.layer.dispatcher))
         return micro_batch.etp_ep_group_count
 
-    def _weight(self, group_count: Tensor) -> Tensor:
-        factor = weight_gradient_factor(self.layer.transformer_config, group_count, self.layer.tp_cp_group.size())
-        return self._loss.coeff * factor
-
-    def _gradients(self, noise_EH: Tensor, slope_EL: Tensor, weight: Callable) -> list:
+    def _gradients(self, noise_EH: Tensor, slope_EL: Tensor, group_count: Tensor) -> list:
         """Of the router's and of each local expert's weight, in closed form.
 
         With a = R_i * d_i: dM_ij/dW_j = (W_j a) a^T / M_ij and dM_ij/da = W_j^T (W_j a) / M_ij.
         """
         router, experts = self.layer.router.weight, expert_first_weights(self.layer.module)
-        slope_EL = slope_EL * weight()
+        factor = weight_gradient_factor(self.layer.transformer_config, group_count, self.layer.tp_cp_group.size())
+        slope_EL = slope_EL * (self._loss.coeff * factor)
         proxies_EH = proxy_tokens(router.detach(), noise_EH)
         proxies_gradient_EH = torch.zeros_like(proxies_EH)
         gradients = []

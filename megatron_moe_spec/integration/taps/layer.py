@@ -8,58 +8,47 @@ import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.models import follows_scores, is_model, runs, submodule, whole_weight
-from megatron_moe_spec.integration.compat.settings import replaced_logits
-from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch, MicroBatchTracker
+from megatron_moe_spec.integration.compat.settings import graphed_modules, replaced_logits
+from megatron_moe_spec.integration.hooks.micro_batch import MicroBatchTracker
 from megatron_moe_spec.integration.hooks.modes import without_autocast
-from megatron_moe_spec.integration.hooks.replacement import MethodReplacement
-from megatron_moe_spec.integration.hooks.routing import read_routing, token_scores
+from megatron_moe_spec.integration.hooks.replacement import MethodReplacement, keep_last
+from megatron_moe_spec.integration.hooks.routing import read_routing
 from megatron_moe_spec.integration.support.rules import PADDED
 from megatron_moe_spec.integration.taps import by_tap
 from megatron_moe_spec.integration.taps.base import RouterCall, TappedLayer
-from megatron_moe_spec.integration.taps.cuda_graphs import after_graph, is_router_graphed, stays_out_of_graphs
+from megatron_moe_spec.integration.taps.cuda_graphs import beside_graph, stays_out_of_graphs
 
 Decision = tuple[Tensor, Tensor]  # of a router: probabilities and routing map, [T, E]
-Route = Callable[[Tensor], Decision]  # logits -> decision
 
 
 class LayerTaps:
     """The taps that the computed losses need, on one MoE layer.
 
     Attributes:
+        name: of the layer.
         follows_scores: see ``compat.models``; of the first micro-batch. A table may decide, or a replay.
         missed: why the layer had no part in a forward of this step that trains; None: it had.
-
-    Args:
-        layer: the layer.
-        chunk: the model chunk.
-        tracker: of the chunk.
     """
 
     def __init__(self, layer: TappedLayer, chunk: nn.Module, tracker: MicroBatchTracker):
         self._layer, self._chunk, self._tracker, self._experts = layer, chunk, tracker, layer.module.experts
+        self.name = layer.name
         self.follows_scores: Optional[Tensor] = None
         self._is_first = not replaced_logits(layer.transformer_config)
         self.missed: Optional[str] = None
         self._stayed_out: Optional[str] = None
         tracker.watch(self)
         self._taps = [tap(losses, layer) for tap, losses in by_tap(layer.config.computed_losses)]
-        self._methods = [MethodReplacement(layer.router, "routing", partial(_route, self))]
-        if is_router_graphed(layer.transformer_config):
-            self._methods.append(after_graph(layer.module, self._route_again))
-
-    @property
-    def moe_layer(self) -> nn.Module:
-        return self._layer.module
+        self._methods = [MethodReplacement(layer.router, "routing", self._stand_in)]
+        if "moe_router" in graphed_modules(layer.transformer_config):
+            beside = partial(beside_graph, layer.module, self._route_again)
+            self._methods.append(MethodReplacement(layer.module, "preprocess", beside))
 
     def measure_router(self) -> None:
         """Measures the router's weight, when a measured step has ended."""
         weight_EH = whole_weight(self._layer.router)
         if weight_EH is not None:
             self._layer.diagnostics.measure_router(self._layer.moe_layer_index, weight_EH)
-
-    @property
-    def name(self) -> str:
-        return self._layer.name
 
     def records(self) -> set[tuple[str, int]]:
         """What this layer records, see ``Tap.records``."""
@@ -69,11 +58,7 @@ class LayerTaps:
         self.missed = self._stayed_out = None
 
     def begin_first_forward(self) -> None:
-        """Before a step's first forward: checks that the model still runs what the losses are hooked on.
-
-        Raises:
-            RuntimeError: a module was replaced since.
-        """
+        """Before a step's first forward: raises if the model no longer runs what the losses are hooked on."""
         layer, moe_layer = self._layer, self._layer.module
         places = [
             ("module", submodule(self._chunk, layer.name), moe_layer),
@@ -81,21 +66,18 @@ class LayerTaps:
             ("experts", moe_layer.experts, self._experts),
         ]
         for tap in self._taps:
-            tap.begin_first_forward()
+            for hook in tap.last_hooks:
+                keep_last(hook)
         for what, found, hooked in (*places, *(place for tap in self._taps for place in tap.hooked())):
             if not runs(found, hooked):
                 raise RuntimeError(_replaced(layer.name, what))
 
     def miss(self) -> None:
-        """Takes note that a forward that trains went past the layer.
-
-        Raises:
-            RuntimeError: its router's method was replaced.
-        """
+        """Takes note that a forward that trains went past the layer; raises if its router's method was replaced."""
         if not self._layer.clock.active:
             return
         if self._methods[0].is_gone:
-            raise RuntimeError(_replaced(self._layer.name, "router's method routing"))
+            raise RuntimeError(_replaced(self.name, "router's method routing"))
         self.missed = self._stayed_out or "it did not run"
 
     def detach(self) -> None:
@@ -104,7 +86,20 @@ class LayerTaps:
         for method in self._methods:
             method.restore()
 
-    def route(self, logits: Tensor, padding_mask: Optional[Tensor], route: Route) -> Decision:
+    def _stand_in(self, routing: Callable[..., Decision], logits: Tensor, *args: Any, **kwargs: Any) -> Decision:
+        """Stands in for ``TopKRouter.routing(logits, padding_mask=None)``."""
+        if stays_out_of_graphs(self._layer.module):
+            return routing(logits, *args, **kwargs)
+        padding_mask = kwargs.get("padding_mask", args[0] if args else None)
+        return self._route(logits, padding_mask, lambda x: routing(x, *args, **kwargs))
+
+    def _route_again(self, logits: Tensor, decided: Callable[[Tensor], Decision]) -> Decision:
+        """Runs the taps around what a CUDA graph has ``decided``. It knows of no padding."""
+        if self._tracker.has_padding:
+            raise RuntimeError(PADDED.text())
+        return self._route(logits, None, decided)
+
+    def _route(self, logits: Tensor, padding_mask: Optional[Tensor], route: Callable[[Tensor], Decision]) -> Decision:
         """Runs the router's own ``route(logits)`` between the taps."""
         for tap in self._taps:
             tap.forget()
@@ -113,17 +108,19 @@ class LayerTaps:
             if micro_batch is None:
                 self._stayed_out = "it ran without gradients" if self._layer.router.training else "evaluation mode"
             return route(logits)
-        call = RouterCall(micro_batch, logits.detach(), padding_mask)
+        num_sequences = logits.shape[1] if logits.dim() == 3 else None  # [positions, sequences, E], as a rule
+        call = RouterCall(micro_batch, logits.detach().reshape(-1, logits.shape[-1]), num_sequences)
         if torch.is_grad_enabled():
             for tap in self._taps:
                 logits = tap.tap_logits(logits, call)
         probs, routing_map = route(logits)
-        return without_autocast(self._read, call, probs, routing_map, recomputed), routing_map
+        return without_autocast(self._read, call, padding_mask, probs, routing_map, recomputed), routing_map
 
-    def _read(self, call: RouterCall, probs: Tensor, routing_map: Tensor, recomputed: bool) -> Tensor:
+    def _read(
+        self, call: RouterCall, padding_mask: Optional[Tensor], probs: Tensor, routing_map: Tensor, recomputed: bool
+    ) -> Tensor:
         """Runs the taps on what the router has decided; returns the probabilities to go on with."""
-        micro_batch, padding_mask = call.micro_batch, call.padding_mask
-        known = next(filter(None, micro_batch.routing), None)
+        known = next(filter(None, call.micro_batch.routing), None)
         call.probs_TE, call.routing_map_TE = probs.detach(), routing_map
         call.routing = read_routing(call.probs_TE, routing_map, padding_mask, known, self._layer.tp_cp_group)
         if not recomputed:
@@ -135,36 +132,25 @@ class LayerTaps:
         del call.probs_TE, call.routing_map_TE
         return probs
 
-    def _route_again(self, logits: Tensor, decided: Route) -> Decision:
-        """Runs the taps around what a CUDA graph has ``decided``. It knows of no padding."""
-        if self._tracker.has_padding:
-            raise RuntimeError(PADDED.text())
-        return self.route(logits, None, decided)
-
-    def _ran_twice(self, micro_batch: MicroBatch) -> str:
-        text = f"MoE layer {self._layer.name} ran twice in one forward of the module given to attach(): "
-        if None not in micro_batch.routing and not is_model(self._chunk):
-            return text + "give it the model inside, whose own forward runs each layer once"
-        return text + "the losses know no looped layers (set their coefficients to 0)"
-
     def _observe(self, call: RouterCall) -> None:
         layer, routing = self._layer, call.routing
         if call.micro_batch.routing[layer.index_in_chunk] is not None:
-            raise RuntimeError(self._ran_twice(call.micro_batch))
+            is_inside = None not in call.micro_batch.routing and not is_model(self._chunk)
+            inside = "give it the model inside, whose own forward runs each layer once"
+            looped = "the losses know no looped layers (set their coefficients to 0)"
+            text = f"MoE layer {self.name} ran twice in one forward of the module given to attach(): "
+            raise RuntimeError(text + (inside if is_inside else looped))
         call.micro_batch.routing[layer.index_in_chunk] = routing
         if self._is_first:
             self._is_first = False
-            logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
-            self.follows_scores = follows_scores(layer.router, logits_TE, routing.active_TE)
+            self.follows_scores = follows_scores(layer.router, call.logits_TE, routing.active_TE)
         if layer.clock.measuring:
-            scores_TE = token_scores(call.logits, layer.transformer_config.moe_router_score_function, call.padding_mask)
+            scores_TE = routing.scores(call.logits_TE, layer.score_function)
             what = layer.moe_layer_index, scores_TE, routing.active_TE, routing.tokens.local
             layer.diagnostics.measure_routing(*what, when=call.micro_batch.notes.add)
         if layer.clock.tracing:
-            shape = call.logits.shape  # [positions, sequences, E], as a rule
-            sequences = shape[1] if len(shape) == 3 else None
-            traced = layer.layer_index, call.micro_batch.index, routing.active_TE, call.padding_mask, sequences
-            call.micro_batch.notes.add(layer.tracer.add, *traced)
+            traced = layer.layer_index, call.micro_batch.index, routing.active_TE, routing.padding_mask
+            call.micro_batch.notes.add(layer.tracer.add, *traced, call.num_sequences)
         for tap in self._taps:
             tap.observe(call)
 
@@ -174,11 +160,3 @@ def _replaced(layer: str, what: str) -> str:
         f"MoE layer {layer}: its {what} was replaced after attach(), and runs without the losses (call attach() after "
         "what replaces it; or detach() before, and attach() again after it)"
     )
-
-
-def _route(taps: LayerTaps, routing: Callable[..., Decision], logits: Tensor, *args: Any, **kwargs: Any) -> Decision:
-    """Stands in for ``TopKRouter.routing(logits, padding_mask=None)``."""
-    if stays_out_of_graphs(taps.moe_layer):
-        return routing(logits, *args, **kwargs)
-    padding_mask = kwargs.get("padding_mask", args[0] if args else None)
-    return taps.route(logits, padding_mask, lambda x: routing(x, *args, **kwargs))

@@ -8,10 +8,7 @@ from megatron_moe_spec.integration.taps.layer import LayerTaps
 
 
 class LostLosses:
-    """Compares what the taps of a model record in a step with what they are there to record.
-
-    ``recorded``: see ``StepLosses``.
-    """
+    """Compares what the taps of a model record in a step, see ``StepLosses``, with what they are there to record."""
 
     def __init__(self, config: SpecConfig, taps: Sequence[LayerTaps]):
         self._trained, self._taps = set(config.trained_losses), taps

@@ -11,19 +11,11 @@ from typing import Optional
 from torch import Tensor
 
 from megatron_moe_spec.integration.hooks.injection import add_gradient
-from megatron_moe_spec.integration.hooks.routing import LayerRouting, token_scores
+from megatron_moe_spec.integration.hooks.routing import LayerRouting
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
 from megatron_moe_spec.kernels import choose
-from megatron_moe_spec.losses.coupling import (
-    Coupling,
-    joint_scores,
-    logits_grad,
-    neighbor_grad_of_following,
-    neighbor_grad_of_previous,
-    routed_mass,
-    strongest_successors,
-)
+from megatron_moe_spec.losses import Coupling, coupling
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 
@@ -49,52 +41,48 @@ class PairsTap(Tap[Coupling]):
     def observe(self, call: RouterCall) -> None:
         if not self.computed_losses():
             return
-        layer, routing, micro_batch, kind = self.layer, call.routing, call.micro_batch, self._loss.kind
+        layer, routing, micro_batch = self.layer, call.routing, call.micro_batch
         if layer.index_in_chunk == 0 and micro_batch.take_before is not None:
             micro_batch.before, micro_batch.take_before = micro_batch.take_before(len(routing.active_TE)), None
         previous = micro_batch.previous(layer.index_in_chunk)
-        observe = self._observe_mass if kind == "mass" else self._observe_pathway
-        observe(previous, routing, call)
+        observe = self._observe_mass if self._loss.kind == "mass" else self._observe_pathway
+        observe(previous, call)
         if previous is not None:
             what = layer.moe_layer_index - 1, previous.active_TE, routing.active_TE
             layer.diagnostics.measure_pair(*what, when=micro_batch.notes.add)
 
-    def _observe_mass(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
+    def _observe_mass(self, previous: Optional[LayerRouting], call: RouterCall) -> None:
         """Leaves the layer's message, and records the loss of it and of the layer before."""
-        function = self.layer.transformer_config.moe_router_score_function
+        layer, routing, function = self.layer, call.routing, self.layer.score_function
         before_T = None if previous is None else previous.message
-        if self._is_fused(call.logits):
+        if self._is_fused(call):
             from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
 
-            logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
-            routing.message, products = fused_mass(logits_TE, routing.active_TE, function, before_T)
+            routing.message, products = fused_mass(call.logits_TE, routing.active_TE, function, before_T)
         else:
-            routing.message = routed_mass(token_scores(call.logits, function, call.padding_mask), routing.active_TE)
+            routing.message = coupling.routed_mass(routing.scores(call.logits_TE, function), routing.active_TE)
             products = None if before_T is None else before_T * routing.message
         if products is not None:
-            share = 1.0 / self.layer.tp_cp_group.size()
-            pair = self.layer.moe_layer_index - 1
-            what = self._loss.name, pair, products, routing.tokens, -1.0, share
-            call.micro_batch.notes.add(self.layer.losses.record_mean, *what)
+            share = 1.0 / layer.tp_cp_group.size()
+            what = self._loss.name, layer.moe_layer_index - 1, products, routing.tokens, -1.0, share
+            call.micro_batch.notes.add(layer.losses.record_mean, *what)
 
-    def _observe_pathway(self, previous: Optional[LayerRouting], routing: LayerRouting, call: RouterCall) -> None:
+    def _observe_pathway(self, previous: Optional[LayerRouting], call: RouterCall) -> None:
         """The same; notes the pathways between the two layers, of the tokens of all ranks, in ``previous``."""
-        layer = self.layer
-        function = layer.transformer_config.moe_router_score_function
-        routing.message = token_scores(call.logits, function, call.padding_mask)
+        layer, routing = self.layer, call.routing
+        routing.message = routing.scores(call.logits_TE, layer.score_function)
         if previous is None:
             return
-        joint_EE = joint_scores(previous.message, routing.message, routing.tokens.divisor)
+        joint_EE = coupling.joint_scores(previous.message, routing.message, routing.tokens.divisor)
         everywhere_EE = all_reduce_sum(joint_EE, layer.tp_cp_group)
-        previous.successors_EE = strongest_successors(everywhere_EE, layer.transformer_config.moe_router_topk)
-        joined = (joint_EE * previous.successors_EE).sum()
-        value = 1.0 / layer.tp_cp_group.size() - joined
+        previous.successors_EE = coupling.strongest_successors(everywhere_EE, layer.transformer_config.moe_router_topk)
+        value = 1.0 / layer.tp_cp_group.size() - (joint_EE * previous.successors_EE).sum()
         what = self._loss.name, layer.moe_layer_index - 1, value, routing.tokens.counts
         call.micro_batch.notes.add(layer.losses.record_loss, *what)
 
-    def _is_fused(self, logits: Tensor) -> bool:
+    def _is_fused(self, call: RouterCall) -> bool:
         """Whether the kernels compute, in fp32."""
-        return not self._in_fp64 and choose(self.layer.config.kernels, logits.device)
+        return not self._in_fp64 and choose(self.layer.config.kernels, call.logits_TE.device)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.index_in_chunk
@@ -102,20 +90,20 @@ class PairsTap(Tap[Coupling]):
         assert routing is not None  # its router has run
         neighbor_grads = []
         if (previous := micro_batch.previous(index)) is not None:
-            neighbor_grads.append(neighbor_grad_of_previous(kind, previous.message, previous.successors_EE))
+            neighbor_grads.append(coupling.neighbor_grad_of_previous(kind, previous.message, previous.successors_EE))
         if (following := micro_batch.following(index)) is not None:
-            neighbor_grads.append(neighbor_grad_of_following(kind, following.message, routing.successors_EE))
+            neighbor_grads.append(coupling.neighbor_grad_of_following(kind, following.message, routing.successors_EE))
         elif micro_batch.grad_from_next is not None:
             neighbor_grads.append(micro_batch.grad_from_next)
         if not neighbor_grads:  # the only MoE layer of a stage, and pairs across stages are dropped
             return incoming
-        config, logits_TE = self.layer.transformer_config, call.logits.reshape(-1, call.logits.shape[-1])
+        config, logits_TE = self.layer.transformer_config, call.logits_TE
         factor, number = gradient_weight(config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
-        layer = logits_TE, routing.active_TE, config.moe_router_score_function
-        if kind == "mass" and self._is_fused(call.logits):
+        layer = logits_TE, routing.active_TE, self.layer.score_function
+        if kind == "mass" and self._is_fused(call):
             from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
 
             total_TE = add_mass_gradient(*layer, neighbor_grads, factor, incoming.reshape(logits_TE.shape), number)
-            return total_TE.view(call.logits.shape)
-        grad_TE = logits_grad(kind, *layer, neighbor_grads, factor * number)
-        return incoming + grad_TE.view(call.logits.shape).to(incoming.dtype)
+            return total_TE.view(incoming.shape)
+        grad_TE = coupling.logits_grad(kind, *layer, neighbor_grads, factor * number)
+        return incoming + grad_TE.view(incoming.shape).to(incoming.dtype)

@@ -1,10 +1,6 @@
-"""Check that the experts' rows are where the tokens' rows are looked for.
-
-Suffixes: T tokens of this rank, E experts, L local experts, P rows, H hidden size.
-"""
+"""Check that the experts' rows are where the tokens' rows are looked for. Suffixes as in ``expert_rows``; B bytes."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -26,23 +22,26 @@ class RowCheck:
     brought home and has to equal, bit by bit, the tokens that were sent. One exchange of the rows and one all-reduce of
     a number, when one rank or more ask for it: weights may be loaded on one alone. Other dispatchers are Megatron's
     own: their numbers of rows have to be those of the dispatched map, where no exchange needs them to be.
-
-    Args:
-        sent: takes the tokens that a library is given.
     """
 
     def __init__(self, layer: TappedLayer, sent: Callable[[Tensor], None]):
-        self._layer = layer
+        """``sent`` takes the tokens that a library is given."""
+        self._layer, self._sent = layer, sent
         self._hook = layer.module.register_load_state_dict_post_hook(Hook(self._loaded))
-        self._method = None
+        self._methods = []
         if is_flex(layer.dispatcher):
-            self._method = MethodReplacement(layer.dispatcher, "token_dispatch", partial(_token_dispatch, sent))
+            self._methods = [MethodReplacement(layer.dispatcher, "token_dispatch", self._dispatch)]
         self.is_due = True
 
     def detach(self) -> None:
         self._hook.remove()
-        if self._method is not None:
-            self._method.restore()
+        for method in self._methods:
+            method.restore()
+
+    def _dispatch(self, dispatch: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Stands in for ``MoEFlexTokenDispatcher.token_dispatch(hidden_states, probs, ...)``."""
+        self._sent(hidden_states)
+        return dispatch(hidden_states, *args, **kwargs)
 
     def _loaded(self, module: nn.Module, incompatible_keys: Any) -> None:
         self.is_due = True
@@ -50,22 +49,13 @@ class RowCheck:
     def check(
         self,
         inputs_PH: Tensor,
-        sent_TH: Optional[Tensor],
+        sent_TH: Optional[Tensor],  # the tokens, if a library was given any
         dispatched_TE: Tensor,
-        counts_L: list[int],
+        counts_L: list[int],  # rows that each local expert is given
         exchange: Optional[RowExchange],
     ) -> None:
-        """Checks what the experts are given; if the exchange was asked for it, on all of its ranks.
-
-        Args:
-            sent_TH: the tokens, if a library was given any.
-            dispatched_TE, exchange: see ``row_exchange``.
-            counts_L: numbers of rows that each local expert is given.
-
-        Raises:
-            RuntimeError: on every rank of the exchange.
-        """
-        if self._method is None:
+        """Raises if the experts are given other rows; if the exchange was asked for it, on all of its ranks."""
+        if not self._methods:
             right = exchange is not None or dispatched_TE.sum(dim=0).tolist() == counts_L
         else:
             right = _come_home(inputs_PH, sent_TH, dispatched_TE, counts_L, exchange)
@@ -96,11 +86,3 @@ def _come_home(
 
 def _as_bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
-
-
-def _token_dispatch(
-    sent: Callable[[Tensor], None], dispatch: Callable, hidden_states: Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    """Stands in for ``MoEFlexTokenDispatcher.token_dispatch(hidden_states, probs, ...)``."""
-    sent(hidden_states)
-    return dispatch(hidden_states, *args, **kwargs)

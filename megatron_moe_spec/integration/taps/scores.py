@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from megatron_moe_spec.integration.hooks.injection import add_gradient, separate_graph
-from megatron_moe_spec.integration.hooks.routing import LayerRouting, of_tokens, token_scores
+from megatron_moe_spec.integration.hooks.routing import LayerRouting
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap
 from megatron_moe_spec.losses import ScoresLoss
 from megatron_moe_spec.losses.base import one_per_token
-from megatron_moe_spec.losses.scores import normalized_scores_gradient
+from megatron_moe_spec.losses.scores import normalized_scores, normalized_scores_gradient
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
 
@@ -30,24 +30,22 @@ class ScoresTap(Tap[ScoresLoss]):
         computed = self.computed_losses()
         if not computed:
             return
-        routing, scores_TE = call.routing, self._scores(call.logits)
+        scores_TE = normalized_scores(call.logits_TE, self.layer.score_function)
         for loss in computed:
-            value = self._observe(loss, scores_TE, routing, call.padding_mask)
-            what = loss.name, self.layer.moe_layer_index, value.detach(), routing.tokens
+            value = self._observe(loss, scores_TE, call.routing)
+            what = loss.name, self.layer.moe_layer_index, value.detach(), call.routing.tokens
             call.micro_batch.notes.add(self.layer.losses.record_mean, *what)
 
-    def _observe(
-        self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask: Optional[Tensor]
-    ) -> Tensor:
+    def _observe(self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting) -> Tensor:
         """This rank's sum over its tokens; keeps the means that it needs, and the gradient with respect to them."""
         statistics = loss.token_statistics(scores_TE, routing.active_TE)
         if statistics is None:
-            return self._sum(loss, scores_TE, routing, None, padding_mask)
+            return _sum(loss, scores_TE, routing, None)
         group = self.layer.tp_cp_group
-        mean = all_reduce_sum(of_tokens(statistics, padding_mask).sum(dim=0), group) / routing.tokens.divisor
+        mean = all_reduce_sum(routing.of_tokens(statistics).sum(dim=0), group) / routing.tokens.divisor
         with separate_graph():
             mean.requires_grad_()
-            total = self._sum(loss, scores_TE, routing, mean, padding_mask)
+            total = _sum(loss, scores_TE, routing, mean)
             (grad_mean,) = torch.autograd.grad(total, mean, allow_unused=True, materialize_grads=True)
         grad_mean = all_reduce_sum(grad_mean, group) / routing.tokens.divisor
         routing.means[loss.name] = mean.detach(), grad_mean
@@ -57,39 +55,27 @@ class ScoresTap(Tap[ScoresLoss]):
         # A recomputation has the means of the first pass.
         routing = call.micro_batch.routing[self.layer.index_in_chunk]
         assert routing is not None
-        logits_TE = call.logits.reshape(-1, call.logits.shape[-1])
         with separate_graph():
-            scores_TE = self._scores(logits_TE).requires_grad_()
-            total = sum(self._weighted(loss, scores_TE, routing, call.padding_mask) for loss in self.trained)
+            scores_TE = normalized_scores(call.logits_TE, self.layer.score_function).requires_grad_()
+            total = sum(_weighted(loss, scores_TE, routing) for loss in self.trained)
             (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
-        weight, factor = gradient_weight(
-            self.layer.transformer_config, 1.0 / routing.tokens.divisor, routing.tokens.total
-        )
-        function = self.layer.transformer_config.moe_router_score_function
-        gradient_TE = normalized_scores_gradient(logits_TE, function, scores_gradient_TE * (weight * factor))
+        config, tokens = self.layer.transformer_config, routing.tokens
+        weight, factor = gradient_weight(config, 1.0 / tokens.divisor, tokens.total)
+        scores_gradient_TE = scores_gradient_TE * (weight * factor)
+        gradient_TE = normalized_scores_gradient(call.logits_TE, self.layer.score_function, scores_gradient_TE)
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)
 
-    def _weighted(
-        self, loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, padding_mask: Optional[Tensor]
-    ) -> Tensor:
-        mean, grad_mean = routing.means.get(loss.name, (None, None))
-        total = self._sum(loss, scores_TE, routing, mean, padding_mask)
-        if grad_mean is not None:
-            statistics = of_tokens(loss.token_statistics(scores_TE, routing.active_TE), padding_mask)
-            total = total + (statistics * grad_mean).sum()
-        return loss.coeff * total
 
-    def _sum(
-        self,
-        loss: ScoresLoss,
-        scores_TE: Tensor,
-        routing: LayerRouting,
-        mean: Optional[Tensor],
-        padding_mask: Optional[Tensor],
-    ) -> Tensor:
-        """Over this rank's tokens."""
-        losses_T = one_per_token(loss, loss.token_losses(scores_TE, routing.active_TE, mean), len(scores_TE))
-        return of_tokens(losses_T, padding_mask).sum()
+def _weighted(loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting) -> Tensor:
+    mean, grad_mean = routing.means.get(loss.name, (None, None))
+    total = _sum(loss, scores_TE, routing, mean)
+    if grad_mean is not None:
+        statistics = routing.of_tokens(loss.token_statistics(scores_TE, routing.active_TE))
+        total = total + (statistics * grad_mean).sum()
+    return loss.coeff * total
 
-    def _scores(self, logits: Tensor) -> Tensor:
-        return token_scores(logits, self.layer.transformer_config.moe_router_score_function, padding_mask=None)
+
+def _sum(loss: ScoresLoss, scores_TE: Tensor, routing: LayerRouting, mean: Optional[Tensor]) -> Tensor:
+    """Over this rank's tokens."""
+    losses_T = one_per_token(loss, loss.token_losses(scores_TE, routing.active_TE, mean), len(scores_TE))
+    return routing.of_tokens(losses_T).sum()

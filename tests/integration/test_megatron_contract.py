@@ -62,13 +62,7 @@ ATTRIBUTES = {
     "experts.local_experts.0.linear_fc1": ["weight"],
     "token_dispatcher": protocols.TokenDispatcher,
 }
-# Between dispatch and combine.
-OF_DISPATCHER = {
-    "alltoall": [
-        *["capacity", "input_splits", "num_global_tokens_per_local_expert", "output_splits", "probs", "routing_map"],
-    ],
-    "allgather": ["local_map", "routing_map"],
-}
+OF_DISPATCHER = {"alltoall": protocols.AllToAllDispatcher, "allgather": protocols.AllGatherDispatcher}
 
 
 def _resolve(path: str):

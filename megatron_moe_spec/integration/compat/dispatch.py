@@ -7,13 +7,19 @@ Suffixes: T tokens of this source, G tokens of all sources, E experts, L local e
 expert-parallel ranks, C expert-tensor-parallel ranks, P rows.
 """
 
-from typing import Any, Optional
+from typing import Optional, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe_spec.integration.compat.protocols import TokenDispatcher, TransformerConfig
+from megatron_moe_spec.integration.compat.protocols import (
+    AllGatherDispatcher,
+    AllToAllDispatcher,
+    FlexDispatcher,
+    TokenDispatcher,
+    TransformerConfig,
+)
 from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.row_exchange import RowExchange
 
@@ -24,18 +30,26 @@ def expert_map(experts_TK: Tensor, num_experts: int) -> Tensor:
     return chosen_TE.scatter_(1, experts_TK % (num_experts + 1), True)[:, :num_experts]
 
 
-def is_flex(dispatcher: TokenDispatcher) -> bool:
+def is_alltoall(dispatcher: TokenDispatcher) -> TypeGuard[AllToAllDispatcher]:
+    return dispatcher.config.moe_token_dispatcher_type == "alltoall"
+
+
+def is_allgather(dispatcher: TokenDispatcher) -> TypeGuard[AllGatherDispatcher]:
+    return dispatcher.config.moe_token_dispatcher_type == "allgather"
+
+
+def is_flex(dispatcher: TokenDispatcher) -> TypeGuard[FlexDispatcher]:
     """Whether a library takes the tokens of ``token_dispatch`` to the experts, and lays out their rows."""
     return dispatcher.config.moe_token_dispatcher_type == "flex"
 
 
-def dispatched_map(dispatcher: Any, routing_map_TE: Tensor) -> Tensor:
+def dispatched_map(dispatcher: TokenDispatcher, routing_map_TE: Tensor) -> Tensor:
     """Bool, [T, E] by which the dispatcher has permuted this rank's tokens; the router's map, or made from it.
 
     The alltoall dispatcher adds tokens that fill experts up (``moe_router_padding_for_quantization``); DeepEP takes the
     K largest probabilities, which a probability of 0 may make another choice.
     """
-    if dispatcher.config.moe_token_dispatcher_type == "alltoall":
+    if is_alltoall(dispatcher):
         return dispatcher.routing_map
     if not is_flex(dispatcher):
         return routing_map_TE
@@ -47,7 +61,7 @@ def dispatched_map(dispatcher: Any, routing_map_TE: Tensor) -> Tensor:
 
 
 def row_exchange(
-    dispatcher: Any, dispatched_TE: Tensor, num_rows: int, a2a_dtype: str = "same", asks: bool = False
+    dispatcher: TokenDispatcher, dispatched_TE: Tensor, num_rows: int, a2a_dtype: str = "same", asks: bool = False
 ) -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their sources; None where each rank has all experts.
 
@@ -71,18 +85,21 @@ def row_exchange(
     if is_flex(dispatcher):
         order, counts_L, rows_for, rows_from, asked = _flex_layout(dispatcher, dispatched_TE, asks)
         return RowExchange(order, sum(counts_L), rows_for, rows_from, dispatcher.ep_group, a2a_dtype, counts_L, asked)
-    if dispatcher.config.moe_token_dispatcher_type == "allgather":
+    if is_allgather(dispatcher):
         order, rows_for, rows_from = _allgather_layout(dispatcher, dispatched_TE)
     elif dispatcher.tp_size > 1:
         order, rows_for, rows_from = _alltoall_etp_layout(dispatcher, dispatched_TE)
     else:
+        assert is_alltoall(dispatcher)
         order, rows_for, rows_from = _alltoall_layout(dispatcher, dispatched_TE.device)
     if num_rows != sum(rows_for):
         raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
     return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group, a2a_dtype)
 
 
-def _alltoall_layout(dispatcher: Any, device: torch.device) -> tuple[Optional[Tensor], list[int], list[int]]:
+def _alltoall_layout(
+    dispatcher: AllToAllDispatcher, device: torch.device
+) -> tuple[Optional[Tensor], list[int], list[int]]:
     """Order by source of rows without padding (None: as they lie), and numbers for and from each rank; as below."""
     # Rows lie by (local expert, source, token) and were received by (source, local expert, token).
     ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
@@ -110,7 +127,7 @@ def _alltoall_etp_layout(dispatcher: TokenDispatcher, dispatched_TE: Tensor) -> 
     return _by_source(here_RCL.permute(2, 1, 0), sum(rows_for)), rows_for, rows_from
 
 
-def _allgather_layout(dispatcher: Any, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
+def _allgather_layout(dispatcher: AllGatherDispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
     # Rows lie by (local expert, global token), as in local_map [G, L]; source r has the r-th T of the global tokens.
     rows_RL = dispatcher.local_map.unflatten(0, (dispatcher.ep_size, len(dispatched_TE))).sum(dim=1)
     sent_R = dispatched_TE.sum(dim=0).view(dispatcher.ep_size, -1).sum(dim=1)
@@ -120,7 +137,7 @@ def _allgather_layout(dispatcher: Any, dispatched_TE: Tensor) -> tuple[Tensor, l
 
 
 def _flex_layout(
-    dispatcher: Any, dispatched_TE: Tensor, asks: bool
+    dispatcher: FlexDispatcher, dispatched_TE: Tensor, asks: bool
 ) -> tuple[Tensor, list[int], list[int], list[int], bool]:
     # DeepEP receives tokens by (source, token), which Megatron permutes by (local expert, source, token); HybridEP
     # hands the rows over in this order. Neither promises it, see ``RowCheck``. One all-to-all of E numbers, and a flag

@@ -1,10 +1,11 @@
 """What this package uses of Megatron's own objects: attributes that every supported release has, with their types.
 
 What a release may lack is not here, and is read by ``getattr``. ``tests/integration/test_megatron_contract.py``
-compares all of this with the objects of a model that has run. Suffixes: E experts, H hidden size.
+compares all of this with the objects of a model that has run. Suffixes: T tokens of this rank, G tokens of
+all ranks, E experts, H hidden size, L local experts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Optional, Protocol, Union
 
 import torch
@@ -79,6 +80,30 @@ class TokenDispatcher(Protocol):
     tp_group: ProcessGroup
     tp_rank: int
     tp_size: int
+
+
+class AllToAllDispatcher(TokenDispatcher, Protocol):
+    """MoEAlltoAllTokenDispatcher, between dispatch and combine."""
+
+    capacity: int  # of an expert; None where experts are not padded to it
+    input_splits: Optional[Sequence[int]]  # None where they are
+    num_global_tokens_per_local_expert: Tensor  # [ranks, L]
+    output_splits: Optional[Sequence[int]]
+    probs: Tensor  # [T, E]
+    routing_map: Tensor  # [T, E]
+
+
+class AllGatherDispatcher(TokenDispatcher, Protocol):
+    """MoEAllGatherTokenDispatcher, between dispatch and combine."""
+
+    local_map: Tensor  # [G, L]
+    routing_map: Tensor  # [G, E]
+
+
+class FlexDispatcher(TokenDispatcher, Protocol):
+    """MoEFlexTokenDispatcher. The managers of DeepEP and HybridEP differ in their attributes."""
+
+    _comm_manager: Any
 
 
 class MoELayer(Protocol):

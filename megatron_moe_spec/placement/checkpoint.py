@@ -29,16 +29,12 @@ _SHARD = re.compile(r"/shard_([\d.]+)_([\d.]+)$")
 
 
 def reorder_experts(checkpoint: Path, order: Mapping[int, Sequence[int]], out: Path) -> list[str]:
-    """Writes the checkpoint with its experts in another order, without the optimizer's state.
+    """Writes the checkpoint with its experts in another order, less the optimizer's state; returns what was reordered.
 
     Args:
-        checkpoint: a folder that Megatron's ``--save`` was given, of which the latest iteration is taken, or one
-            iteration's folder.
+        checkpoint: the folder of Megatron's ``--save``, of which the latest iteration is taken, or one iteration's.
         order: for each MoE layer, by its index in the model, the present indices of its experts in their new order.
         out: a new folder, for Megatron's ``--load``.
-
-    Returns:
-        Names of what was reordered.
 
     Raises:
         ValueError: it is not such a checkpoint, or not of the model that the order is for.
@@ -50,11 +46,9 @@ def reorder_experts(checkpoint: Path, order: Mapping[int, Sequence[int]], out: P
     state, index = _load(source)
     entries = {name: entry for name in state if (entry := _Entry.of(name, state[name]))}
     _check(entries, order, checkpoint)
-    reordered = {}
-    for name, value in state.items():
-        entry = entries.get(name)
-        new_name, value = entry.reorder(name, value, order) if entry else (name, value)
-        reordered[new_name] = value
+    reordered = dict(
+        entries[name].reorder(name, value, order) if name in entries else (name, value) for name, value in state.items()
+    )
     target = out / source.name
     target.mkdir(parents=True)
     writer = dcp.FileSystemWriter(target)
@@ -68,18 +62,12 @@ def reorder_experts(checkpoint: Path, order: Mapping[int, Sequence[int]], out: P
 
 @dataclass(frozen=True)
 class _Entry:
-    """The layers and the experts that a name in the checkpoint belongs to.
-
-    Attributes:
-        expert: of a name that belongs to one expert; None: experts are a dimension of the tensor.
-        num_experts: of a layer; None: not known.
-        stacked: whether layers are the tensor's first dimension.
-    """
+    """The layers and the experts that a name in the checkpoint belongs to."""
 
     layers: Sequence[int]
-    expert: Optional[int]
-    num_experts: Optional[int]
-    stacked: bool = False
+    expert: Optional[int]  # None: experts are a dimension of the tensor
+    num_experts: Optional[int]  # of a layer; None: not known
+    stacked: bool = False  # whether layers are the tensor's first dimension
 
     @staticmethod
     def of(name: str, value: Any) -> "Optional[_Entry]":
@@ -117,9 +105,8 @@ class _Entry:
 def _check(entries: Mapping[str, _Entry], order: Mapping[int, Sequence[int]], checkpoint: Path) -> None:
     if not entries:
         raise ValueError(f"{checkpoint} has no experts: name the checkpoint of the model that was traced")
-    layers: set[int] = set()
+    layers = {layer for entry in entries.values() for layer in entry.layers}
     for name, entry in entries.items():
-        layers.update(entry.layers)
         for layer, experts in order.items():
             if entry.num_experts is not None and entry.num_experts != len(experts):
                 raise ValueError(

@@ -31,17 +31,17 @@ def main(argv: Optional[list[str]] = None) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("numpy", "scipy", "scipy.optimize"):
             raise
-        return _fail(
-            f"{error.name} is missing: pip install scipy, or this package with its extra: pip install -e '.[report]'"
-        )
+        remedy = "pip install scipy, or this package with its extra: pip install -e '.[report]'"
+        problem = f"{error.name} is missing: {remedy}"
     except (ValueError, OSError) as error:
-        return _fail(str(error))
+        problem = str(error)
+    print(f"megatron_moe_spec.placement: {problem}", file=sys.stderr)
+    return 2
 
 
 def _run(args: argparse.Namespace) -> int:
-    from megatron_moe_spec.placement.judge import JUDGED_TOKENS, MEASURED_TOKENS, judge, judge_prefetch
+    from megatron_moe_spec.placement import judge
     from megatron_moe_spec.placement.objectives import OBJECTIVES
-    from megatron_moe_spec.placement.text import measures_table, rates_table, verdict
 
     trace = read_trace(args.trace, args.num_experts, args.num_layers, args.drop_incomplete)
     cluster = Cluster(trace.num_experts, args.devices, args.nodes, args.redundant)
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
     for notice in trace.notices:
         print(f"Notice: {notice}")
     num_tokens, num_layers, top_k = trace.experts_TMK.shape
-    few, some = sample(fitted, OBJECTIVES[args.objective].most_tokens), some_batches(judged, MEASURED_TOKENS)
+    few, some = sample(fitted, OBJECTIVES[args.objective].most_tokens), some_batches(judged, judge.MEASURED_TOKENS)
     print(
         f"{num_tokens:,} tokens, {top_k} of {trace.num_experts} experts in each of {num_layers} MoE layers; "
         f"{cluster.num_slots} slots a layer on {cluster.num_devices} devices.\n"
@@ -59,12 +59,12 @@ def _run(args: argparse.Namespace) -> int:
         f"{len(some.batch_T):,} of the other {len(judged.batch_T):,}.\n",
         flush=True,
     )
-    judged_placements = judge(fitted, few, some, cluster, args.objective, num_groups)
+    judged_placements = judge.judge(fitted, few, some, cluster, args.objective, num_groups)
     measures = {name: measured for name, (_, measured) in judged_placements.items()}
-    print(f"{measures_table(measures, cluster.num_nodes, args.hidden_size or trace.hidden_size)}\n")
-    print(verdict(measures, args.objective), end="\n\n", flush=True)
-    print(f"Whatever the placement, of at most {JUDGED_TOKENS:,} of the tokens judged:")
-    print(rates_table(judge_prefetch(fitted, judged, num_predicted, num_cached)))
+    print(f"{judge.measures_table(measures, cluster.num_nodes, args.hidden_size or trace.hidden_size)}\n")
+    print(judge.verdict(measures, args.objective), end="\n\n", flush=True)
+    print(f"Whatever the placement, of at most {judge.JUDGED_TOKENS:,} of the tokens judged:")
+    print(judge.rates_table(judge.judge_prefetch(fitted, judged, num_predicted, num_cached)))
     if args.out:
         _write(args, judged_placements[args.objective][0], trace)
     return 0
@@ -91,15 +91,13 @@ def _check_out(args: argparse.Namespace) -> None:
             raise ValueError("--checkpoint is for --format megatron, with --out")
         return
     chosen = FORMATS[args.format]
-    suffixes = chosen.suffixes
     if chosen.needs_checkpoint != (args.checkpoint is not None):
         raise ValueError("--format megatron and --checkpoint, the one to reorder, need each other")
     if chosen.needs_checkpoint and args.force:
         raise ValueError("--force replaces no checkpoint: name a new folder with --out")
-    if suffixes and args.out.suffix not in suffixes:
-        raise ValueError(
-            f"--out {args.out}: --format {args.format} is a file whose name ends in {' or '.join(suffixes)}"
-        )
+    if chosen.suffixes and args.out.suffix not in chosen.suffixes:
+        ends = " or ".join(chosen.suffixes)
+        raise ValueError(f"--out {args.out}: --format {args.format} is a file whose name ends in {ends}")
     if not args.out.parent.is_dir():
         raise ValueError(f"--out {args.out}: there is no folder {args.out.parent}")
     if args.out.exists() and not args.force:
@@ -165,8 +163,3 @@ def _not_negative(text: str) -> int:
     if (number := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{number} is negative")
     return number
-
-
-def _fail(problem: str) -> int:
-    print(f"megatron_moe_spec.placement: {problem}", file=sys.stderr)
-    return 2

@@ -15,20 +15,12 @@ from megatron_moe_spec.traces.schema import Trace
 
 @dataclass(frozen=True)
 class Format:
-    """How an engine reads placements.
+    """How an engine reads placements."""
 
-    Attributes:
-        write: (placement, trace, path) writes a placement, made from the trace, to a path.
-        suffixes: that the path may have; none: it is a folder.
-        all_layers: whether dense layers count, so that the trace has to know the number of layers.
-        needs_checkpoint: whether ``write`` takes a checkpoint, too.
-        usage: what the engine is told, with {path}, {devices} and {redundant}.
-    """
-
-    write: Callable[..., None]
-    suffixes: tuple[str, ...]
-    all_layers: bool
-    usage: str
+    write: Callable[..., None]  # takes a placement, the trace that it was made from, a path, and a checkpoint if needed
+    suffixes: tuple[str, ...]  # that the path may have; none: it is a folder
+    usage: str  # what the engine is told, with {path}, {devices} and {redundant}
+    all_layers: bool = False  # whether dense layers count, so that the trace has to know the number of layers
     needs_checkpoint: bool = False
 
 
@@ -77,32 +69,27 @@ FORMATS = {
     "sglang": Format(
         write_sglang,
         (".json", ".pt"),
-        True,
         "sglang.launch_server --ep-size {devices} --ep-num-redundant-experts {redundant} --init-expert-location {path}",
+        all_layers=True,
     ),
     "ktransformers": Format(
         write_ktransformers,
         (".pt",),
-        True,
         "sglang.launch_server --kt-expert-placement-strategy frequency --init-expert-location {path} "
         "(it takes counts of tokens alone, and keeps the hottest experts on GPUs)",
+        all_layers=True,
     ),
     "trtllm": Format(
-        write_trtllm,
-        (".yaml", ".yml"),
-        False,
-        "moe_config: load_balancer: {path}, with moe_expert_parallel_size {devices}",
+        write_trtllm, (".yaml", ".yml"), "moe_config: load_balancer: {path}, with moe_expert_parallel_size {devices}"
     ),
     "vllm-ascend": Format(
         write_vllm_ascend,
         (".json",),
-        False,
         """--enable-expert-parallel --additional-config '{{"eplb_config": {{"expert_map_path": "{path}"}}}}'""",
     ),
     "megatron": Format(
         write_megatron,
         (),
-        False,
         "--load {path} --no-load-optim --expert-model-parallel-size {devices} (the same model, its experts reordered)",
         needs_checkpoint=True,
     ),

@@ -15,22 +15,16 @@ _PART = 2**14  # tokens whose counts on all devices are in memory at once
 class Measures:
     """Means over tokens in each MoE layer, [M] float64; ``hops`` [M - 1].
 
-    Attributes:
-        load: of the device that bears most, over the mean of devices.
-        batch_load: the same in each batch; the mean of batches.
-        devices: that a token goes to.
-        nodes: that a token goes to.
-        rows: that a token sends to devices other than its own and gets back. Its own is the number of its sequence
-            modulo the number of devices; one row serves all its experts on a device.
-        hops: of the pairs of a token's expert and its expert in the next layer, the share that is on one device.
+    A token's own device is the number of its sequence modulo the number of devices; one row serves all its experts on a
+    device.
     """
 
-    load: Tensor
-    batch_load: Tensor
-    devices: Tensor
-    nodes: Tensor
-    rows: Tensor
-    hops: Tensor
+    load: Tensor  # of the device that bears most, over the mean of devices
+    batch_load: Tensor  # the same in each batch; the mean of batches
+    devices: Tensor  # that a token goes to
+    nodes: Tensor  # that a token goes to
+    rows: Tensor  # that a token sends to devices other than its own and gets back
+    hops: Tensor  # share on one device, of the pairs of a token's expert and its expert in the next layer
 
 
 def measure(placement: Placement, trace: Trace) -> Measures:

@@ -1,13 +1,13 @@
 """Placements fitted to a trace. Each layer gets replicas for the hottest experts, by EPLB's rule."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from megatron_moe_spec.placement.assignment import assign, assign_pairs
 from megatron_moe_spec.placement.eplb import replicate
 from megatron_moe_spec.placement.placement import Cluster, Placement
 from megatron_moe_spec.traces.counts import coactivation, loads, recombined, shuffled, transitions
@@ -16,6 +16,7 @@ from megatron_moe_spec.traces.schema import Trace
 _BINS = 64  # of time
 _MARGIN = 1.1  # co-activation counts as such beyond this multiple of what loads explain
 _SWEEPS = 20  # over the layers, at most
+_SEARCHES = 50  # of devices for the slots of a layer
 
 
 def place_by_load(trace: Trace, cluster: Cluster) -> Placement:
@@ -23,13 +24,15 @@ def place_by_load(trace: Trace, cluster: Cluster) -> Placement:
 
     Experts that are hot at the same time come onto different devices; total loads do not tell them.
     """
-    bin_T = torch.arange(len(trace.experts_TMK)) * _BINS // len(trace.experts_TMK)
-    rows = []
+    bin_T1 = (torch.arange(len(trace.experts_TMK)) * _BINS // len(trace.experts_TMK))[:, None]
+    columns = cluster.num_experts + 1  # the last one of dropped tokens
+    slots = []
     for experts_TK, logical_S, replicas_E in _layers(trace, cluster):
-        loads_SB = (_loads_by_bin(experts_TK, bin_T, cluster.num_experts) / replicas_E).T[logical_S].numpy()
-        device_S = assign_pairs(loads_SB @ loads_SB.T, logical_S.numpy(), cluster.num_devices)
-        rows.append(_by_device(logical_S.numpy(), device_S))
-    return Placement(torch.stack(rows), trace.layers, cluster)
+        places_TK = bin_T1 * columns + experts_TK.long() % columns
+        loads_BE = torch.bincount(places_TK.flatten(), minlength=_BINS * columns).view(_BINS, columns)[:, :-1]
+        loads_SB = (loads_BE.double() / replicas_E).T[logical_S].numpy()
+        slots.append((logical_S, assign_pairs(loads_SB @ loads_SB.T, logical_S, cluster.num_devices)))
+    return _placement(slots, trace, cluster)
 
 
 def place_by_fanout(trace: Trace, cluster: Cluster) -> Placement:
@@ -43,17 +46,17 @@ def place_by_fanout(trace: Trace, cluster: Cluster) -> Placement:
     """
     if trace.experts_TMK.shape[2] == 1:
         raise ValueError("--objective fanout: tokens of this trace have one expert a layer; use --objective load")
-    rows = []
+    slots = []
     for experts_TK, logical_S, replicas_E in _layers(trace, cluster):
         counts_EE = coactivation(experts_TK, cluster.num_experts).double()
         excess_EE = (counts_EE - _MARGIN * pairs_by_chance(counts_EE)) / (replicas_E[:, None] * replicas_E)
         excess_SS = excess_EE[logical_S][:, logical_S].numpy()
-        device_S = assign_pairs(-excess_SS, logical_S.numpy(), cluster.num_devices)
+        device_S = assign_pairs(-excess_SS, logical_S, cluster.num_devices)
         on_SD = np.eye(cluster.num_devices)[device_S]
         node_D = assign_pairs(-on_SD.T @ excess_SS @ on_SD, np.arange(cluster.num_devices), cluster.num_nodes)
         rank_D = node_D.argsort(kind="stable").argsort()  # devices of a node are neighbours
-        rows.append(_by_device(logical_S.numpy(), rank_D[device_S]))
-    return Placement(torch.stack(rows), trace.layers, cluster)
+        slots.append((logical_S, rank_D[device_S]))
+    return _placement(slots, trace, cluster)
 
 
 def place_by_pathway(trace: Trace, cluster: Cluster) -> Placement:
@@ -71,7 +74,7 @@ def place_by_pathway(trace: Trace, cluster: Cluster) -> Placement:
         raise ValueError("--objective pathway: this trace has one MoE layer; use --objective load")
     experts = trace.experts_TMK.unbind(dim=1)
     flows_EE = [_beyond_loads(transitions(*pair, cluster.num_experts)) for pair in zip(experts, experts[1:])]
-    layers = [(logical_S.numpy(), replicas_E.numpy()) for _, logical_S, replicas_E in _layers(trace, cluster)]
+    layers = [(logical_S, replicas_E.numpy()) for _, logical_S, replicas_E in _layers(trace, cluster)]
     logical_S, replicas_E = layers[0]
     per_replica_EE = flows_EE[0] / replicas_E[:, None]
     alike_SS = (per_replica_EE @ per_replica_EE.T)[logical_S][:, logical_S]
@@ -94,8 +97,7 @@ def place_by_pathway(trace: Trace, cluster: Cluster) -> Placement:
         if stay <= kept:
             break
         kept, best = stay, list(slots)
-    rows = [_by_device(*of_layer) for of_layer in best]
-    return Placement(torch.stack(rows), trace.layers, cluster)
+    return _placement(best, trace, cluster)
 
 
 def pairs_by_chance(counts_EE: Tensor) -> Tensor:
@@ -108,6 +110,57 @@ def pairs_by_chance(counts_EE: Tensor) -> Tensor:
     return x_E[:, None] * x_E
 
 
+def assign_pairs(cost_SS: np.ndarray, logical_S: np.ndarray, num_devices: int) -> np.ndarray:
+    """[S] devices: a small sum of costs over the pairs of slots that share a device.
+
+    A local search by exact steps: one slot of each device at a time is taken out, and these are assigned anew at least
+    cost, given where all others are. First they come in, as many as there are devices at a time, in the order given.
+    ``cost_SS`` is symmetric; ``logical_S`` is the expert in each slot, replicas of an expert next to each other.
+    """
+    if num_devices == 1:
+        return np.zeros(len(logical_S), dtype=np.int64)
+    same_SS = logical_S[:, None] == logical_S
+    cost_SS = np.where(same_SS, _prohibitive(cost_SS), cost_SS)
+    on_SD = np.zeros((len(logical_S), num_devices))
+    generator = np.random.default_rng(0)
+    groups = np.arange(len(logical_S)).reshape(-1, num_devices)
+    for _ in range(1 + _SEARCHES):
+        for group in groups:
+            on_SD[group] = 0
+            rows, devices = linear_sum_assignment(cost_SS[group] @ on_SD)
+            on_SD[group[rows], devices] = 1
+        members = [generator.permutation(np.flatnonzero(column)) for column in on_SD.T]
+        groups = np.stack(members, axis=1)
+    return on_SD.argmax(axis=1)
+
+
+def assign(gain_ED: np.ndarray, replicas_E: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Experts in slots, [S], and the slots' devices, [S]: the greatest sum of gains.
+
+    Exact where no expert has a replica. Those that have come first, as many slots as there are devices at a time.
+    """
+    num_devices = gain_ED.shape[1]
+    order_E = np.argsort(-replicas_E, kind="stable")
+    logical_S = np.repeat(order_E, replicas_E[order_E])
+    num_replicated = replicas_E[replicas_E > 1].sum()
+    num_first = -(-num_replicated // num_devices) * num_devices
+    gain_ED = gain_ED.copy()
+    devices_S = np.empty(len(logical_S), dtype=np.int64)
+    prohibitive = _prohibitive(gain_ED)
+    for start in range(0, num_first, num_devices):
+        group = np.arange(start, start + num_devices)
+        rows, devices_S[group] = linear_sum_assignment(gain_ED[logical_S[group]], maximize=True)
+        gain_ED[logical_S[group], devices_S[group]] -= prohibitive
+    last_S = np.arange(num_first, len(logical_S))
+    repeated = np.tile(gain_ED[logical_S[last_S]], len(last_S) // num_devices)
+    devices_S[last_S] = linear_sum_assignment(repeated, maximize=True)[1] % num_devices
+    return logical_S, devices_S
+
+
+def _prohibitive(costs: np.ndarray) -> float:
+    return 1 + 2 * np.abs(costs).sum()
+
+
 def _beyond_loads(counts_EE: Tensor) -> np.ndarray:
     """[E, E] float64: the counts, less what their sums of rows and columns explain."""
     counts_EE = counts_EE.double()
@@ -115,21 +168,14 @@ def _beyond_loads(counts_EE: Tensor) -> np.ndarray:
     return (counts_EE - expected_EE).numpy()
 
 
-def _layers(trace: Trace, cluster: Cluster) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _layers(trace: Trace, cluster: Cluster) -> Iterator[tuple[Tensor, np.ndarray, Tensor]]:
     """Of each layer: tokens' experts, [T, K]; experts in slots, hottest slots first, [S]; experts' replicas, [E]."""
     loads_ME = loads(trace)
     logical_MS, replicas_ME = replicate(loads_ME, cluster.num_slots, most=cluster.num_devices)
     for layer, experts_TK in enumerate(trace.experts_TMK.unbind(dim=1)):
         logical_S = logical_MS[layer].sort().values
         heat_S = (loads_ME[layer] / replicas_ME[layer])[logical_S]
-        yield experts_TK, logical_S[heat_S.sort(descending=True, stable=True).indices], replicas_ME[layer]
-
-
-def _loads_by_bin(experts_TK: Tensor, bin_T: Tensor, num_experts: int) -> Tensor:
-    """[B, E] float64: tokens that each expert served in each bin."""
-    columns = num_experts + 1  # the last one of dropped tokens
-    places_TK = bin_T[:, None] * columns + experts_TK.long() % columns
-    return torch.bincount(places_TK.flatten(), minlength=_BINS * columns).view(_BINS, columns)[:, :-1].double()
+        yield experts_TK, logical_S[heat_S.sort(descending=True, stable=True).indices].numpy(), replicas_ME[layer]
 
 
 def _shares(logical_S: np.ndarray, device_S: np.ndarray, replicas_E: np.ndarray, cluster: Cluster) -> np.ndarray:
@@ -138,29 +184,22 @@ def _shares(logical_S: np.ndarray, device_S: np.ndarray, replicas_E: np.ndarray,
     return shares_ED
 
 
-def _by_device(logical_S: np.ndarray, device_S: np.ndarray) -> Tensor:
-    """[S] int64: the experts in the order of devices, then of experts."""
-    return torch.from_numpy(logical_S[np.lexsort((logical_S, device_S))])
+def _placement(slots: Sequence[tuple[np.ndarray, np.ndarray]], trace: Trace, cluster: Cluster) -> Placement:
+    """Of each layer's experts in slots and their devices: in the order of devices, then of experts."""
+    rows = [torch.from_numpy(logical_S[np.lexsort((logical_S, device_S))]) for logical_S, device_S in slots]
+    return Placement(torch.stack(rows), trace.layers, cluster)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a placement can be fitted to.
-
-    Attributes:
-        control: makes the trace that has the same loads, but not what the objective lives on.
-        without: what the control does.
-        judged_by: name of the measure.
-        most_tokens: that it is fitted to, evenly spaced, so that large traces do not take minutes.
-        engines: which of them gain.
-    """
+    """What a placement can be fitted to."""
 
     place: Callable[[Trace, Cluster], Placement]
-    control: Callable[[Trace], Trace]
-    without: str
-    judged_by: str
-    most_tokens: int
-    engines: str
+    control: Callable[[Trace], Trace]  # makes the trace of the same loads, without what the objective lives on
+    without: str  # what the control does
+    judged_by: str  # name of the measure
+    most_tokens: int  # that it is fitted to, evenly spaced, so that large traces do not take minutes
+    engines: str  # which of them gain
 
 
 OBJECTIVES = {

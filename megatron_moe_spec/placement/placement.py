@@ -49,14 +49,10 @@ class Placement:
     """The expert in each slot of each MoE layer.
 
     Token t that chooses an expert of r replicas goes to replica t modulo r, in the order of slots.
-
-    Attributes:
-        logical_MS: int64, index of the expert in each slot; the slots of a device are neighbours.
-        layers: indices of the MoE layers in the whole model, ascending.
     """
 
-    logical_MS: Tensor
-    layers: tuple[int, ...]
+    logical_MS: Tensor  # int64, index of the expert in each slot; the slots of a device are neighbours
+    layers: tuple[int, ...]  # indices of the MoE layers in the whole model, ascending
     cluster: Cluster
 
     def __post_init__(self) -> None:

@@ -33,13 +33,14 @@ def main(argv: Optional[list[str]] = None) -> int:
         if library not in ("matplotlib", "scipy", "tensorboard", "numpy"):
             raise
         remedy = "install it, or this package with its extra: pip install -e '.[report]'"
-        print(f"megatron_moe_spec.report: reports need {library}: {remedy}", file=sys.stderr)
-        return 2
+        problem = f"reports need {library}: {remedy}"
     except (ValueError, OSError) as error:
-        print(f"megatron_moe_spec.report: {error}", file=sys.stderr)
-        return 2
-    print(f"Wrote {args.out}, and its figures to {_figures_folder(args.out)}")
-    return 0
+        problem = str(error)
+    else:
+        print(f"Wrote {args.out}, and its figures to {_figures_folder(args.out)}")
+        return 0
+    print(f"megatron_moe_spec.report: {problem}", file=sys.stderr)
+    return 2
 
 
 def write_report(

@@ -1,10 +1,8 @@
 """Draws figures by matplotlib, for light and for dark pages."""
 
-import base64
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Optional, Union
@@ -20,6 +18,12 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # 
 HEAT = "cividis"
 MOST_LINES = 12  # in a panel
 _TEXT = {False: "#24292f", True: "#d7dae0"}  # on a light and on a dark page
+_STYLE = {
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.grid", "legend.frameon"), False),
+    **{"grid.alpha": 0.25, "font.size": 10, "axes.titlesize": 11, "legend.fontsize": 9},
+}
+_INK = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
 
 Points = Sequence[tuple[float, float]]
 Colour = Union[str, tuple[float, ...]]
@@ -29,21 +33,13 @@ Panel = Callable[["Axes"], None]
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure.
+    """Panels side by side. The page gives more room to more columns of them."""
 
-    Attributes:
-        name: of its file.
-        alt: what it shows, in words.
-        panels: each draws on an axis.
-        columns: of panels. The page gives more room to more of them.
-        height: of a panel, in inches.
-    """
-
-    name: str
-    alt: str
+    name: str  # of its file
+    alt: str  # what it shows, in words
     panels: Sequence[Panel]
     columns: int = 1
-    height: float = 3.4
+    height: float = 3.4  # of a panel, in inches
 
     def draw(self) -> "MatplotlibFigure":
         figure, axes = panels(-(-len(self.panels) // self.columns), self.columns, self.height)
@@ -64,30 +60,6 @@ def pyplot() -> ModuleType:
     return module
 
 
-@contextmanager
-def theme(dark: bool) -> Iterator[None]:
-    """Figures drawn inside suit a page of this kind: transparent, with text that can be read on it."""
-    text = _TEXT[dark]
-    settings = {
-        "figure.facecolor": "none",
-        "axes.facecolor": "none",
-        "savefig.facecolor": "none",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": False,
-        "grid.alpha": 0.25,
-        "font.size": 10,
-        "axes.titlesize": 11,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        **dict.fromkeys(
-            ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), text
-        ),
-    }
-    with pyplot().rc_context(settings):
-        yield
-
-
 def thinned(points: Points, most: int = MOST_POINTS) -> list[tuple[float, float]]:
     """At most so many points: means of neighbours, each at the middle of their iterations."""
     width = -(-len(points) // most) or 1
@@ -99,8 +71,7 @@ def curve(axis: "Axes", points: Points, label: str, colour: Colour, dashed: bool
     """One line, with marks where points are few."""
     points = thinned(points)
     x, y = [x for x, _ in points], [y for _, y in points]
-    marker = "o" if len(points) < 20 else None
-    style = "--" if dashed else "-"
+    style, marker = "--" if dashed else "-", "o" if len(points) < 20 else None
     axis.plot(x, y, style, label=label, color=colour, linewidth=width, marker=marker, markersize=3)
 
 
@@ -169,21 +140,17 @@ def draw_heat(
 
 def panels(rows: int, columns: int, height: float = 3.4) -> tuple["MatplotlibFigure", list["Axes"]]:
     """(figure, axes in a list)."""
-    figure, axes = pyplot().subplots(
-        rows, columns, figsize=(5.6 * columns, height * rows), layout="constrained", squeeze=False
-    )
+    size = (5.6 * columns, height * rows)
+    figure, axes = pyplot().subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     return figure, list(axes.flat)
 
 
 def picture(draw: Callable[[], Any], dark: bool = False) -> bytes:
     """PNG of a figure that ``draw`` makes: on white, or without a background for a dark page."""
-    with theme(dark), warnings.catch_warnings():
+    settings = {**_STYLE, **dict.fromkeys(_INK, _TEXT[dark])}
+    with pyplot().rc_context(settings), warnings.catch_warnings():
         figure = draw()
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=110, facecolor="none" if dark else "white")
         pyplot().close(figure)
     return file.getvalue()
-
-
-def data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

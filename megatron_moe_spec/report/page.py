@@ -1,10 +1,11 @@
 """The report as one HTML page that needs nothing else."""
 
-from collections.abc import Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Sequence
 from html import escape
 
-from megatron_moe_spec.report import figures
 from megatron_moe_spec.report.contents import Section
+from megatron_moe_spec.report.figures import Figure
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #24292f; --dim: #57606a; --page: #ffffff; --line: #d0d7de; --note: #fff8c5; }
@@ -42,16 +43,9 @@ _WIDTHS = {1: "", 2: " class='two'", 3: " class='wide'"}  # of figures, by their
 
 
 def page(
-    title: str,
-    facts: Sequence[str],
-    notices: Sequence[str],
-    sections: Sequence[Section],
-    pictures: Mapping[str, tuple[bytes, bytes]],
+    title: str, facts: list[str], notices: list[str], sections: list[Section], pictures: dict[str, tuple[bytes, bytes]]
 ) -> str:
-    """HTML of a report: its title, facts (what was read), notices and sections.
-
-    ``pictures``: PNGs of the sections' figures by their names, for a light and for a dark page.
-    """
+    """HTML of a report; ``pictures``: PNGs of the figures by their names, for a light and for a dark page."""
     parts = [f"<p class='dim'>{'<br>'.join(map(escape, facts))}</p>"]
     parts += [f"<p class='note'>{escape(notice)}</p>" for notice in notices]
     for section in sections:
@@ -61,9 +55,8 @@ def page(
         if section.table:
             parts.append(_table(section.title, section.table))
         if section.figures:
-            parts.append(
-                f"<div class='figures'>{''.join(_figure(one, *pictures[one.name]) for one in section.figures)}</div>"
-            )
+            shown = "".join(_figure(one, *pictures[one.name]) for one in section.figures)
+            parts.append(f"<div class='figures'>{shown}</div>")
         parts.append("</section>")
     return (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -73,15 +66,13 @@ def page(
     )
 
 
-def _figure(figure: figures.Figure, on_light: bytes, on_dark: bytes) -> str:
-    light, dark = figures.data_uri(on_light), figures.data_uri(on_dark)
-    wide = _WIDTHS[figure.columns]
-    alt = escape(figure.alt, quote=True)
+def _figure(figure: Figure, light: bytes, dark: bytes) -> str:
     # Not <picture>: browsers print the source that was on the screen, the dark one on white paper.
-    return (
-        f"<figure{wide}><img class='light' src='{light}' alt='{alt}'>"
-        f"<img class='dark' src='{dark}' alt='{alt}'></figure>\n"
+    images = "".join(
+        f"<img class='{kind}' src='data:image/png;base64,{b64encode(png).decode()}' alt='{escape(figure.alt)}'>"
+        for kind, png in (("light", light), ("dark", dark))
     )
+    return f"<figure{_WIDTHS[figure.columns]}>{images}</figure>\n"
 
 
 def _table(caption: str, rows: Sequence[Sequence[str]]) -> str:

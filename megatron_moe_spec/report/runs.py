@@ -1,7 +1,4 @@
-"""Reads what a training run left: TensorBoard events, JSON lines, the file of metrics and routing traces.
-
-Suffixes: M MoE layers, E experts.
-"""
+"""Reads what a training run left: TensorBoard events, JSON lines, the file of metrics and routing traces."""
 
 import json
 import math
@@ -44,32 +41,19 @@ class RunError(ValueError):
 
 @dataclass
 class Run:
-    """All values of a training run.
+    """All values of a training run; empty or None where nothing tells."""
 
-    Attributes:
-        path: as it was named.
-        series: by measure, means over the layers (pairs), or the largest; and what the logs hold.
-        layers: by measure and layer, or pair of layers: "3", "3-4".
-        lists: by measure and layer, the lists of the last measured step.
-        loads: by iteration, tokens of each expert, [M, E].
-        names: of the MoE layers, their indices in the whole model; empty where nothing tells.
-        num_experts: of each layer; None where nothing tells.
-        top_k: experts of a token; None where nothing tells.
-        sources: the files that were read.
-        notices: what a reader should know, one sentence each.
-        trace: None where there is none.
-    """
-
-    path: Path
+    path: Path  # as it was named
+    # By measure: means over the layers (pairs), or the largest; and what the logs hold.
     series: dict[str, Series] = field(default_factory=dict)
-    layers: dict[str, dict[str, Series]] = field(default_factory=dict)
-    lists: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    loads: dict[int, Tensor] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)
-    num_experts: Optional[int] = None
+    layers: dict[str, dict[str, Series]] = field(default_factory=dict)  # by measure and layer, or pair: "3", "3-4"
+    lists: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # the same, of the last measured step
+    loads: dict[int, Tensor] = field(default_factory=dict)  # by iteration, tokens of each expert, [MoE layers, experts]
+    names: list[str] = field(default_factory=list)  # of the MoE layers, their indices in the whole model
+    num_experts: Optional[int] = None  # of each layer
     top_k: Optional[int] = None
     sources: list[Path] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)  # what a reader should know, one sentence each
     trace: Optional[Trace] = None
 
     @property
@@ -95,17 +79,12 @@ def same_model(run: Run, other: Run) -> bool:
 
 
 def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[int] = None) -> Run:
-    """Reads a run: its folder, with whatever is below it, or its file of metrics.
-
-    Args:
-        traces: a routing trace to read with it.
-        num_experts: of the model, for a trace that does not say.
+    """Reads a run, its folder or its file of metrics, and a trace; ``num_experts``: for a trace that does not say.
 
     Raises:
         RunError: there is nothing, there are several runs, a file is broken, or the trace is of another model.
         TraceError: the trace cannot be read.
     """
-    path = Path(path)
     folder = path.parent if path.is_file() else path
     run = Run(path)
     metrics = [path] if path.is_file() else sorted(folder.rglob(METRICS_FILE))
@@ -130,8 +109,19 @@ def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[in
     run.series = {name: _one_value_an_iteration(name, values) for name, values in run.series.items()}
     for one in metrics:
         _read_metrics(one, run)
-    if traces is not None:
-        _add_trace(run, traces, num_experts)
+    if traces is None:
+        return run
+    # A run that still goes on has not written all of its last micro-batch.
+    trace = run.trace = read_trace(traces, num_experts, drop_incomplete=True)
+    of_trace = Run(traces, names=list(map(str, trace.layers)), num_experts=trace.num_experts)
+    of_trace.top_k = trace.experts_TMK.shape[2]
+    if not same_model(run, of_trace):
+        raise RunError(
+            f"{traces} has {of_trace.model}, the metrics of {path} {run.model}: name the trace of this run by --traces"
+        )
+    run.sources.append(traces)
+    run.notices += trace.notices
+    run.names, run.num_experts, run.top_k = run.names or of_trace.names, of_trace.num_experts, of_trace.top_k
     return run
 
 
@@ -180,10 +170,9 @@ def _json_lines(path: Path, notices: list[str]) -> Iterator[tuple[int, dict]]:
                 raise RunError(f"{path}:{broken} is no record of an iteration: delete this line")
             try:
                 record = json.loads(line)
-                usable = isinstance(record, dict) and type(record.get("iteration")) is int
             except ValueError:
-                usable = False
-            if usable:
+                record = None
+            if isinstance(record, dict) and type(record.get("iteration")) is int:
                 yield number, record
             else:
                 broken = number
@@ -251,19 +240,3 @@ def _read_record(record: dict, run: Run, means: dict, layers: dict) -> None:
         run.num_experts = len(loads[0])
     if "mass_of_best" in run.lists:
         run.top_k = len(next(iter(run.lists["mass_of_best"].values())))
-
-
-def _add_trace(run: Run, path: Path, num_experts: Optional[int]) -> None:
-    # A run that still goes on has not written all of its last micro-batch.
-    trace = read_trace(path, num_experts, drop_incomplete=True)
-    names, top_k = list(map(str, trace.layers)), trace.experts_TMK.shape[2]
-    of_trace = Run(path, names=names, num_experts=trace.num_experts, top_k=top_k)
-    if not same_model(run, of_trace):
-        raise RunError(
-            f"{path} has {of_trace.model}, the metrics of {run.path} {run.model}: "
-            "name the trace of this run by --traces"
-        )
-    run.sources.append(path)
-    run.trace = trace
-    run.notices += trace.notices
-    run.names, run.num_experts, run.top_k = run.names or of_trace.names, of_trace.num_experts, of_trace.top_k

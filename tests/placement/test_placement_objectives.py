@@ -8,11 +8,10 @@ import pytest
 import torch
 from traces import random_trace
 
-from megatron_moe_spec.placement.assignment import assign, assign_pairs
 from megatron_moe_spec.placement.eplb import rebalance_experts
 from megatron_moe_spec.placement.halves import halves
 from megatron_moe_spec.placement.measures import measure
-from megatron_moe_spec.placement.objectives import OBJECTIVES, pairs_by_chance
+from megatron_moe_spec.placement.objectives import OBJECTIVES, assign, assign_pairs, pairs_by_chance
 from megatron_moe_spec.placement.placement import Cluster, Placement, contiguous, random
 from megatron_moe_spec.traces.counts import coactivation, loads, recombined, shuffled
 

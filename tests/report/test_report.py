@@ -12,9 +12,9 @@ from traces import random_trace, write_trace
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
-from megatron_moe_spec.report import figures, panels
+from megatron_moe_spec.report import figures
 from megatron_moe_spec.report.command import main
-from megatron_moe_spec.report.contents import _transitions, sections
+from megatron_moe_spec.report.contents import _transitions, lift, sections
 from megatron_moe_spec.report.runs import RunError, read_run
 from megatron_moe_spec.report.table import summary
 
@@ -375,9 +375,9 @@ def test_many_layers_become_heat_maps_of_bounded_size(tmp_path):
 
 def test_coactivation_by_chance_is_one():
     for counts in (torch.ones(4, 4), torch.full((7, 7), 3)):
-        panel = panels.coactivation(counts.long().fill_diagonal_(0), 0)
-        lift = figures.Figure("", "", [panel]).draw().axes[0].get_images()[0].get_array()
-        assert lift.mask.sum() == len(counts) and lift.compressed() == pytest.approx(1.0)
+        panel = lift(counts.long().fill_diagonal_(0), 0)
+        drawn = figures.Figure("", "", [panel]).draw().axes[0].get_images()[0].get_array()
+        assert drawn.mask.sum() == len(counts) and drawn.compressed() == pytest.approx(1.0)
     figures.pyplot().close("all")
 
 

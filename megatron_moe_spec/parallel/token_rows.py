@@ -116,7 +116,7 @@ class LocatedRows:
             return Pending(lambda: ComparedRows.of(rows_PD, found, None, used))
         if isinstance(exchange, Pending):
             exchange = exchange.wait()
-            found = used.find(used.active_TE, exchange.num_home, used_alone=True)
+            found = used.find(used.active_TE, exchange.num_home, only_used=True)
         else:
             found = used.find(dispatched_TE, exchange.num_home)
         if blocks_L is not None:

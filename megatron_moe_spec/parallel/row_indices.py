@@ -15,13 +15,10 @@ _NONE = torch.iinfo(torch.int32).max
 
 
 def first_rows(rows_E: Sequence[int], device: torch.device) -> Tensor:
-    """[E] int32 index of each expert's first row, on the device. No synchronisation with it.
-
-    Args:
-        rows_E: number of rows of each expert, padding included.
-    """
-    starts = [0, *accumulate(rows_E)][:-1]
-    starts = torch.tensor(starts, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    """[E] int32 each expert's first row, from their numbers with padding. No synchronisation with the device."""
+    starts = torch.tensor(
+        [0, *accumulate(rows_E)][:-1], dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
+    )
     return starts.to(device, non_blocking=True)
 
 

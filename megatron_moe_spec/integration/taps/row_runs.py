@@ -13,9 +13,8 @@ from torch import Tensor
 from megatron_moe_spec.integration.hooks.routing import TokenCount
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import TokensPerExpert
-from megatron_moe_spec.parallel.row_arithmetic import Weight
 from megatron_moe_spec.parallel.row_exchange import Pending
-from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, LocatedRows, UsedTokens
+from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, LocatedRows, UsedTokens, Weight
 
 
 @dataclass

@@ -31,14 +31,14 @@ MUTATIONS = [
     ),
     (
         "products not summed over expert-tensor-parallel ranks",
-        "parallel/row_arithmetic.py",
-        "return all_reduce_sum(pair_cosines(units_TKD), group), inverse_lengths_TK, None",
-        "return pair_cosines(units_TKD), inverse_lengths_TK, None",
+        "parallel/token_rows.py",
+        "compared = total(pair_cosines(units_TKD)), inverse_lengths_TK, None",
+        "compared = pair_cosines(units_TKD), inverse_lengths_TK, None",
         f"{LAYOUT}[TP2+SP, ETP2-plain]",
     ),
     (
         "products of the kernels not summed over expert-tensor-parallel ranks",
-        "parallel/row_arithmetic.py",
+        "parallel/token_rows.py",
         "products_TKK = all_reduce_sum(kernels.in_units(products_TKK, units_TK, common_TK), group)",
         "products_TKK = kernels.in_units(products_TKK, units_TK, common_TK)",
         f"{LAYOUT}[TP2+SP, ETP2, EP2-Triton kernels]",
@@ -302,8 +302,8 @@ MUTATIONS = [
     (
         "a part of an exchange forgets how rows travel",
         "parallel/row_exchange.py",
-        "rows_from, self._group, self._a2a_dtype, self._counts_L)",
-        "rows_from, self._group, 'same', self._counts_L)",
+        "return replace(self, order=order, rows_for=rows_for, rows_from=rows_from)",
+        "return replace(self, order=order, rows_for=rows_for, rows_from=rows_from, a2a_dtype='same')",
         "tests/parallel/test_row_exchange.py::test_rows_come_to_their_tokens_and_go_back",
     ),
     (

@@ -1,7 +1,7 @@
 """Fused Triton kernels of the losses, for GPUs, and when to run them.
 
 The eager references are ``megatron_moe_spec.losses`` and ``parallel.row_indices``. Importing this package does not
-import triton; importing one of its modules does.
+import triton; importing one of its modules does. Tensors that do not fit raise ValueError, which names the argument.
 """
 
 import functools

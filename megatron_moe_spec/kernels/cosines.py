@@ -14,6 +14,7 @@ matrix is 4 * 0.96 = 3.84 off the diagonal and -4 * 0.96^2 = -3.6864 on it. The 
 swapped.
 """
 
+from functools import partial
 from typing import Optional, Union
 
 import torch
@@ -27,7 +28,6 @@ from megatron_moe_spec.kernels.tiles import (
     computed_dtype,
     load_mixing,
     multiply_split,
-    operand_dtype,
     pair_offsets,
     same_token,
     tile_rows,
@@ -230,30 +230,35 @@ def row_cosines(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Cosines [T, N], 0 where there is no row; inverse lengths [T, K], 0 for zero rows and where there is none;
         squared cosines over ordered pairs, as partial sums, one a tile. All fp32.
-
-    Raises:
-        ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
-    num_tokens, k = checked_shape(x_PD, rows_TK)
-    cosines_TN = torch.empty(num_tokens, k * (k - 1) // 2, dtype=torch.float32, device=x_PD.device)
-    squares = torch.empty(tiling(num_tokens, k)[2], dtype=torch.float32, device=x_PD.device)
-    return cosines_TN, _launch_cosines(x_PD, rows_TK, cosines_TN, squares), squares
+    return _launch_cosines(x_PD, rows_TK, of_columns=False)
 
 
 def row_products(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Dot products between the rows of each token, for rows whose columns are divided among ranks.
-
-    Args:
-        As of ``row_cosines``, for this rank's columns.
+    """Dot products between the rows of each token, for rows of which x has this rank's columns; see ``row_cosines``.
 
     Returns:
         Products [T, K, K] and units [T, K], fp32: rows i and j have the dot product products_ij * units_i * units_j. A
         unit is a power of two that keeps the squares of tiny and huge rows in range. Next: take the largest units of
         all ranks, convert each rank's products to them by ``in_units``, sum, and call ``cosines_from_products``.
     """
+    return _launch_cosines(x_PD, rows_TK, of_columns=True)[:2]
+
+
+def _launch_cosines(x_PD: Tensor, rows_TK: Tensor, of_columns: bool) -> tuple:
     num_tokens, k = checked_shape(x_PD, rows_TK)
-    products_TKK = torch.empty(num_tokens, k, k, dtype=torch.float32, device=x_PD.device)
-    return products_TKK, _launch_cosines(x_PD, rows_TK, products_TKK, None)
+    num_tiles, options = tiling(x_PD, rows_TK)
+    on_device = dict(dtype=torch.float32, device=x_PD.device)
+    out = torch.empty((num_tokens, k, k) if of_columns else (num_tokens, k * (k - 1) // 2), **on_device)
+    lengths_TK = torch.empty(num_tokens, k, **on_device)
+    squares = None if of_columns else torch.empty(num_tiles, **on_device)
+    if num_tiles:
+        x_PD = with_dense_rows(x_PD)
+        tensors = x_PD, rows_TK.contiguous(), out, lengths_TK, squares
+        sizes = num_tokens, x_PD.shape[1], x_PD.stride(0)
+        options.update(WIDE_RANGE=x_PD.dtype != torch.float16, PARTIAL=of_columns, **FORWARD[x_PD.element_size()])
+        _cosines_kernel[(num_tiles,)](*tensors, *sizes, **options)
+    return out, lengths_TK, squares
 
 
 def in_units(products_TKK: Tensor, units_TK: Tensor, new_units_TK: Tensor) -> Tensor:
@@ -275,11 +280,12 @@ def add_mixed(
     x_PD: Tensor,
     rows_TK: Tensor,
     used_P: Tensor,
-    mixing_TKK: Tensor,
+    mixing: Tensor,
     inverse_lengths_TK: Tensor,
     weight: Union[Tensor, float],
     incoming_PD: Optional[Tensor] = None,
     factor: float = 1.0,
+    of_squares: bool = False,
 ) -> Tensor:
     """incoming + factor * weight * (each row's mix of its token's directions, over the row's length), rounded once.
 
@@ -290,116 +296,39 @@ def add_mixed(
     Args:
         x_PD, rows_TK: as given to ``row_cosines``.
         used_P: bool, which rows of x are in ``rows_TK``.
-        mixing_TKK: [T, K, K] fp32.
+        mixing: [T, K, K] fp32; of squares, cosines [T, N] from ``row_cosines``.
         inverse_lengths_TK: from ``row_cosines``.
         weight: a number, or an fp32 tensor of one element, which is not read on the host.
         incoming_PD: [P, D] in the dtype of x; None: zeros.
+        of_squares: whether the kernel makes the mixing matrices, for the gradient with respect to x of the sum of the
+            squared cosines over ordered pairs.
 
     Returns:
         [P, D] in the dtype of x, contiguous.
-
-    Raises:
-        ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
     num_tokens, k = checked_shape(x_PD, rows_TK)
-    check_like("mixing_TKK", mixing_TKK, (num_tokens, k, k), torch.float32)
-    return _launch_mixing(x_PD, rows_TK, used_P, mixing_TKK, inverse_lengths_TK, weight, incoming_PD, factor, False)
-
-
-def add_squares_gradient(
-    x_PD: Tensor,
-    rows_TK: Tensor,
-    used_P: Tensor,
-    cosines_TN: Tensor,
-    inverse_lengths_TK: Tensor,
-    weight: Union[Tensor, float],
-    incoming_PD: Optional[Tensor] = None,
-    factor: float = 1.0,
-) -> Tensor:
-    """incoming + factor * weight * gradient with respect to x of the sum of the squared cosines over ordered pairs.
-
-    ``add_mixed`` with mixing matrices made by the kernel: 4 (cosines, and -(the sum of their squares) on the diagonal).
-
-    Args:
-        cosines_TN: from ``row_cosines``.
-        The others, the result and what is raised: as of ``add_mixed``.
-    """
-    num_tokens, k = checked_shape(x_PD, rows_TK)
-    check_like("cosines_TN", cosines_TN, (num_tokens, k * (k - 1) // 2), torch.float32)
-    return _launch_mixing(x_PD, rows_TK, used_P, cosines_TN, inverse_lengths_TK, weight, incoming_PD, factor, True)
-
-
-def _launch_cosines(x_PD: Tensor, rows_TK: Tensor, out: Tensor, squares: Optional[Tensor]) -> Tensor:
-    """Writes cosines and squares and returns inverse lengths; or, if squares is None, products and units."""
-    x_PD = with_dense_rows(x_PD)
-    num_tokens, k = rows_TK.shape
-    slots, tile, num_tiles = tiling(num_tokens, k)
-    lengths_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=x_PD.device)
-    if num_tiles:
-        _cosines_kernel[(num_tiles,)](
-            x_PD,
-            rows_TK.contiguous(),
-            out,
-            lengths_TK,
-            squares,
-            num_tokens,
-            x_PD.shape[1],
-            x_PD.stride(0),
-            K=k,
-            SLOTS=slots,
-            TILE=tile,
-            OPERAND=operand_dtype(x_PD.dtype),
-            WIDE_RANGE=x_PD.dtype != torch.float16,
-            PARTIAL=squares is None,
-            **FORWARD[x_PD.element_size()],
-        )
-    return lengths_TK
-
-
-def _launch_mixing(
-    x_PD: Tensor,
-    rows_TK: Tensor,
-    used_P: Tensor,
-    mixing: Tensor,
-    inverse_lengths_TK: Tensor,
-    weight: Union[Tensor, float],
-    incoming_PD: Optional[Tensor],
-    factor: float,
-    of_squares: bool,
-) -> Tensor:
-    num_rows, D = x_PD.shape
-    num_tokens, k = rows_TK.shape
-    check_like("used_P", used_P, (num_rows,), torch.bool)
-    check_like("inverse_lengths_TK", inverse_lengths_TK, (num_tokens, k), torch.float32)
+    if of_squares:
+        check_like("cosines_TN", mixing, (num_tokens, k * (k - 1) // 2), torch.float32)
+    else:
+        check_like("mixing_TKK", mixing, (num_tokens, k, k), torch.float32)
+    check_like("used_P", used_P, x_PD.shape[:1], torch.bool)
+    check_like("inverse_lengths_TK", inverse_lengths_TK, rows_TK.shape, torch.float32)
     weight, factor = weight_and_factor(weight, factor, x_PD.device)
+    incoming_stride = 0
     if incoming_PD is not None:
         check_like("incoming_PD", incoming_PD, x_PD.shape, x_PD.dtype)
         incoming_PD = with_dense_rows(incoming_PD)
+        incoming_stride = incoming_PD.stride(0)
     x_PD = with_dense_rows(x_PD)
     out_PD = torch.empty(x_PD.shape, dtype=computed_dtype(x_PD.dtype), device=x_PD.device)
     if out_PD.numel():
-        slots, tile, num_tiles = tiling(num_tokens, k)
-        _mixing_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
-            x_PD,
-            rows_TK.contiguous(),
-            used_P.contiguous(),
-            mixing.contiguous(),
-            inverse_lengths_TK.contiguous(),
-            weight,
-            incoming_PD,
-            out_PD,
-            factor,
-            num_tiles,
-            num_tokens,
-            num_rows,
-            D,
-            x_PD.stride(0),
-            incoming_PD.stride(0) if incoming_PD is not None else 0,
-            K=k,
-            SLOTS=slots,
-            TILE=tile,
-            OPERAND=operand_dtype(x_PD.dtype),
-            OF_SQUARES=of_squares,
-            **BACKWARD[x_PD.element_size()],
-        )
+        (num_rows, D), (num_tiles, options) = x_PD.shape, tiling(x_PD, rows_TK)
+        kept = [tensor.contiguous() for tensor in (rows_TK, used_P, mixing, inverse_lengths_TK)]
+        sizes = num_tiles, num_tokens, num_rows, D, x_PD.stride(0), incoming_stride
+        options.update(OF_SQUARES=of_squares, **BACKWARD[x_PD.element_size()])
+        grid = (num_tiles + triton.cdiv(num_rows, options["TILE"]),)
+        _mixing_kernel[grid](x_PD, *kept, weight, incoming_PD, out_PD, factor, *sizes, **options)
     return out_PD.to(x_PD.dtype)
+
+
+add_squares_gradient = partial(add_mixed, of_squares=True)

@@ -13,7 +13,7 @@ dm / dlogits = s * (active - m) = (1/8 * 1/4, 1/4 * -3/4, 5/8 * 1/4) = (0.03125,
 """
 
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import triton
@@ -132,28 +132,17 @@ def routed_mass(
 
     Returns:
         [T] fp32; fp32 [number of programs], or None.
-
-    Raises:
-        ValueError: a shape, dtype or option does not fit; the message names the argument.
     """
-    num_tokens, num_experts = _checked_shape(logits_TE, active_TE, score_function)
+    grid, options = _checked(logits_TE, active_TE, score_function)
+    num_tokens, products = len(logits_TE), None
+    mass_T = torch.empty(num_tokens, dtype=torch.float32, device=logits_TE.device)
     if previous_T is not None:
         check_like("previous_T", previous_T, (num_tokens,), torch.float32)
-    grid, blocks = _blocks(num_tokens, num_experts)
-    mass_T = torch.empty(num_tokens, dtype=torch.float32, device=logits_TE.device)
-    products = None if previous_T is None else torch.empty(grid, dtype=torch.float32, device=logits_TE.device)
+        previous_T = previous_T.contiguous()
+        products = torch.empty(grid, dtype=torch.float32, device=logits_TE.device)
     if num_tokens:
-        _mass_kernel[grid](
-            logits_TE.contiguous(),
-            active_TE.contiguous(),
-            None if previous_T is None else previous_T.contiguous(),
-            mass_T,
-            products,
-            num_tokens,
-            E=num_experts,
-            SCORE_FUNCTION=score_function,
-            **blocks,
-        )
+        tensors = logits_TE.contiguous(), active_TE.contiguous(), previous_T, mass_T, products
+        _mass_kernel[grid](*tensors, num_tokens, **options)
     return mass_T, products
 
 
@@ -166,7 +155,7 @@ def add_mass_gradient(
     incoming_TE: Tensor,
     factor: float = 1.0,
 ) -> Tensor:
-    """incoming + factor * weight * sum_t neighbor_grad(t) dm(t) / dlogits, rounded once.
+    """incoming + factor * weight * sum_t neighbor_grad(t) dm(t) / dlogits, rounded once: [T, E] as the logits.
 
     Args:
         logits_TE, active_TE, score_function: as given to ``routed_mass``.
@@ -174,50 +163,30 @@ def add_mass_gradient(
         weight: a number, or a tensor of one element, which is not read on the host if it is on the device.
         incoming_TE: gradient of the logits, in their dtype; not overwritten.
         factor: a number.
-
-    Returns:
-        [T, E] in the dtype of the logits.
-
-    Raises:
-        ValueError: as ``routed_mass``.
     """
-    num_tokens, num_experts = _checked_shape(logits_TE, active_TE, score_function)
+    grid, options = _checked(logits_TE, active_TE, score_function)
     check_like("incoming_TE", incoming_TE, logits_TE.shape, logits_TE.dtype)
     for neighbor_grad_T in neighbor_grads:
-        check_like("neighbor_grads", neighbor_grad_T, (num_tokens,), torch.float32)
+        check_like("neighbor_grads", neighbor_grad_T, (len(logits_TE),), torch.float32)
     out_TE = torch.empty(logits_TE.shape, dtype=computed_dtype(logits_TE.dtype), device=logits_TE.device)
-    if num_tokens:
+    if len(logits_TE):
         weight, factor = weight_and_factor(weight, factor, logits_TE.device)
-        grid, blocks = _blocks(num_tokens, num_experts)
-        neighbor_grad_T, other_neighbor_grad_T = [*(grad_T.contiguous() for grad_T in neighbor_grads), None][:2]
-        _mass_gradient_kernel[grid](
-            logits_TE.contiguous(),
-            active_TE.contiguous(),
-            neighbor_grad_T,
-            other_neighbor_grad_T,
-            weight,
-            factor,
-            incoming_TE.contiguous(),
-            out_TE,
-            num_tokens,
-            E=num_experts,
-            SCORE_FUNCTION=score_function,
-            **blocks,
-        )
+        one_or_two = [*(grad_T.contiguous() for grad_T in neighbor_grads), None][:2]
+        tensors = logits_TE.contiguous(), active_TE.contiguous(), *one_or_two
+        incoming_TE = incoming_TE.contiguous()
+        _mass_gradient_kernel[grid](*tensors, weight, factor, incoming_TE, out_TE, len(logits_TE), **options)
     return out_TE.to(logits_TE.dtype)
 
 
-def _blocks(num_tokens: int, num_experts: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and the sizes of a program's block."""
-    block_e = triton.next_power_of_2(num_experts)
-    block_t = max(_ELEMENTS // block_e, 1)
-    return (triton.cdiv(num_tokens, block_t),), dict(BLOCK_T=block_t, BLOCK_E=block_e, num_warps=_WARPS)
-
-
-def _checked_shape(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> torch.Size:
+def _checked(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> tuple[tuple[int], dict[str, Any]]:
+    """The grid, and what kernels are compiled for."""
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits_TE must be fp32, bf16 or fp16 [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}")
     check_like("active_TE", active_TE, logits_TE.shape, torch.bool)
     if score_function not in SCORE_FUNCTIONS:
         raise ValueError(f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}; got {score_function!r}")
-    return logits_TE.shape
+    num_tokens, num_experts = logits_TE.shape
+    block_e = triton.next_power_of_2(num_experts)
+    block_t = max(_ELEMENTS // block_e, 1)
+    options = dict(E=num_experts, BLOCK_T=block_t, BLOCK_E=block_e, SCORE_FUNCTION=score_function, num_warps=_WARPS)
+    return (triton.cdiv(num_tokens, block_t),), options

@@ -34,11 +34,11 @@ def _marks(
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    USED_ALONE: tl.constexpr,
+    ONLY_USED: tl.constexpr,
 ):
-    """The marks of a block of tokens [BLOCK_T, BLOCK_E], 0 or 1, and their offsets and mask; 0 of skipped tokens where
-    USED_ALONE. Then [BLOCK_T] which tokens are used, every ``stride``-th of each rank's ``share``, and their index
-    among the used ones.
+    """The marks of a block of tokens [BLOCK_T, BLOCK_E], 0 or 1 (ONLY_USED: those of used tokens), offsets, mask.
+
+    Then [BLOCK_T] which tokens are used, every ``stride``-th of each rank's ``share``, and their index among these.
     """
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
@@ -49,7 +49,7 @@ def _marks(
     is_used = (token < num_tokens) & (own >= 0) & (own % stride == 0)
     used_of_rank = (share - first + stride - 1) // stride
     place = token // share * used_of_rank + own // stride
-    if USED_ALONE:
+    if ONLY_USED:
         marks = tl.where(is_used[:, None], marks, 0)
     return marks, offsets, mask, is_used, place
 
@@ -66,10 +66,10 @@ def _count_kernel(
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    USED_ALONE: tl.constexpr,
+    ONLY_USED: tl.constexpr,
 ):
     marks, offsets, mask, is_used, place = _marks(
-        dispatched_ptr, num_tokens, share, first, stride, E, BLOCK_T, BLOCK_E, USED_ALONE
+        dispatched_ptr, num_tokens, share, first, stride, E, BLOCK_T, BLOCK_E, ONLY_USED
     )
     expert = tl.arange(0, BLOCK_E).to(tl.int64)
     tl.store(counts_ptr + expert * num_blocks + tl.program_id(0), tl.sum(marks, axis=0), mask=expert < E)
@@ -93,10 +93,10 @@ def _rows_kernel(
     SLOTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    USED_ALONE: tl.constexpr,
+    ONLY_USED: tl.constexpr,
 ):
     marks, offsets, mask, is_used, place = _marks(
-        dispatched_ptr, num_tokens, share, first, stride, E, BLOCK_T, BLOCK_E, USED_ALONE
+        dispatched_ptr, num_tokens, share, first, stride, E, BLOCK_T, BLOCK_E, ONLY_USED
     )
     expert = tl.arange(0, BLOCK_E).to(tl.int64)
     end = tl.load(ends_ptr + expert * num_blocks + tl.program_id(0), mask=expert < E, other=0)
@@ -125,7 +125,7 @@ def rows_of_tokens(
     num_rows: int,
     tokens: slice = slice(0, None, 1),
     num_ranks: int = 1,
-    used_alone: bool = False,
+    only_used: bool = False,
     starts_E: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """The indices of the rows of each used token, in the order of its experts, and which rows these are.
@@ -136,14 +136,11 @@ def rows_of_tokens(
         num_rows: P.
         tokens: which of each rank's tokens are used: slice(first, None, stride).
         num_ranks: ranks whose tokens these are, one rank after another, as many of each.
-        used_alone: whether there are rows of the used tokens only.
+        only_used: whether the rows are those of the used tokens; else, of all tokens.
         starts_E: int32, index of the first row of each expert. Default: no padding between experts.
 
     Returns:
         rows int32 [used tokens, K], -1 where the token has fewer; used bool [P].
-
-    Raises:
-        ValueError: a shape or dtype does not fit; the message names the argument.
     """
     if dispatched_TE.dim() != 2 or dispatched_TE.dtype != torch.bool:
         raise ValueError(f"dispatched_TE must be bool [T, E]; got {dispatched_TE.dtype} {list(dispatched_TE.shape)}")
@@ -160,23 +157,12 @@ def rows_of_tokens(
     block_e = triton.next_power_of_2(num_experts)
     block_t = max(min(_MOST_TOKENS, _ELEMENTS // block_e), 1)
     num_blocks = triton.cdiv(num_tokens, block_t)
-    sizes = (num_tokens, num_blocks, share, tokens.start, tokens.step)
-    options = dict(BLOCK_T=block_t, BLOCK_E=block_e, USED_ALONE=used_alone, num_warps=_WARPS)
+    sizes = num_tokens, num_blocks, share, tokens.start, tokens.step
+    options = dict(E=num_experts, BLOCK_T=block_t, BLOCK_E=block_e, ONLY_USED=only_used, num_warps=_WARPS)
     dispatched_TE, active_TE = dispatched_TE.contiguous().view(torch.uint8), active_TE.contiguous().view(torch.uint8)
     counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
-    _count_kernel[(num_blocks,)](dispatched_TE, counts, *sizes, E=num_experts, **options)
+    _count_kernel[(num_blocks,)](dispatched_TE, counts, *sizes, **options)
     ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    _rows_kernel[(num_blocks,)](
-        dispatched_TE,
-        active_TE,
-        ends,
-        starts_E,
-        rows_TK,
-        used_P.view(torch.uint8),
-        *sizes,
-        E=num_experts,
-        K=top_k,
-        SLOTS=triton.next_power_of_2(top_k),
-        **options,
-    )
+    tensors = dispatched_TE, active_TE, ends, starts_E, rows_TK, used_P.view(torch.uint8)
+    _rows_kernel[(num_blocks,)](*tensors, *sizes, K=top_k, SLOTS=triton.next_power_of_2(top_k), **options)
     return rows_TK, used_P

@@ -28,7 +28,6 @@ from megatron_moe_spec.kernels.tiles import (
     computed_dtype,
     load_mixing,
     multiply_split,
-    operand_dtype,
     tile_rows,
     tiling,
     unused_rows,
@@ -180,9 +179,6 @@ def swiglu_gradient(
 
     Returns:
         [P, U] in the dtype of y, contiguous; the probabilities' in their dtype and shape, summed in fp32.
-
-    Raises:
-        ValueError: a shape, dtype or layout does not fit; the message names the argument.
     """
     num_tokens, k = checked_shape(y_PU, rows_TK, "y_PU")
     num_rows, U = y_PU.shape
@@ -200,30 +196,10 @@ def swiglu_gradient(
     dy_PU = torch.empty(y_PU.shape, dtype=computed_dtype(y_PU.dtype), device=y_PU.device)
     dprobs_P = torch.empty(probs_P.shape, dtype=computed_dtype(probs_P.dtype), device=y_PU.device)
     if num_rows:
-        slots, tile, num_tiles = tiling(num_tokens, k)
-        _swiglu_gradient_kernel[(num_tiles + triton.cdiv(num_rows, tile),)](
-            y_PU,
-            probs_P.contiguous(),
-            rows_TK.contiguous(),
-            used_P.contiguous(),
-            cosines_TN.contiguous(),
-            inverse_lengths_TK.contiguous(),
-            weight,
-            incoming_PF,
-            dy_PU,
-            dprobs_P,
-            factor,
-            num_tiles,
-            num_tokens,
-            num_rows,
-            U // 2,
-            y_PU.stride(0),
-            incoming_PF.stride(0),
-            K=k,
-            SLOTS=slots,
-            TILE=tile,
-            OPERAND=operand_dtype(y_PU.dtype),
-            LARGEST=torch.finfo(y_PU.dtype).max,
-            **BACKWARD[y_PU.element_size()],
-        )
+        num_tiles, options = tiling(y_PU, rows_TK)
+        kept = [tensor.contiguous() for tensor in (probs_P, rows_TK, used_P, cosines_TN, inverse_lengths_TK)]
+        sizes = num_tiles, num_tokens, num_rows, U // 2, y_PU.stride(0), incoming_PF.stride(0)
+        options.update(LARGEST=torch.finfo(y_PU.dtype).max, **BACKWARD[y_PU.element_size()])
+        grid = (num_tiles + triton.cdiv(num_rows, options["TILE"]),)
+        _swiglu_gradient_kernel[grid](y_PU, *kept, weight, incoming_PF, dy_PU, dprobs_P, factor, *sizes, **options)
     return dy_PU.to(y_PU.dtype), dprobs_P.to(probs_P.dtype)

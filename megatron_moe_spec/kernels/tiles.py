@@ -6,7 +6,7 @@ Suffixes: P rows, D row size, T tokens, K experts per token, N = K (K - 1) / 2 p
 """
 
 from collections.abc import Sequence
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import torch
 import triton
@@ -114,24 +114,16 @@ def computed_dtype(dtype: torch.dtype) -> torch.dtype:
 def weight_and_factor(
     weight: Union[Tensor, float], factor: float, device: torch.device
 ) -> tuple[Optional[Tensor], float]:
-    """Splits a weight for a kernel: an fp32 tensor if it is on the device, and the product of the numbers on the host.
-
-    Raises:
-        ValueError: the weight is a tensor that does not have one element.
-    """
-    if isinstance(weight, Tensor) and weight.numel() != 1:
-        raise ValueError(f"weight must be a number or a tensor of one element; got {list(weight.shape)}")
-    if isinstance(weight, Tensor) and weight.device == device:
-        return weight.to(torch.float32), float(factor)
+    """A weight for a kernel: an fp32 tensor if it is on the device, and the product of the numbers on the host."""
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1:
+            raise ValueError(f"weight must be a number or a tensor of one element; got {list(weight.shape)}")
+        if weight.device == device:
+            return weight.to(torch.float32), float(factor)
     return None, float(weight) * float(factor)
 
 
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-def operand_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype in which tensor cores take elements of ``dtype``."""
-    return _OPERANDS[computed_dtype(dtype)]
 
 
 def with_dense_rows(x_PD: Tensor) -> Tensor:
@@ -145,11 +137,13 @@ def check_like(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -
         raise ValueError(f"{name} must be {dtype} {list(shape)}; got {x.dtype} {list(x.shape)}")
 
 
-def tiling(num_tokens: int, k: int) -> tuple[int, int, int]:
-    """Slots per token, (token, slot) pairs per tile, number of tiles."""
+def tiling(x_PD: Tensor, rows_TK: Tensor) -> tuple[int, dict[str, Any]]:
+    """The number of tiles, and what kernels are compiled for: K padded, rows of a tile, dtype that is multiplied."""
+    num_tokens, k = rows_TK.shape
     slots = triton.next_power_of_2(k)
     tile = max(16, slots)  # 16: the smallest side of a matrix product on tensor cores
-    return slots, tile, triton.cdiv(num_tokens, tile // slots)
+    operand = _OPERANDS[computed_dtype(x_PD.dtype)]
+    return triton.cdiv(num_tokens, tile // slots), dict(K=k, SLOTS=slots, TILE=tile, OPERAND=operand)
 
 
 def checked_shape(x_PD: Tensor, rows_TK: Tensor, name: str = "x_PD") -> torch.Size:

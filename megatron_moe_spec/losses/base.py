@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, ClassVar, Optional, Protocol
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
 
 from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
-from megatron_moe_spec.losses.vectors import checked_vectors, pair_cosines, unit_vectors
+from megatron_moe_spec.losses.vectors import pair_cosines, unit_vectors
 
 # What a loss may read of an MoE layer.
 ACTIVATIONS = "activations"  # z, of the experts of each token: SwiGLU outputs, before the down projection
@@ -28,14 +28,6 @@ ROUTER_WEIGHT = "router weight"
 EXPERT_WEIGHTS = "expert weights"  # together with the router's
 
 A2A_DTYPES = ("same", "fp8")  # how vectors travel between ranks: in their dtype, or as e4m3 with a scale each
-
-
-class ModelSettings(Protocol):
-    """What losses read of Megatron's TransformerConfig."""
-
-    moe_router_topk: int
-    num_moe_experts: int
-    gated_linear_unit: bool
 
 
 def option(
@@ -58,7 +50,7 @@ def option(
         paper: the value in the paper, and where it stands there.
         hidden_by_default: whether messages leave a word out where it is the default, as they do numbers.
     """
-    metadata = {"flag": flag, "help": help, "choices": choices, "minimum": minimum, "paper": paper}
+    metadata = dict(flag=flag, help=help, choices=choices, minimum=minimum, paper=paper)
     metadata["hidden_by_default"] = hidden_by_default or choices is None
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -154,7 +146,7 @@ class Loss:
         """Whether it needs the routing of layers in other pipeline stages."""
         return False
 
-    def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
+    def problems(self, transformer_config: Any) -> Iterator[str]:
         """Yields what the arithmetic lacks in a model, with the remedy. The tap says what cannot be read.
 
         Args:
@@ -162,7 +154,7 @@ class Loss:
         """
         return iter(())
 
-    def units(self, transformer_config: ModelSettings) -> Iterator[str]:
+    def units(self, transformer_config: Any) -> Iterator[str]:
         """Yields what the coefficient is in the units of the loss's paper, where those differ; see ``problems``."""
         return iter(())
 
@@ -207,7 +199,7 @@ class RowsLoss(Loss):
         """
         return None
 
-    def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
+    def problems(self, transformer_config: Any) -> Iterator[str]:
         if transformer_config.moe_router_topk < 2:
             yield (
                 f"{self.title} compares the experts of a token and needs at least two "
@@ -220,7 +212,13 @@ class RowsLoss(Loss):
         Raises:
             ValueError: a shape or dtype does not fit, or K < 2.
         """
-        checked_vectors(name, x, valid)
+        check_floating(name, x, "[T, K, D]")
+        if x.shape[1] < 2:
+            raise ValueError(
+                f"{name} needs at least two experts per token (k >= 2) to compare them; got k = {x.shape[1]}"
+            )
+        if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
+            raise ValueError(f"valid must be bool {list(x.shape[:2])}; got {valid.dtype} {list(valid.shape)}")
         active = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if valid is None else valid
         x = x.to(accumulation_dtype(x)).masked_fill(~active.unsqueeze(-1), 0.0)
         units, _ = unit_vectors(x)

@@ -9,17 +9,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
-
-
-def checked_vectors(name: str, x: Tensor, valid: Optional[Tensor]) -> torch.Size:
-    """The shape [T, K, D] of the vectors of each token's k >= 2 experts; raises ValueError that names the argument."""
-    check_floating(name, x, "[T, K, D]")
-    if x.shape[1] < 2:
-        raise ValueError(f"{name} needs at least two experts per token (k >= 2) to compare them; got k = {x.shape[1]}")
-    if valid is not None and (valid.shape != x.shape[:2] or valid.dtype != torch.bool):
-        raise ValueError(f"valid must be bool {list(x.shape[:2])}; got {valid.dtype} {list(valid.shape)}")
-    return x.shape
+from megatron_moe_spec.losses.scores import accumulation_dtype
 
 
 def unit_vectors(

@@ -1,6 +1,7 @@
 """Returning the rows of experts to the ranks that hold their tokens, and gradients to the experts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Generic, Optional, TypeVar
 
@@ -30,12 +31,13 @@ class Pending(Generic[Result]):
         return finish()
 
 
+@dataclass(frozen=True)
 class RowExchange:
     """A variable all-to-all between where rows lie sorted by expert and where their tokens are.
 
     Each direction is one collective of (rows on this rank) x (row size); they are each other's inverse.
 
-    Args:
+    Attributes:
         order: rows of this rank's experts that travel, in the order of the ranks that hold their tokens; None: all of
             them, as they lie.
         num_rows: number P of this rank's experts' rows.
@@ -48,34 +50,26 @@ class RowExchange:
         asked: whether a rank of the group has asked for the rows to be checked; the same on all of them.
     """
 
-    def __init__(
-        self,
-        order: Optional[Tensor],
-        num_rows: int,
-        rows_for: Sequence[int],
-        rows_from: Sequence[int],
-        group: dist.ProcessGroup,
-        a2a_dtype: str = "same",
-        counts_L: Optional[Sequence[int]] = None,
-        asked: bool = False,
-    ):
-        if (num_rows if order is None else len(order)) != sum(rows_for):
-            raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
-        if a2a_dtype not in A2A_DTYPES:
-            raise ValueError(f"a2a_dtype must be one of {', '.join(A2A_DTYPES)}; got {a2a_dtype!r}")
-        self._order = order
-        self._num_rows = num_rows
-        self._rows_for = [int(rows) for rows in rows_for]
-        self._rows_from = [int(rows) for rows in rows_from]
-        self._group = group
-        self._a2a_dtype = a2a_dtype
-        self._counts_L = counts_L
-        self.asked = asked
+    order: Optional[Tensor]
+    num_rows: int
+    rows_for: Sequence[int]
+    rows_from: Sequence[int]
+    group: dist.ProcessGroup
+    a2a_dtype: str = "same"
+    counts_L: Optional[Sequence[int]] = None
+    asked: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.num_rows if self.order is None else len(self.order)) != sum(self.rows_for):
+            returned = sum(self.rows_for)
+            raise RuntimeError(f"of {self.num_rows} rows of experts, {returned} are to be returned to their tokens")
+        if self.a2a_dtype not in A2A_DTYPES:
+            raise ValueError(f"a2a_dtype must be one of {', '.join(A2A_DTYPES)}; got {self.a2a_dtype!r}")
 
     @property
     def num_home(self) -> int:
         """Number of this rank's tokens' rows that travel."""
-        return sum(self._rows_from)
+        return sum(self.rows_from)
 
     def part(self, chosen: Tensor) -> "RowExchange":
         """The exchange of some rows only. One all-to-all of a byte a row, and one host synchronisation.
@@ -88,8 +82,8 @@ class RowExchange:
     def begin_part(self, chosen: Tensor) -> "Pending[RowExchange]":
         """As ``part``; the host waits in ``wait`` alone, and only for what was queued until now."""
         chosen = chosen.to(torch.uint8)
-        chosen_there = self._begin(chosen, self._rows_from, self._rows_for).wait()
-        ends = torch.tensor(list(accumulate((*self._rows_for, *self._rows_from), initial=0)), device="cpu")
+        chosen_there = self._begin(chosen, self.rows_from, self.rows_for).wait()
+        ends = torch.tensor(list(accumulate((*self.rows_for, *self.rows_from), initial=0)), device="cpu")
         ends = ends.to(chosen.device, non_blocking=True)
         sums = torch.nn.functional.pad(torch.cat([chosen_there, chosen]).cumsum(0), (1, 0))
         counts = sums[ends].diff().to("cpu", non_blocking=chosen.is_cuda)
@@ -98,12 +92,12 @@ class RowExchange:
         def finish() -> RowExchange:
             if copied is not None:
                 copied.synchronize()
-            ranks, rows = len(self._rows_for), counts.tolist()
+            ranks, rows = len(self.rows_for), counts.tolist()
             rows_for, rows_from = rows[:ranks], rows[ranks:]
-            order = torch.arange(self._num_rows, device=chosen.device) if self._order is None else self._order
+            order = torch.arange(self.num_rows, device=chosen.device) if self.order is None else self.order
             # Where the number is known, repeating 0 or 1 times chooses without a synchronisation.
             order = order.repeat_interleave(chosen_there.long(), output_size=sum(rows_for))
-            return self._of(order, self._num_rows, rows_for, rows_from)
+            return replace(self, order=order, rows_for=rows_for, rows_from=rows_from)
 
         return Pending(finish)
 
@@ -115,24 +109,19 @@ class RowExchange:
             blocks_L: numbers of rows from each to the next, with padding.
             device: of the rows.
         """
-        counts_L = counts_L if self._counts_L is None else self._counts_L
+        counts_L = counts_L if self.counts_L is None else self.counts_L
         if list(counts_L) == list(blocks_L):
             return self
         counts, blocks = torch.tensor([list(counts_L), list(blocks_L)], device="cpu").to(device, non_blocking=True)
         padding = blocks - counts
-        before = (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=self._num_rows)
-        order = torch.arange(self._num_rows, device=device) if self._order is None else self._order
+        before = (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=self.num_rows)
+        order = torch.arange(self.num_rows, device=device) if self.order is None else self.order
         order = order + before[order]
-        return self._of(order, sum(blocks_L), self._rows_for, self._rows_from)
-
-    def _of(
-        self, order: Optional[Tensor], num_rows: int, rows_for: Sequence[int], rows_from: Sequence[int]
-    ) -> "RowExchange":
-        return RowExchange(order, num_rows, rows_for, rows_from, self._group, self._a2a_dtype, self._counts_L)
+        return replace(self, order=order, num_rows=sum(blocks_L))
 
     def to_tokens(self, x_PD: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""
-        return self._begin(self._that_travel(x_PD), self._rows_for, self._rows_from).wait()
+        return self._begin(self._that_travel(x_PD), self.rows_for, self.rows_from).wait()
 
     def begin_to_tokens(self, x_PD: Tensor) -> Pending[Tensor]:
         """As ``to_tokens``, beside what is queued until ``wait``; x may be freed or overwritten as soon as it returns.
@@ -142,25 +131,25 @@ class RowExchange:
         rows = self._that_travel(x_PD)
         if rows is x_PD and not self._quantizes(x_PD):
             rows = x_PD.clone()
-        return self._begin(rows, self._rows_for, self._rows_from)
+        return self._begin(rows, self.rows_for, self.rows_from)
 
     def to_experts(self, x_PD: Tensor) -> Tensor:
         """The other way; rows that do not travel are 0."""
-        received = self._begin(x_PD, self._rows_from, self._rows_for).wait()
-        if self._order is None:
+        received = self._begin(x_PD, self.rows_from, self.rows_for).wait()
+        if self.order is None:
             return received
-        return received.new_zeros(self._num_rows, *received.shape[1:]).index_copy_(0, self._order, received)
+        return received.new_zeros(self.num_rows, *received.shape[1:]).index_copy_(0, self.order, received)
 
     def _that_travel(self, x_PD: Tensor) -> Tensor:
-        return x_PD if self._order is None else x_PD[self._order]
+        return x_PD if self.order is None else x_PD[self.order]
 
     def _quantizes(self, x: Tensor) -> bool:
-        return self._a2a_dtype == "fp8" and x.is_floating_point()
+        return self.a2a_dtype == "fp8" and x.is_floating_point()
 
-    def _begin(self, x: Tensor, send: list[int], receive: list[int]) -> Pending[Tensor]:
+    def _begin(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending[Tensor]:
         sent = quantized(x) if self._quantizes(x) else x.contiguous()
         received = sent.new_empty(sum(receive), *sent.shape[1:])
-        work = dist.all_to_all_single(received, sent, receive, send, group=self._group, async_op=True)
+        work = dist.all_to_all_single(received, sent, list(receive), list(send), group=self.group, async_op=True)
 
         def finish(sent: Tensor = sent) -> Tensor:  # holds what is sent
             work.wait()

@@ -15,13 +15,10 @@ _NONE = torch.iinfo(torch.int32).max
 
 
 def first_rows(rows_E: Sequence[int], device: torch.device) -> Tensor:
-    """[E] int32 index of each expert's first row, on the device. No synchronisation with it.
-
-    Args:
-        rows_E: number of rows of each expert, padding included.
-    """
-    starts = [0, *accumulate(rows_E)][:-1]
-    starts = torch.tensor(starts, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
+    """[E] int32 each expert's first row, from their numbers with padding. No synchronisation with the device."""
+    starts = torch.tensor(
+        [0, *accumulate(rows_E)][:-1], dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda"
+    )
     return starts.to(device, non_blocking=True)
 
 
@@ -46,12 +43,12 @@ def rows_of_tokens(
     num_rows: int,
     tokens: slice = slice(0, None, 1),
     num_ranks: int = 1,
-    used_alone: bool = False,
+    only_used: bool = False,
     starts_E: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
     """The eager reference of ``kernels.row_indices.rows_of_tokens``, which documents the arguments."""
     used = partial(used_tokens, tokens=tokens, num_ranks=num_ranks)
-    row_TE = expert_rows(used(dispatched_TE)) if used_alone else used(expert_rows(dispatched_TE, starts_E))
+    row_TE = expert_rows(used(dispatched_TE)) if only_used else used(expert_rows(dispatched_TE, starts_E))
     row_TE = torch.where(used(active_TE), row_TE, _NONE)
     rows_TK = row_TE.topk(top_k, dim=1, largest=False).values
     used_P = torch.zeros(num_rows + 1, dtype=torch.bool, device=rows_TK.device)

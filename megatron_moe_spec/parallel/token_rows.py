@@ -19,17 +19,26 @@ components of a row, N pairs of a token's experts, U components of a SwiGLU's in
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_moe_spec.losses.vectors import inverse, mixing_of_squares, unpacked
-from megatron_moe_spec.parallel.collectives import all_gather
-from megatron_moe_spec.parallel.row_arithmetic import Weight, add_gradient, compare
+from megatron_moe_spec.losses.vectors import (
+    inverse,
+    mixed,
+    mixing_of_squares,
+    pair_cosines,
+    unit_vectors,
+    unpacked,
+)
+from megatron_moe_spec.parallel.collectives import all_gather, all_reduce_max, all_reduce_sum
 from megatron_moe_spec.parallel.row_exchange import Pending, RowExchange
 from megatron_moe_spec.parallel.row_indices import experts_of_tokens, first_rows, rows_of_tokens, used_tokens
+
+Weight = tuple[Union[Tensor, float], float]  # two factors: a number, or a tensor of one element, and a number
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class LocatedRows:
             return Pending(lambda: ComparedRows.of(rows_PD, found, None, used))
         if isinstance(exchange, Pending):
             exchange = exchange.wait()
-            found = used.find(used.active_TE, exchange.num_home, used_alone=True)
+            found = used.find(used.active_TE, exchange.num_home, only_used=True)
         else:
             found = used.find(dispatched_TE, exchange.num_home)
         if blocks_L is not None:
@@ -132,7 +141,9 @@ class ComparedRows:
     Attributes:
         rows_TK, used_P: see ``kernels.row_indices.rows_of_tokens``.
         exchange: returns rows to the ranks of their tokens; None: they are there.
-        cosines, inverse_lengths_TK: from ``compare``; packed where there are ``packed_squares``, which also are.
+        cosines: [T, K, K]; packed, [T, N], of the kernels where the columns are on one rank.
+        inverse_lengths_TK: see ``unit_vectors``.
+        packed_squares: where packed, terms of the sum of their squares over ordered pairs.
         own: which of the tokens are this rank's.
         fused: see ``UsedTokens``.
     """
@@ -151,7 +162,22 @@ class ComparedRows:
         cls, rows_PD: Tensor, found: tuple[Tensor, Tensor], exchange: Optional[RowExchange], used: UsedTokens
     ) -> "ComparedRows":
         """Compares rows that are where their tokens are, and does not hold them."""
-        return cls(*found, exchange, *compare(rows_PD, found[0], used.group, used.fused), used.own, used.fused)
+        rows_TK, group = found[0], used.group
+        if not used.fused:
+            maximum, total = partial(all_reduce_max, group=group), partial(all_reduce_sum, group=group)
+            units_TKD, inverse_lengths_TK = unit_vectors(_vectors(rows_PD, rows_TK), rows_TK >= 0, maximum, total)
+            compared = total(pair_cosines(units_TKD)), inverse_lengths_TK, None
+        else:
+            from megatron_moe_spec.kernels import cosines as kernels  # imports triton
+
+            if group.size() == 1:
+                compared = kernels.row_cosines(rows_PD, rows_TK)
+            else:
+                products_TKK, units_TK = kernels.row_products(rows_PD, rows_TK)
+                common_TK = all_reduce_max(units_TK, group)
+                products_TKK = all_reduce_sum(kernels.in_units(products_TKK, units_TK, common_TK), group)
+                compared = *kernels.cosines_from_products(products_TKK, common_TK), None
+        return cls(*found, exchange, *compared, used.own, used.fused)
 
     @property
     def active_TK(self) -> Tensor:
@@ -185,7 +211,8 @@ class KeptRows:
     """What backward needs, with the rows. A token: K numbers of rows, K inverse lengths, N cosines or K x K numbers.
 
     Attributes:
-        pairs: packed cosines [T, N] or mixing matrices [T, K, K], see ``add_gradient``.
+        pairs: mixing matrices [T, K, K], see ``losses.vectors.mixing_of``; or, for the kernels, packed cosines [T, N],
+            whose sum of squares over ordered pairs is differentiated.
         The others: see ``ComparedRows``.
     """
 
@@ -198,8 +225,20 @@ class KeptRows:
 
     def add_gradient(self, rows_PD: Tensor, weight: Weight, incoming_PD: Optional[Tensor]) -> Tensor:
         """incoming (None: 0) + weight * the gradient with respect to rows that are where their tokens are."""
-        kept = self.rows_TK, self.used_P, self.pairs, self.inverse_lengths_TK
-        return add_gradient(rows_PD, *kept, weight, incoming_PD, self.fused)
+        rows_TK, inverse_lengths_TK = self.rows_TK, self.inverse_lengths_TK
+        if self.fused:
+            from megatron_moe_spec.kernels.cosines import add_mixed  # imports triton
+
+            kept = rows_TK, self.used_P, self.pairs, inverse_lengths_TK
+            return add_mixed(rows_PD, *kept, weight[0], incoming_PD, weight[1], of_squares=self.pairs.dim() == 2)
+        units_TKD = _vectors(rows_PD, rows_TK).to(inverse_lengths_TK.dtype) * inverse_lengths_TK.unsqueeze(-1)
+        gradient_TKD = mixed(self.pairs, units_TKD, inverse_lengths_TK) * (weight[0] * weight[1])
+        gradient_PD = gradient_TKD.new_zeros(rows_PD.shape)
+        if len(gradient_PD):
+            # Vectors that are not there add their zero gradient to row 0; every other row has one token.
+            gradient_PD.index_add_(0, rows_TK.clamp_min(0).view(-1), gradient_TKD.flatten(0, 1))
+        gradient_PD = gradient_PD.to(rows_PD.dtype)
+        return gradient_PD if incoming_PD is None else incoming_PD + gradient_PD
 
     def gradients(self, parts: Sequence[Tensor], weight: Weight) -> list[Tensor]:
         """weight * the gradient with respect to each part of the rows of this rank's experts."""
@@ -228,6 +267,11 @@ class KeptRows:
 
         kept = self.rows_TK, self.used_P, self.pairs, self.inverse_lengths_TK
         return swiglu_gradient(y_PU, probs, *kept, weight[0], incoming_PD, weight[1])
+
+
+def _vectors(rows_PD: Tensor, rows_TK: Tensor) -> Tensor:
+    """[T, K, D] each token's rows; any row where a token has none."""
+    return rows_PD[rows_TK] if len(rows_PD) else rows_PD.new_zeros(*rows_TK.shape, rows_PD.shape[-1])
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -102,7 +102,7 @@ def check(case, dispatcher, blocks, pad, synchronisations):
         back = exchange.to_experts(expected)
         kept = back[:, 0] != 0
         assert torch.equal(back[kept], x[kept])
-        assert int(kept.sum()) == sum(exchange._rows_for)
+        assert int(kept.sum()) == sum(exchange.rows_for)
 
 
 def pads(case, padded):
@@ -187,7 +187,7 @@ def check_fp8():
                 assert torch.equal(first.nan_to_num(), second.nan_to_num()), "backward's rows are not forward's"
                 flags = torch.randint(0, 256, (number,), dtype=torch.uint8)
                 assert torch.equal(exchange.to_tokens(flags), exact.to_tokens(flags))
-                assert exchange.part(torch.ones(home, dtype=torch.bool))._a2a_dtype == "fp8"
+                assert exchange.part(torch.ones(home, dtype=torch.bool)).a2a_dtype == "fp8"
     for order in (False, True):
         exchange, _, _ = exchanges("fp8", order, empty=True)
         assert exchange.to_tokens(torch.zeros(0, 5)).shape == exchange.to_experts(torch.zeros(0, 5)).shape == (0, 5)

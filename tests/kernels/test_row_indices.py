@@ -21,7 +21,7 @@ def maps(num_tokens, num_experts, k, seed=0):
     return dispatched.to(DEVICE), (dispatched & (torch.rand(order.shape, generator=generator) < 0.75)).to(DEVICE)
 
 
-def one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, used_alone, blocks):
+def one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, only_used, blocks):
     """Walks through the rows as a dispatcher lays them out."""
     share = len(dispatched) // num_ranks
     used = [rank * share + token for rank in range(num_ranks) for token in range(share)[tokens]]
@@ -31,7 +31,7 @@ def one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, used_alone, b
         if blocks is not None:
             position = sum(blocks[:expert])
         for token in range(len(dispatched)):
-            if dispatched[token, expert] and (token in used or not used_alone):
+            if dispatched[token, expert] and (token in used or not only_used):
                 if token in used and active[token, expert]:
                     rows[used.index(token)].append(position)
                     used_rows[position] = True
@@ -51,17 +51,17 @@ def one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, used_alone, b
         (2, 4, 2, slice(5, None, 7), 1),  # no token is used
     ],
 )
-@pytest.mark.parametrize("used_alone, padded", [(False, False), (True, False), (False, True)])
-def test_rows(implementation, num_tokens, num_experts, k, tokens, num_ranks, used_alone, padded):
+@pytest.mark.parametrize("only_used, padded", [(False, False), (True, False), (False, True)])
+def test_rows(implementation, num_tokens, num_experts, k, tokens, num_ranks, only_used, padded):
     dispatched, active = maps(num_tokens, num_experts, k)
     share = num_tokens // num_ranks
     is_used = torch.tensor([token % share in range(share)[tokens] for token in range(num_tokens)], device=DEVICE)
-    counts = (dispatched & is_used[:, None] if used_alone else dispatched).sum(dim=0).tolist()
+    counts = (dispatched & is_used[:, None] if only_used else dispatched).sum(dim=0).tolist()
     blocks = [-(-count // 4) * 4 for count in counts] if padded else None
     num_rows = sum(blocks or counts)
-    expected = one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, used_alone, blocks)
+    expected = one_by_one(dispatched, active, k, num_rows, tokens, num_ranks, only_used, blocks)
     starts = None if blocks is None else eager.first_rows(blocks, torch.device(DEVICE))
-    rows, used = IMPLEMENTATIONS[implementation](dispatched, active, k, num_rows, tokens, num_ranks, used_alone, starts)
+    rows, used = IMPLEMENTATIONS[implementation](dispatched, active, k, num_rows, tokens, num_ranks, only_used, starts)
     assert rows.dtype == torch.int32 and rows.shape == (len(expected[0]), k)
     assert rows.tolist() == expected[0]
     assert used.tolist() == expected[1]

@@ -25,9 +25,8 @@ from megatron_moe_spec.losses import RowsLoss
 from megatron_moe_spec.losses.base import one_per_token
 from megatron_moe_spec.losses.vectors import mixing_of
 from megatron_moe_spec.parallel.collectives import all_gather
-from megatron_moe_spec.parallel.row_arithmetic import Weight
 from megatron_moe_spec.parallel.row_exchange import Pending
-from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, LocatedRows, UsedTokens
+from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, LocatedRows, UsedTokens, Weight
 
 
 @dataclass

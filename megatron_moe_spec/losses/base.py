@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Protocol
 
 import torch
 from torch import Tensor
@@ -90,6 +90,14 @@ def _check_number(name: str, value: Any, kind: type, minimum: float) -> None:
         raise ValueError(f"{name} must be finite and {least}; got {value!r}")
 
 
+class ModelSettings(Protocol):
+    """What losses read of Megatron's TransformerConfig."""
+
+    moe_router_topk: int
+    num_moe_experts: int
+    gated_linear_unit: bool
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss of every MoE layer, or of every pair of adjacent ones. Derive from one of the classes below.
@@ -146,7 +154,7 @@ class Loss:
         """Whether it needs the routing of layers in other pipeline stages."""
         return False
 
-    def problems(self, transformer_config: Any) -> Iterator[str]:
+    def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
         """Yields what the arithmetic lacks in a model, with the remedy. The tap says what cannot be read.
 
         Args:
@@ -154,7 +162,7 @@ class Loss:
         """
         return iter(())
 
-    def units(self, transformer_config: Any) -> Iterator[str]:
+    def units(self, transformer_config: ModelSettings) -> Iterator[str]:
         """Yields what the coefficient is in the units of the loss's paper, where those differ; see ``problems``."""
         return iter(())
 
@@ -199,7 +207,7 @@ class RowsLoss(Loss):
         """
         return None
 
-    def problems(self, transformer_config: Any) -> Iterator[str]:
+    def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
         if transformer_config.moe_router_topk < 2:
             yield (
                 f"{self.title} compares the experts of a token and needs at least two "

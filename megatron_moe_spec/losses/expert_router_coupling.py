@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, ClassVar, Optional
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses.base import EXPERT_WEIGHTS, Loss, option
+from megatron_moe_spec.losses.base import EXPERT_WEIGHTS, Loss, ModelSettings, option
 from megatron_moe_spec.losses.scores import accumulation_dtype, check_floating
 
 
@@ -34,7 +34,7 @@ class ExpertRouterCoupling(Loss):
         paper="1",
     )
 
-    def problems(self, transformer_config: Any) -> Iterator[str]:
+    def problems(self, transformer_config: ModelSettings) -> Iterator[str]:
         if transformer_config.num_moe_experts < 2:
             yield f"ERC compares experts (--num-experts is {transformer_config.num_moe_experts}; set it to 2 or more)"
         if not transformer_config.gated_linear_unit:

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Optional
+from typing import ClassVar, Optional
 
 from torch import Tensor
 
-from megatron_moe_spec.losses.base import A2A_DTYPES, ACTIVATIONS, RowsLoss, option
+from megatron_moe_spec.losses.base import A2A_DTYPES, ACTIVATIONS, ModelSettings, RowsLoss, option
 
 PAPER = "2e-3"  # the paper's coefficient; of a sum over pairs, by second-hand accounts
 
@@ -51,7 +51,7 @@ class Specialization(RowsLoss):
     def token_losses(self, cosines_TKK: Tensor, lengths_TK: Tensor, active_TK: Tensor) -> Tensor:
         return cosines_TKK.square().sum(dim=(1, 2)) / self.squares_divisor(cosines_TKK.shape[1])
 
-    def units(self, transformer_config: Any) -> Iterator[str]:
+    def units(self, transformer_config: ModelSettings) -> Iterator[str]:
         if pairs := self.squares_divisor(transformer_config.moe_router_topk):
             yield (
                 f"{self.coeff:g} x the mean over a token's {pairs} ordered pairs of experts = "

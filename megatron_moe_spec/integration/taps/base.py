@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.compat.groups import tp_cp_group
 from megatron_moe_spec.integration.compat.models import router_of
+from megatron_moe_spec.integration.compat.protocols import TokenDispatcher, TransformerConfig
 from megatron_moe_spec.integration.hooks.micro_batch import MicroBatch
 from megatron_moe_spec.integration.hooks.replacement import Hook
 from megatron_moe_spec.integration.hooks.routing import LayerRouting
@@ -41,8 +42,7 @@ class TappedLayer:
     tracer: Tracer
 
     @property
-    def transformer_config(self) -> Any:
-        """Megatron's TransformerConfig of the layer."""
+    def transformer_config(self) -> TransformerConfig:
         return self.module.config
 
     @property
@@ -54,7 +54,7 @@ class TappedLayer:
         return router_of(self.module)
 
     @property
-    def dispatcher(self) -> Any:
+    def dispatcher(self) -> TokenDispatcher:
         return self.module.token_dispatcher
 
     @cached_property

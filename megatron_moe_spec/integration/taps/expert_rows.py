@@ -8,13 +8,14 @@ experts, K experts per token, P rows, D components of a row, H hidden size.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor, nn
 
 from megatron_moe_spec.integration.compat.dispatch import dispatched_map, is_flex, row_exchange
 from megatron_moe_spec.integration.compat.groups import etp_group
+from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.hooks.injection import add_gradient, kept_by, separate_graph
 from megatron_moe_spec.integration.hooks.routing import TokenCount
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
@@ -33,7 +34,7 @@ from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, Locate
 class RowsBackward:
     """What the nodes of a run need until backward; they hold it, and nothing else of the run."""
 
-    transformer_config: Any
+    transformer_config: TransformerConfig
     tokens: slice  # of this rank, that are used: one of every ``stride``
     stride: int
     count: TokenCount  # of the micro-batch

@@ -107,10 +107,7 @@ class SpecConfig:
     @cached_property
     def losses(self) -> tuple[Loss, ...]:
         """All losses with their options, those without a coefficient too."""
-        own = [
-            loss(**{one.name: getattr(self, config_field(one)) for one in options_of(loss)})  # type: ignore[call-arg]
-            for loss in LOSSES
-        ]
+        own = [loss(**{one.name: getattr(self, config_field(one)) for one in options_of(loss)}) for loss in LOSSES]
         return (*own, *self.extra_losses)
 
     @property

@@ -38,7 +38,7 @@ def resolve_across_stages(
     if spec.coupling_across_stages != "auto":
         return spec
     drops = stages.several_ranks and obstacles(SimpleNamespace(transformer_config=transformer_config))
-    return replace(spec, coupling_across_stages="drop" if drops else "exact")  # type: ignore[call-arg]
+    return replace(spec, coupling_across_stages="drop" if drops else "exact")
 
 
 def check_supported(facts: ModelFacts) -> list[str]:

@@ -81,6 +81,13 @@ def test_few_arrows_between_rooms():
     assert 10 < len(arrows) <= 23, arrows
 
 
+def test_rooms_of_integration_are_small():
+    """A reader finds the way in a room of some files, and in a file of some pages."""
+    for room in ROOMS:
+        lengths = [len(file.read_text().splitlines()) for file in (ROOT / "integration").glob(f"{room}/*.py")]
+        assert sum(lengths) <= 1300 and max(lengths, default=0) <= 300, (room, lengths)
+
+
 def test_only_integration_knows_megatron():
     for part, file in _files():
         if part in MEGATRON_FREE:

@@ -98,7 +98,7 @@ class Tap(Generic[L]):
     that one returns has the values of the one it is given, and replaces it.
 
     Attributes:
-        hooks: on the experts, from ``hook_inputs``, ``hook_activations`` and ``hook_outputs``; those that it needs.
+        hooks: its own; on the experts, from ``hook_inputs``, ``hook_activations`` and ``hook_outputs``.
     """
 
     def __init__(self, losses: Sequence[L], layer: TappedLayer):
@@ -118,7 +118,7 @@ class Tap(Generic[L]):
         return iter(())
 
     def forget(self) -> None:
-        """Begins a run of the layer: a run of the experts that no router announces is left alone."""
+        """The router has its logits, of a new run: a run of the experts that no router announces is left alone."""
 
     def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
         """Before the router decides by its logits [..., E]; called where gradients flow."""

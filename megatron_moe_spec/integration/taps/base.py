@@ -84,7 +84,7 @@ class Tap(Generic[L]):
     values of the one it is given, and replaces it.
 
     Attributes:
-        hooks: on the experts, from ``hook_inputs``, ``hook_activations`` and ``hook_outputs``; those that it needs.
+        hooks: its own; on the experts, from ``hook_inputs``, ``hook_activations`` and ``hook_outputs``.
         last_hooks: those of them that are to run after other people's.
     """
 
@@ -103,7 +103,7 @@ class Tap(Generic[L]):
         return iter(())
 
     def forget(self) -> None:
-        """Begins a run of the layer: a run of the experts that no router announces is left alone."""
+        """The router has its logits, of a new run: a run of the experts that no router announces is left alone."""
 
     def tap_logits(self, logits: Tensor, call: RouterCall) -> Tensor:
         """Before the router decides by its logits [..., E]; called where gradients flow."""

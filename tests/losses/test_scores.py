@@ -1,4 +1,4 @@
-"""Router scores, normalised over all experts, against a float64 loop written from the definition, and the properties that are promised.
+"""Scores of a router against float64 loops written from their definition, and the properties that are promised.
 
 Suffixes: T tokens, k experts of a token, F activation width, E experts of a layer, H hidden size.
 """

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, Optional, Union
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from megatron_moe_spec.config import SpecConfig
@@ -171,21 +171,21 @@ class SpecHandle:
             (pairs) and data-parallel ranks; only those that are switched on or measured, and that were computed. In
             every ``metrics_interval``-th step also diagnostics: a dict of lists, ``layers`` and ``pairs``.
         """
-        losses, diagnostics = self._finish_step(self._clock.iteration + 1)
+        losses, measured = self._finish_step(self._clock.iteration + 1)
         values = {name: float(mean) for name, mean in losses.means.items() if losses.numbers[name] > 0}
-        return values if diagnostics is None else {**values, "diagnostics": diagnostics}
+        return {**values, **measured}
 
     @lasting_tensors()
-    def finish_step(self, iteration: int) -> tuple[dict[str, Tensor], Optional[dict]]:
+    def finish_step(self, iteration: int) -> dict:
         """Like ``end_step``, with losses left on the device and the index of the finished step given.
 
         Traces are written, too. A loss of micro-batches without tokens alone is NaN.
         """
         not_recorded = self._lost.names(self._losses.recorded)
-        losses, diagnostics = self._finish_step(iteration)
-        return {name: mean for name, mean in losses.means.items() if name not in not_recorded}, diagnostics
+        losses, measured = self._finish_step(iteration)
+        return {**{name: mean for name, mean in losses.means.items() if name not in not_recorded}, **measured}
 
-    def _finish_step(self, iteration: int) -> tuple[ReducedLosses, Optional[dict]]:
+    def _finish_step(self, iteration: int) -> tuple[ReducedLosses, dict]:
         self._tracer.write(iteration)
         for taps in self._taps if self._clock.measuring else ():
             taps.measure_router()
@@ -196,7 +196,7 @@ class SpecHandle:
         warn_of_decisions(self._taps)
         self.start_after(iteration)
         self._cross_stage.check()  # last: it may raise on one rank, for which no other may wait
-        return losses, diagnostics
+        return losses, {} if diagnostics is None else {"diagnostics": diagnostics}
 
     @lasting_tensors()
     def start_after(self, iteration: int) -> None:

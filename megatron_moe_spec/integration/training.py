@@ -146,13 +146,12 @@ class TrainingLosses:
         """
         if self._handle is None:
             return loss_dict
-        losses, diagnostics = self._handle.finish_step(iteration)
+        values = self._handle.finish_step(iteration)
         if (last := self._last_before_training(iteration)) != iteration:
             self._handle.start_after(last)
-        values = losses if diagnostics is None else {**losses, "diagnostics": diagnostics}
         self._writer.write(iteration, values, self._handle.losses_of_layers)
         trained = self._handle.config.trained_losses
-        return {**loss_dict, **{name: loss for name, loss in losses.items() if name in trained}}
+        return {**loss_dict, **{name: values[name] for name in trained if name in values}}
 
     def _last_before_training(self, iteration: int) -> int:
         """``iteration``, or the last of those after it that ``--iterations-to-skip`` names; Megatron logs none."""

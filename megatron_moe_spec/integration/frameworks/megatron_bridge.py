@@ -44,10 +44,9 @@ class SpecCallback:
     def on_train_step_end(self, context: Any) -> None:
         """Comes before Bridge counts the step and logs ``loss_dict``. A collective."""
         iteration = context.state.train_state.step + 1
-        losses, diagnostics = self.handle.finish_step(iteration)
-        values = losses if diagnostics is None else {**losses, "diagnostics": diagnostics}
+        values = self.handle.finish_step(iteration)
         self._writer.write(iteration, values, self.handle.losses_of_layers)
-        context.loss_dict.update({name: losses[name] for name in self._config.trained_losses if name in losses})
+        context.loss_dict.update({name: values[name] for name in self._config.trained_losses if name in values})
 
     def on_train_end(self, context: Any) -> None:
         """Leaves the model as it was built."""

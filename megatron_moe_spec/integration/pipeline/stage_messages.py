@@ -194,12 +194,12 @@ class ForwardStep:
                 "the first MoE layer of a pipeline stage ran without gradients or in evaluation mode in one of the "
                 "forwards of a step: their coupling cannot be told apart (set --moe-coupling-across-stages drop)"
             )
-        grads = [
-            neighbor_grad_of_following(self._format.kind, first.message, before.successors_EE)
-            for before, first in pairs
-            if first is not None
-        ]
-        return torch.cat([self._format.pack_grad(grad) for grad in grads]) if grads else None
+        grads = []
+        for before, first in pairs:
+            assert first is not None  # it has taken what came before
+            grad = neighbor_grad_of_following(self._format.kind, first.message, before.successors_EE)
+            grads.append(self._format.pack_grad(grad))
+        return torch.cat(grads) if grads else None
 
 
 _NOT_ONE_TENSOR = (

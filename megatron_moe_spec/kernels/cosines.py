@@ -14,7 +14,7 @@ matrix is 4 * 0.96 = 3.84 off the diagonal and -4 * 0.96^2 = -3.6864 on it. The 
 swapped.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Optional, Union
 
 import torch
@@ -22,12 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moe_spec.kernels.launch import Launch
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     checked_shape,
     computed_dtype,
+    in_dtype,
     load_mixing,
     multiply_split,
+    num_blocks,
     pair_offsets,
     same_token,
     tile_rows,
@@ -247,18 +250,23 @@ def row_products(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 def _launch_cosines(x_PD: Tensor, rows_TK: Tensor, of_columns: bool) -> tuple:
     num_tokens, k = checked_shape(x_PD, rows_TK)
-    num_tiles, options = tiling(x_PD, rows_TK)
-    on_device = dict(dtype=torch.float32, device=x_PD.device)
-    out = torch.empty((num_tokens, k, k) if of_columns else (num_tokens, k * (k - 1) // 2), **on_device)
-    lengths_TK = torch.empty(num_tokens, k, **on_device)
-    squares = None if of_columns else torch.empty(num_tiles, **on_device)
+    num_tiles, device = num_blocks(num_tokens, tiling(k, x_PD.dtype)[1]), x_PD.device
+    shape = (num_tokens, k, k) if of_columns else (num_tokens, k * (k - 1) // 2)
+    out = torch.empty(shape, dtype=torch.float32, device=device)
+    lengths_TK = torch.empty((num_tokens, k), dtype=torch.float32, device=device)
+    squares = None if of_columns else torch.empty((num_tiles,), dtype=torch.float32, device=device)
     if num_tiles:
         x_PD = with_dense_rows(x_PD)
         tensors = x_PD, rows_TK.contiguous(), out, lengths_TK, squares
-        sizes = num_tokens, x_PD.shape[1], x_PD.stride(0)
-        options.update(WIDE_RANGE=x_PD.dtype != torch.float16, PARTIAL=of_columns, **FORWARD[x_PD.element_size()])
-        _cosines_kernel[(num_tiles,)](*tensors, *sizes, **options)
+        sizes = x_PD.shape[1], x_PD.stride(0)
+        _cosines_launch(k, x_PD.dtype, of_columns)(num_tiles, tensors, (num_tokens,), sizes)
     return out, lengths_TK, squares
+
+
+@cache
+def _cosines_launch(k: int, dtype: torch.dtype, of_columns: bool) -> Launch:
+    constants = dict(WIDE_RANGE=dtype != torch.float16, PARTIAL=of_columns, **FORWARD[dtype.itemsize])
+    return Launch(_cosines_kernel, **tiling(k, dtype)[2], **constants)
 
 
 def in_units(products_TKK: Tensor, units_TK: Tensor, new_units_TK: Tensor) -> Tensor:
@@ -322,13 +330,19 @@ def add_mixed(
     x_PD = with_dense_rows(x_PD)
     out_PD = torch.empty(x_PD.shape, dtype=computed_dtype(x_PD.dtype), device=x_PD.device)
     if out_PD.numel():
-        (num_rows, D), (num_tiles, options) = x_PD.shape, tiling(x_PD, rows_TK)
-        kept = [tensor.contiguous() for tensor in (rows_TK, used_P, mixing, inverse_lengths_TK)]
-        sizes = num_tiles, num_tokens, num_rows, D, x_PD.stride(0), incoming_stride
-        options.update(OF_SQUARES=of_squares, **BACKWARD[x_PD.element_size()])
-        grid = (num_tiles + triton.cdiv(num_rows, options["TILE"]),)
-        _mixing_kernel[grid](x_PD, *kept, weight, incoming_PD, out_PD, factor, *sizes, **options)
-    return out_PD.to(x_PD.dtype)
+        (num_rows, D), (tile, tokens, _) = x_PD.shape, tiling(k, x_PD.dtype)
+        num_tiles = num_blocks(num_tokens, tokens)
+        kept = rows_TK.contiguous(), used_P.contiguous(), mixing.contiguous(), inverse_lengths_TK.contiguous()
+        numbers = factor, num_tiles, num_tokens, num_rows
+        launch = _mixing_launch(k, x_PD.dtype, of_squares)
+        tensors = x_PD, *kept, weight, incoming_PD, out_PD
+        launch(num_tiles + num_blocks(num_rows, tile), tensors, numbers, (D, x_PD.stride(0), incoming_stride))
+    return in_dtype(out_PD, x_PD.dtype)
+
+
+@cache
+def _mixing_launch(k: int, dtype: torch.dtype, of_squares: bool) -> Launch:
+    return Launch(_mixing_kernel, **tiling(k, dtype)[2], OF_SQUARES=of_squares, **BACKWARD[dtype.itemsize])
 
 
 add_squares_gradient = partial(add_mixed, of_squares=True)

@@ -13,6 +13,7 @@ dm / dlogits = s * (active - m) = (1/8 * 1/4, 1/4 * -3/4, 5/8 * 1/4) = (0.03125,
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Optional, Union
 
 import torch
@@ -20,7 +21,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moe_spec.kernels.tiles import check_like, computed_dtype, weight_and_factor
+from megatron_moe_spec.kernels.launch import Launch
+from megatron_moe_spec.kernels.tiles import (
+    check_like,
+    computed_dtype,
+    in_dtype,
+    num_blocks,
+    power_of_2,
+    weight_and_factor,
+)
 from megatron_moe_spec.losses.scores import SCORE_FUNCTIONS
 
 _ELEMENTS = 2048  # logits of a program
@@ -89,16 +98,16 @@ def _mass_kernel(
         tl.store(products_ptr + tl.program_id(0), tl.sum(mass * previous, axis=0))
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["factor", "num_tokens"])
 def _mass_gradient_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
     active_ptr,  # bool [T, E]
     neighbor_grad_ptr,  # fp32 [T], gradient of the mass
     other_neighbor_grad_ptr,  # fp32 [T], to be added to it; None
     weight_ptr,  # fp32 [1]; None
-    factor,
     incoming_ptr,  # dtype of the logits [T, E]
     out_ptr,  # dtype of the logits [T, E], out: incoming + gradient
+    factor,
     num_tokens,
     E: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -133,16 +142,16 @@ def routed_mass(
     Returns:
         [T] fp32; fp32 [number of programs], or None.
     """
-    grid, options = _checked(logits_TE, active_TE, score_function)
-    num_tokens, products = len(logits_TE), None
-    mass_T = torch.empty(num_tokens, dtype=torch.float32, device=logits_TE.device)
+    num_tokens, grid = _checked(logits_TE, active_TE, score_function)
+    products, device = None, logits_TE.device
+    mass_T = torch.empty((num_tokens,), dtype=torch.float32, device=device)
     if previous_T is not None:
         check_like("previous_T", previous_T, (num_tokens,), torch.float32)
         previous_T = previous_T.contiguous()
-        products = torch.empty(grid, dtype=torch.float32, device=logits_TE.device)
+        products = torch.empty((grid,), dtype=torch.float32, device=device)
     if num_tokens:
         tensors = logits_TE.contiguous(), active_TE.contiguous(), previous_T, mass_T, products
-        _mass_kernel[grid](*tensors, num_tokens, **options)
+        _mass_launch(active_TE.shape[1], score_function)(grid, tensors, (num_tokens,))
     return mass_T, products
 
 
@@ -164,29 +173,45 @@ def add_mass_gradient(
         incoming_TE: gradient of the logits, in their dtype; not overwritten.
         factor: a number.
     """
-    grid, options = _checked(logits_TE, active_TE, score_function)
+    num_tokens, grid = _checked(logits_TE, active_TE, score_function)
     check_like("incoming_TE", incoming_TE, logits_TE.shape, logits_TE.dtype)
     for neighbor_grad_T in neighbor_grads:
-        check_like("neighbor_grads", neighbor_grad_T, (len(logits_TE),), torch.float32)
+        check_like("neighbor_grads", neighbor_grad_T, (num_tokens,), torch.float32)
     out_TE = torch.empty(logits_TE.shape, dtype=computed_dtype(logits_TE.dtype), device=logits_TE.device)
-    if len(logits_TE):
+    if num_tokens:
         weight, factor = weight_and_factor(weight, factor, logits_TE.device)
-        one_or_two = [*(grad_T.contiguous() for grad_T in neighbor_grads), None][:2]
-        tensors = logits_TE.contiguous(), active_TE.contiguous(), *one_or_two
-        incoming_TE = incoming_TE.contiguous()
-        _mass_gradient_kernel[grid](*tensors, weight, factor, incoming_TE, out_TE, len(logits_TE), **options)
-    return out_TE.to(logits_TE.dtype)
+        one_or_two = neighbor_grads[0].contiguous(), neighbor_grads[1].contiguous() if neighbor_grads[1:] else None
+        tensors = logits_TE.contiguous(), active_TE.contiguous(), *one_or_two, weight, incoming_TE.contiguous(), out_TE
+        _mass_gradient_launch(active_TE.shape[1], score_function)(grid, tensors, (factor, num_tokens))
+    return in_dtype(out_TE, logits_TE.dtype)
 
 
-def _checked(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> tuple[tuple[int], dict[str, Any]]:
-    """The grid, and what kernels are compiled for."""
+def _checked(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> tuple[int, int]:
+    """Number of tokens, and of programs."""
     if logits_TE.dim() != 2 or logits_TE.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"logits_TE must be fp32, bf16 or fp16 [T, E]; got {logits_TE.dtype} {list(logits_TE.shape)}")
     check_like("active_TE", active_TE, logits_TE.shape, torch.bool)
     if score_function not in SCORE_FUNCTIONS:
         raise ValueError(f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}; got {score_function!r}")
     num_tokens, num_experts = logits_TE.shape
-    block_e = triton.next_power_of_2(num_experts)
-    block_t = max(_ELEMENTS // block_e, 1)
-    options = dict(E=num_experts, BLOCK_T=block_t, BLOCK_E=block_e, SCORE_FUNCTION=score_function, num_warps=_WARPS)
-    return (triton.cdiv(num_tokens, block_t),), options
+    return num_tokens, num_blocks(num_tokens, _block_tokens(num_experts))
+
+
+@cache
+def _block_tokens(num_experts: int) -> int:
+    return max(_ELEMENTS // power_of_2(num_experts), 1)
+
+
+@cache
+def _mass_launch(num_experts: int, score_function: str) -> Launch:
+    return Launch(_mass_kernel, **_constants(num_experts, score_function))
+
+
+@cache
+def _mass_gradient_launch(num_experts: int, score_function: str) -> Launch:
+    return Launch(_mass_gradient_kernel, **_constants(num_experts, score_function))
+
+
+def _constants(num_experts: int, score_function: str) -> dict[str, Any]:
+    blocks = dict(BLOCK_T=_block_tokens(num_experts), BLOCK_E=power_of_2(num_experts))
+    return dict(E=num_experts, SCORE_FUNCTION=score_function, num_warps=_WARPS, **blocks)

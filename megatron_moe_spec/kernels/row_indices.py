@@ -10,18 +10,26 @@ Worked example, dispatched [[1, 0, 1], [1, 1, 0]]: expert 0 has rows 0 (token 0)
 (token 1), expert 2 has row 3 (token 0). The tokens' rows are (0, 3) and (1, 2).
 """
 
-from typing import Optional
+from functools import cache
+from typing import Any, Optional
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_moe_spec.kernels.tiles import check_like
+from megatron_moe_spec.kernels.launch import Launch
+from megatron_moe_spec.kernels.tiles import check_like, num_blocks, power_of_2
 
 _ELEMENTS = 2048  # marks of a program
 _MOST_TOKENS = 32
 _WARPS = 4
+
+
+@triton.jit
+def _bytes(bool_ptr):
+    """The same address: what is 0 or 1 takes fewer registers as a number than as a predicate."""
+    return bool_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
 
 
 @triton.jit
@@ -44,7 +52,7 @@ def _marks(
     expert = tl.arange(0, BLOCK_E)
     mask = (token < num_tokens)[:, None] & (expert < E)[None, :]
     offsets = token[:, None] * E + expert[None, :]
-    marks = tl.load(map_ptr + offsets, mask=mask, other=0).to(tl.int32)
+    marks = tl.load(_bytes(map_ptr) + offsets, mask=mask, other=0).to(tl.int32)
     own = token % share - first
     is_used = (token < num_tokens) & (own >= 0) & (own % stride == 0)
     used_of_rank = (share - first + stride - 1) // stride
@@ -106,12 +114,12 @@ def _rows_kernel(
         before = tl.load(ends_ptr + expert * num_blocks - 1, mask=is_later, other=0)
         start += tl.load(starts_ptr + expert, mask=expert < E, other=0) - before
     row = start[None, :] + tl.cumsum(marks, axis=0) - 1
-    active = tl.load(active_ptr + offsets, mask=mask & is_used[:, None], other=0).to(tl.int32)
+    active = tl.load(_bytes(active_ptr) + offsets, mask=mask & is_used[:, None], other=0).to(tl.int32)
     slot = tl.cumsum(active, axis=1) - 1
     is_active = (active != 0) & (slot < K)
     out = place[:, None] * K
     tl.store(rows_ptr + out + slot, row, mask=is_active)
-    tl.store(used_ptr + row, is_active.to(tl.int8), mask=marks != 0)
+    tl.store(_bytes(used_ptr) + row, is_active.to(tl.int8), mask=marks != 0)
     # -1 where a token has fewer than K.
     slots = tl.arange(0, SLOTS)[None, :]
     is_free = (slots >= tl.sum(active, axis=1)[:, None]) & (slots < K)
@@ -148,21 +156,38 @@ def rows_of_tokens(
     device, (num_tokens, num_experts) = dispatched_TE.device, dispatched_TE.shape
     share = num_tokens // num_ranks
     num_used = len(range(share)[tokens]) * num_ranks
-    rows_TK = torch.empty(num_used, top_k, dtype=torch.int32, device=device)
+    rows_TK = torch.empty((num_used, top_k), dtype=torch.int32, device=device)
     # Padding rows belong to no token, and the kernel does not write them.
     new = torch.empty if starts_E is None else torch.zeros
-    used_P = new(num_rows, dtype=torch.bool, device=device)
+    used_P = new((num_rows,), dtype=torch.bool, device=device)
     if not num_tokens:
         return rows_TK, used_P.zero_()
-    block_e = triton.next_power_of_2(num_experts)
-    block_t = max(min(_MOST_TOKENS, _ELEMENTS // block_e), 1)
-    num_blocks = triton.cdiv(num_tokens, block_t)
-    sizes = num_tokens, num_blocks, share, tokens.start, tokens.step
-    options = dict(E=num_experts, BLOCK_T=block_t, BLOCK_E=block_e, ONLY_USED=only_used, num_warps=_WARPS)
-    dispatched_TE, active_TE = dispatched_TE.contiguous().view(torch.uint8), active_TE.contiguous().view(torch.uint8)
-    counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
-    _count_kernel[(num_blocks,)](dispatched_TE, counts, *sizes, **options)
-    ends = counts.view(-1).cumsum(0, dtype=torch.int32)
-    tensors = dispatched_TE, active_TE, ends, starts_E, rows_TK, used_P.view(torch.uint8)
-    _rows_kernel[(num_blocks,)](*tensors, *sizes, K=top_k, SLOTS=triton.next_power_of_2(top_k), **options)
+    blocks = num_blocks(num_tokens, _block_tokens(num_experts))
+    numbers = num_tokens, blocks, share, tokens.start, tokens.step
+    dispatched_TE = dispatched_TE.contiguous()
+    counts = torch.empty((num_experts * blocks,), dtype=torch.int32, device=device)
+    _count_launch(num_experts, only_used)(blocks, (dispatched_TE, counts), numbers)
+    ends = counts.cumsum(0, dtype=torch.int32)
+    tensors = dispatched_TE, active_TE.contiguous(), ends, starts_E, rows_TK, used_P
+    _rows_launch(num_experts, only_used, top_k)(blocks, tensors, numbers)
     return rows_TK, used_P
+
+
+@cache
+def _block_tokens(num_experts: int) -> int:
+    return max(min(_MOST_TOKENS, _ELEMENTS // power_of_2(num_experts)), 1)
+
+
+@cache
+def _count_launch(num_experts: int, only_used: bool) -> Launch:
+    return Launch(_count_kernel, **_constants(num_experts, only_used))
+
+
+@cache
+def _rows_launch(num_experts: int, only_used: bool, top_k: int) -> Launch:
+    return Launch(_rows_kernel, K=top_k, SLOTS=power_of_2(top_k), **_constants(num_experts, only_used))
+
+
+def _constants(num_experts: int, only_used: bool) -> dict[str, Any]:
+    blocks = dict(BLOCK_T=_block_tokens(num_experts), BLOCK_E=power_of_2(num_experts))
+    return dict(E=num_experts, ONLY_USED=only_used, num_warps=_WARPS, **blocks)

@@ -15,6 +15,7 @@ gate and p * 20 * that = (1.72032, -1.29024) for up. An incoming gradient of (1,
 (10, 10) to up's, and makes p's gradient 20 * (0.3 + 0.4) = 14, to which the cosines add nothing.
 """
 
+from functools import cache
 from typing import Union
 
 import torch
@@ -22,12 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moe_spec.kernels.launch import Launch
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     checked_shape,
     computed_dtype,
+    in_dtype,
     load_mixing,
     multiply_split,
+    num_blocks,
     tile_rows,
     tiling,
     unused_rows,
@@ -196,10 +200,16 @@ def swiglu_gradient(
     dy_PU = torch.empty(y_PU.shape, dtype=computed_dtype(y_PU.dtype), device=y_PU.device)
     dprobs_P = torch.empty(probs_P.shape, dtype=computed_dtype(probs_P.dtype), device=y_PU.device)
     if num_rows:
-        num_tiles, options = tiling(y_PU, rows_TK)
-        kept = [tensor.contiguous() for tensor in (probs_P, rows_TK, used_P, cosines_TN, inverse_lengths_TK)]
-        sizes = num_tiles, num_tokens, num_rows, U // 2, y_PU.stride(0), incoming_PF.stride(0)
-        options.update(LARGEST=torch.finfo(y_PU.dtype).max, **BACKWARD[y_PU.element_size()])
-        grid = (num_tiles + triton.cdiv(num_rows, options["TILE"]),)
-        _swiglu_gradient_kernel[grid](y_PU, *kept, weight, incoming_PF, dy_PU, dprobs_P, factor, *sizes, **options)
-    return dy_PU.to(y_PU.dtype), dprobs_P.to(probs_P.dtype)
+        tile, tokens, _ = tiling(k, y_PU.dtype)
+        num_tiles = num_blocks(num_tokens, tokens)
+        kept = probs_P.contiguous(), rows_TK.contiguous(), used_P.contiguous(), cosines_TN.contiguous()
+        tensors = y_PU, *kept, inverse_lengths_TK.contiguous(), weight, incoming_PF, dy_PU, dprobs_P
+        numbers, sizes = (factor, num_tiles, num_tokens, num_rows), (U // 2, y_PU.stride(0), incoming_PF.stride(0))
+        _launch(k, y_PU.dtype)(num_tiles + num_blocks(num_rows, tile), tensors, numbers, sizes)
+    return in_dtype(dy_PU, y_PU.dtype), in_dtype(dprobs_P, probs_P.dtype)
+
+
+@cache
+def _launch(k: int, dtype: torch.dtype) -> Launch:
+    constants = dict(LARGEST=torch.finfo(dtype).max, **BACKWARD[dtype.itemsize])
+    return Launch(_swiglu_gradient_kernel, **tiling(k, dtype)[2], **constants)

@@ -5,7 +5,7 @@ A tile is 16 (token, slot) pairs, that is 16 / K tokens with K padded to a power
 Suffixes: P rows, D row size, T tokens, K experts per token, N = K (K - 1) / 2 pairs of these.
 """
 
-from collections.abc import Sequence
+from functools import cache
 from typing import Any, Optional, Union
 
 import torch
@@ -106,9 +106,17 @@ def unused_rows(used_ptr, first, num_rows, TILE: tl.constexpr):
     return row, (row < num_rows) & (used == 0)
 
 
+INTERPRETED = interpreted()  # triton asks once, too
+
+
 def computed_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which kernels multiply and write: that of their tensors, or fp32 in the interpreter."""
-    return torch.float32 if interpreted() else dtype
+    return torch.float32 if INTERPRETED else dtype
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What kernels have written, in the dtype of their tensors."""
+    return x.to(dtype) if INTERPRETED else x
 
 
 def weight_and_factor(
@@ -119,7 +127,7 @@ def weight_and_factor(
         if weight.numel() != 1:
             raise ValueError(f"weight must be a number or a tensor of one element; got {list(weight.shape)}")
         if weight.device == device:
-            return weight.to(torch.float32), float(factor)
+            return weight if weight.dtype == torch.float32 else weight.float(), float(factor)
     return None, float(weight) * float(factor)
 
 
@@ -131,19 +139,28 @@ def with_dense_rows(x_PD: Tensor) -> Tensor:
     return x_PD if x_PD.stride(1) == 1 else x_PD.contiguous()
 
 
-def check_like(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+def check_like(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Raises ValueError if x, called ``name``, differs in shape or dtype."""
-    if x.shape != tuple(shape) or x.dtype != dtype:
+    if x.shape != shape or x.dtype != dtype:
         raise ValueError(f"{name} must be {dtype} {list(shape)}; got {x.dtype} {list(x.shape)}")
 
 
-def tiling(x_PD: Tensor, rows_TK: Tensor) -> tuple[int, dict[str, Any]]:
-    """The number of tiles, and what kernels are compiled for: K padded, rows of a tile, dtype that is multiplied."""
-    num_tokens, k = rows_TK.shape
-    slots = triton.next_power_of_2(k)
+@cache
+def tiling(k: int, dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
+    """(token, slot) pairs of a tile; its tokens; what kernels are compiled for, for K experts and dtype of the rows."""
+    slots = power_of_2(k)
     tile = max(16, slots)  # 16: the smallest side of a matrix product on tensor cores
-    operand = _OPERANDS[computed_dtype(x_PD.dtype)]
-    return triton.cdiv(num_tokens, tile // slots), dict(K=k, SLOTS=slots, TILE=tile, OPERAND=operand)
+    return tile, tile // slots, dict(K=k, SLOTS=slots, TILE=tile, OPERAND=_OPERANDS[computed_dtype(dtype)])
+
+
+def power_of_2(n: int) -> int:
+    """The smallest at or above n."""
+    return 1 << (n - 1).bit_length()
+
+
+def num_blocks(n: int, size: int) -> int:
+    """Blocks of some size that hold n."""
+    return -(-n // size)
 
 
 def checked_shape(x_PD: Tensor, rows_TK: Tensor, name: str = "x_PD") -> torch.Size:

@@ -1,0 +1,103 @@
+"""Launches of Triton kernels that cost the host little.
+
+Triton's own ``kernel[grid](...)`` binds, specializes and hashes every argument in Python at each launch: 35 us, where
+the GPU takes less for most of the kernels here. A kernel that was compiled before is found by what Triton compiles it
+for, and handed to Triton's launcher.
+"""
+
+from typing import Any, Optional
+
+import triton
+from torch import Tensor
+from triton.runtime import driver
+
+from megatron_moe_spec.kernels import interpreted
+
+# Releases whose compiled kernels are called in the same way; of the first, without constants.
+_OLDEST, _NEWEST = (3, 2), (3, 9)
+_ALIGNMENT = 16  # bytes: Triton compiles another kernel for pointers that are not multiples of it
+_INT32 = 2**31  # likewise for numbers from here on
+
+
+class Launch:
+    """A Triton kernel with its constants: ``launch(grid, tensors, numbers, sizes)``.
+
+    Triton's own way is gone at the first launch, and for all that is not known to be the same: pointers that are not
+    aligned, large numbers, the interpreter, other releases, and wherever a profiler or a debugger wants to be told of
+    launches.
+
+    Args:
+        kernel: of ``triton.jit``, with arguments in the order tensors, numbers, sizes, constants.
+        constants: and options of the compiler.
+    """
+
+    def __init__(self, kernel: Any, **constants: Any):
+        self._kernel, self._constants = kernel, constants
+        self._compiled: dict[tuple, tuple] = {}
+        release = tuple(map(int, triton.__version__.split(".")[:2]))
+        self._is_known = _OLDEST <= release <= _NEWEST and not interpreted()
+        passed = kernel.arg_names if release > _OLDEST else ()
+        self._last = tuple(constants[name] for name in passed if name in constants)
+
+    def __call__(
+        self, grid: int, tensors: tuple[Optional[Tensor], ...], numbers: tuple = (), sizes: tuple[int, ...] = ()
+    ) -> None:
+        """Launches ``grid`` programs on the current stream.
+
+        Args:
+            tensors: None where the kernel is to do without one.
+            numbers: those that the kernel is not specialized for (``do_not_specialize``).
+            sizes: those that it is specialized for.
+        """
+        if not self._is_known or _is_watched(self._kernel):
+            self._launch(grid, tensors, numbers, sizes)
+            return
+        active = driver.active
+        device = active.get_current_device()
+        address, key = 0, [device, *sizes]
+        for x in tensors:
+            if x is None:
+                key.append(None)
+            else:
+                address |= x.data_ptr()
+                key.append(x.dtype)
+        if address % _ALIGNMENT or max(numbers) >= _INT32:
+            self._launch(grid, tensors, numbers, sizes)
+            return
+        key = tuple(key)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            kernel = self._launch(grid, tensors, numbers, sizes)
+            if kernel is not None:
+                self._compiled[key] = kernel.run, kernel.function, kernel.packed_metadata
+            return
+        run, function, metadata = compiled
+        stream = active.get_current_stream(device)
+        run(grid, 1, 1, stream, function, metadata, None, None, None, *tensors, *numbers, *sizes, *self._last)
+
+    def _launch(self, grid: int, tensors: tuple, numbers: tuple, sizes: tuple) -> Any:
+        return self._kernel[(grid,)](*tensors, *numbers, *sizes, **self._constants)
+
+
+try:
+    from triton import knobs
+except ImportError:  # before 3.4
+    from triton.compiler import CompiledKernel
+
+    def _wishes() -> tuple:
+        return CompiledKernel.launch_enter_hook, CompiledKernel.launch_exit_hook
+else:
+
+    def _wishes() -> tuple:
+        runtime = knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # since 3.5, chains of hooks
+        inspect, instrument = (
+            getattr(runtime, "add_stages_inspection_hook", None),
+            getattr(knobs.compilation, "instrumentation_mode", ""),
+        )
+        return getattr(enter, "calls", enter), getattr(leave, "calls", leave), inspect, instrument, runtime.debug
+
+
+def _is_watched(kernel: Any) -> bool:
+    """Whether a profiler or a debugger wants to be told of launches, or another kernel to be compiled."""
+    return bool(kernel.pre_run_hooks) or any(_wishes())

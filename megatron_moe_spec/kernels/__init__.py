@@ -5,9 +5,10 @@ import triton; importing one of its modules does. Tensors that do not fit raise 
 """
 
 import functools
+import importlib
 import importlib.util
 import os
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -17,6 +18,12 @@ OLDEST_CAPABILITY = (8, 0)
 def interpreted() -> bool:
     """Whether Triton's interpreter is on, which runs the kernels on CPU, slowly: for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+@functools.cache
+def module(name: str) -> Any:
+    """A module of this package, which imports triton; as an import statement, but cheap in each call."""
+    return importlib.import_module(f"{__name__}.{name}")
 
 
 def unavailable(device: Optional[torch.device]) -> str:

@@ -5,6 +5,8 @@ the GPU takes less for most of the kernels here. A kernel that was compiled befo
 for, and handed to Triton's launcher.
 """
 
+from functools import reduce
+from operator import attrgetter, or_
 from typing import Any, Optional
 
 import triton
@@ -17,6 +19,8 @@ from megatron_moe_spec.kernels import interpreted
 _OLDEST, _NEWEST = (3, 2), (3, 9)
 _ALIGNMENT = 16  # bytes: Triton compiles another kernel for pointers that are not multiples of it
 _INT32 = 2**31  # likewise for numbers from here on
+
+_address_of, _dtype_of = Tensor.data_ptr, attrgetter("dtype")
 
 
 class Launch:
@@ -49,34 +53,36 @@ class Launch:
             numbers: those that the kernel is not specialized for (``do_not_specialize``).
             sizes: those that it is specialized for.
         """
-        if not self._is_known or _is_watched(self._kernel):
-            self._launch(grid, tensors, numbers, sizes)
-            return
-        active = driver.active
-        device = active.get_current_device()
-        address, key = 0, [device, *sizes]
-        for x in tensors:
-            if x is None:
-                key.append(None)
-            else:
-                address |= x.data_ptr()
-                key.append(x.dtype)
-        if address % _ALIGNMENT or max(numbers) >= _INT32:
-            self._launch(grid, tensors, numbers, sizes)
-            return
-        key = tuple(key)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            kernel = self._launch(grid, tensors, numbers, sizes)
-            if kernel is not None:
-                self._compiled[key] = kernel.run, kernel.function, kernel.packed_metadata
-            return
-        run, function, metadata = compiled
-        stream = active.get_current_stream(device)
-        run(grid, 1, 1, stream, function, metadata, None, None, None, *tensors, *numbers, *sizes, *self._last)
-
-    def _launch(self, grid: int, tensors: tuple, numbers: tuple, sizes: tuple) -> Any:
-        return self._kernel[(grid,)](*tensors, *numbers, *sizes, **self._constants)
+        key = None
+        if self._is_known and not _is_watched(self._kernel):
+            active, given = driver.active, [x for x in tensors if x is not None]
+            if not reduce(or_, map(_address_of, given)) % _ALIGNMENT and max(numbers) < _INT32:
+                device = active.get_current_device()
+                absent = len(given) < len(tensors) and tuple([x is None for x in tensors])
+                key = (device, absent, *sizes, *map(_dtype_of, given))
+                compiled = self._compiled.get(key)
+                if compiled is not None:
+                    run, function, metadata = compiled
+                    stream = active.get_current_stream(device)
+                    run(
+                        grid,
+                        1,
+                        1,
+                        stream,
+                        function,
+                        metadata,
+                        None,
+                        None,
+                        None,
+                        *tensors,
+                        *numbers,
+                        *sizes,
+                        *self._last,
+                    )
+                    return
+        kernel = self._kernel[(grid,)](*tensors, *numbers, *sizes, **self._constants)
+        if key is not None and kernel is not None:
+            self._compiled[key] = kernel.run, kernel.function, kernel.packed_metadata
 
 
 try:
@@ -84,20 +90,20 @@ try:
 except ImportError:  # before 3.4
     from triton.compiler import CompiledKernel
 
-    def _wishes() -> tuple:
-        return CompiledKernel.launch_enter_hook, CompiledKernel.launch_exit_hook
+    def _is_watched(kernel: Any) -> Any:
+        return kernel.pre_run_hooks or CompiledKernel.launch_enter_hook or CompiledKernel.launch_exit_hook
+
 else:
+    _runtime, _compilation = knobs.runtime, knobs.compilation
 
-    def _wishes() -> tuple:
-        runtime = knobs.runtime
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook  # since 3.5, chains of hooks
-        inspect, instrument = (
-            getattr(runtime, "add_stages_inspection_hook", None),
-            getattr(knobs.compilation, "instrumentation_mode", ""),
+    def _is_watched(kernel: Any) -> Any:
+        """Whether a profiler or a debugger wants to be told of launches, or to have another kernel compiled."""
+        enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+        return (
+            kernel.pre_run_hooks
+            or getattr(enter, "calls", enter)  # a chain of hooks, since 3.5
+            or getattr(leave, "calls", leave)
+            or getattr(_runtime, "add_stages_inspection_hook", None)
+            or getattr(_compilation, "instrumentation_mode", "")
+            or _runtime.debug
         )
-        return getattr(enter, "calls", enter), getattr(leave, "calls", leave), inspect, instrument, runtime.debug
-
-
-def _is_watched(kernel: Any) -> bool:
-    """Whether a profiler or a debugger wants to be told of launches, or another kernel to be compiled."""
-    return bool(kernel.pre_run_hooks) or any(_wishes())

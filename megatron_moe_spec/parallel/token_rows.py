@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_moe_spec import kernels
 from megatron_moe_spec.losses.vectors import (
     inverse,
     mixed,
@@ -41,7 +42,7 @@ from megatron_moe_spec.parallel.row_indices import experts_of_tokens, first_rows
 Weight = tuple[Union[Tensor, float], float]  # two factors: a number, or a tensor of one element, and a number
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class UsedTokens:
     """The tokens of a micro-batch whose vectors are compared, of all expert-tensor-parallel ranks.
 
@@ -64,6 +65,8 @@ class UsedTokens:
     @classmethod
     def gather(cls, active_TE: Tensor, top_k: int, tokens: slice, group: ProcessGroup, fused: bool) -> "UsedTokens":
         """Of the active experts of this rank's tokens."""
+        if group.size() == 1:
+            return cls(active_TE, top_k, tokens, slice(None), group, fused)
         number = len(range(len(active_TE))[tokens])
         own = slice(group.rank() * number, (group.rank() + 1) * number)
         return cls(all_gather(active_TE, group), top_k, tokens, own, group, fused)
@@ -88,14 +91,11 @@ class UsedTokens:
     def find(self, dispatched_TE: Tensor, num_rows: int, **others: Any) -> tuple[Tensor, Tensor]:
         """See ``kernels.row_indices.rows_of_tokens``."""
         which = (dispatched_TE, self.active_TE, self.top_k, num_rows, self.tokens, self.group.size())
-        if not self.fused:
-            return rows_of_tokens(*which, **others)
-        from megatron_moe_spec.kernels import row_indices as kernels  # imports triton
-
-        return kernels.rows_of_tokens(*which, **others)
+        find = kernels.module("row_indices").rows_of_tokens if self.fused else rows_of_tokens
+        return find(*which, **others)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class LocatedRows:
     """Rows that are being handed in; it is known, or being found out, where they lie. See ``UsedTokens.locate``."""
 
@@ -121,7 +121,7 @@ class LocatedRows:
         used, dispatched_TE, exchange, rows_PD = self.used, self.dispatched_TE, self.exchange, _joined(parts)
         if exchange is None:
             starts_E = None if blocks_L is None else first_rows(blocks_L, dispatched_TE.device)
-            found = used.find(dispatched_TE, len(rows_PD), starts_E=starts_E)
+            found = used.find(dispatched_TE, rows_PD.shape[0], starts_E=starts_E)
             return Pending(lambda: ComparedRows.of(rows_PD, found, None, used))
         if isinstance(exchange, Pending):
             exchange = exchange.wait()
@@ -134,7 +134,7 @@ class LocatedRows:
         return Pending(lambda: ComparedRows.of(coming.wait(), found, exchange, used))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class ComparedRows:
     """The angles between, and the lengths of, the vectors of each token.
 
@@ -168,15 +168,14 @@ class ComparedRows:
             units_TKD, inverse_lengths_TK = unit_vectors(_vectors(rows_PD, rows_TK), rows_TK >= 0, maximum, total)
             compared = total(pair_cosines(units_TKD)), inverse_lengths_TK, None
         else:
-            from megatron_moe_spec.kernels import cosines as kernels  # imports triton
-
+            fused = kernels.module("cosines")
             if group.size() == 1:
-                compared = kernels.row_cosines(rows_PD, rows_TK)
+                compared = fused.row_cosines(rows_PD, rows_TK)
             else:
-                products_TKK, units_TK = kernels.row_products(rows_PD, rows_TK)
+                products_TKK, units_TK = fused.row_products(rows_PD, rows_TK)
                 common_TK = all_reduce_max(units_TK, group)
-                products_TKK = all_reduce_sum(kernels.in_units(products_TKK, units_TK, common_TK), group)
-                compared = *kernels.cosines_from_products(products_TKK, common_TK), None
+                products_TKK = all_reduce_sum(fused.in_units(products_TKK, units_TK, common_TK), group)
+                compared = *fused.cosines_from_products(products_TKK, common_TK), None
         return cls(*found, exchange, *compared, used.own, used.fused)
 
     @property
@@ -206,7 +205,7 @@ class ComparedRows:
         return KeptRows(self.rows_TK, self.used_P, self.exchange, pairs, self.inverse_lengths_TK, self.fused)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class KeptRows:
     """What backward needs, with the rows. A token: K numbers of rows, K inverse lengths, N cosines or K x K numbers.
 
@@ -227,10 +226,9 @@ class KeptRows:
         """incoming (None: 0) + weight * the gradient with respect to rows that are where their tokens are."""
         rows_TK, inverse_lengths_TK = self.rows_TK, self.inverse_lengths_TK
         if self.fused:
-            from megatron_moe_spec.kernels.cosines import add_mixed  # imports triton
-
             kept = rows_TK, self.used_P, self.pairs, inverse_lengths_TK
-            return add_mixed(rows_PD, *kept, weight[0], incoming_PD, weight[1], of_squares=self.pairs.dim() == 2)
+            add_mixed, of_squares = kernels.module("cosines").add_mixed, self.pairs.dim() == 2
+            return add_mixed(rows_PD, *kept, weight[0], incoming_PD, weight[1], of_squares=of_squares)
         units_TKD = _vectors(rows_PD, rows_TK).to(inverse_lengths_TK.dtype) * inverse_lengths_TK.unsqueeze(-1)
         gradient_TKD = mixed(self.pairs, units_TKD, inverse_lengths_TK) * (weight[0] * weight[1])
         gradient_PD = gradient_TKD.new_zeros(rows_PD.shape)
@@ -263,10 +261,8 @@ class KeptRows:
             y_PU, probs: its inputs.
             incoming_PD: gradient of its results.
         """
-        from megatron_moe_spec.kernels.swiglu import swiglu_gradient  # imports triton
-
         kept = self.rows_TK, self.used_P, self.pairs, self.inverse_lengths_TK
-        return swiglu_gradient(y_PU, probs, *kept, weight[0], incoming_PD, weight[1])
+        return kernels.module("swiglu").swiglu_gradient(y_PU, probs, *kept, weight[0], incoming_PD, weight[1])
 
 
 def _vectors(rows_PD: Tensor, rows_TK: Tensor) -> Tensor:

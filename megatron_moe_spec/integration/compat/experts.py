@@ -1,6 +1,7 @@
 """The experts of an MoE layer: their linear layers, and their weights' gradients."""
 
-from typing import Optional
+import functools
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +28,26 @@ def weighted_swiglu_inputs(z: Tensor) -> Optional[tuple[Tensor, Tensor]]:
     None unless z is the very output of that function, and its inputs are kept as they were until backward: not where
     they are stored in fp8, or packed by hooks (offloading, checkpoints), or computed again.
     """
-    from megatron.core.fusions.fused_bias_swiglu import WeightedSwiGLUFunction
-
     node = z.grad_fn
-    if getattr(node, "_forward_cls", None) is not WeightedSwiGLUFunction or getattr(node, "fp8_input_store", True):
+    if getattr(node, "_forward_cls", None) is not _weighted_swiglu() or getattr(node, "fp8_input_store", True):
         return None
     # Not even looked at where they are hooked, or would be: that alone would load or compute them.
-    if any(getattr(saved, "unpack_hook", True) is not None for saved in node._raw_saved_tensors):
+    hooked = [saved for saved in node._raw_saved_tensors if getattr(saved, "unpack_hook", True) is not None]
+    if hooked or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or len(node.saved_tensors) != 2:
+    inputs = node.saved_tensors
+    if len(inputs) != 2:
         return None
-    y, probs = node.saved_tensors
+    y, probs = inputs
     fits = z.dim() == 2 and y.shape == (len(z), 2 * z.shape[1]) and probs.shape in ((len(z),), (len(z), 1))
     return (y, probs) if fits and y.dtype == z.dtype else None
+
+
+@functools.cache  # asked for by every layer
+def _weighted_swiglu() -> Any:
+    from megatron.core.fusions.fused_bias_swiglu import WeightedSwiGLUFunction
+
+    return WeightedSwiGLUFunction
 
 
 def expert_first_weights(moe_layer: MoELayer) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Megatron's pipeline schedules, and the loss scale that they set."""
 
 import contextlib
+import functools
 import inspect
 import itertools
 import weakref
@@ -129,7 +130,12 @@ def backward_loss_scale() -> Union[Tensor, float]:
 
     Loss scaling may be dynamic and the schedules set it after each forward: read it in backward.
     """
+    scale = _aux_loss_scaler().main_loss_backward_scale
+    return 1.0 if scale is None else scale
+
+
+@functools.cache  # asked for by every layer
+def _aux_loss_scaler() -> Any:
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    scale = MoEAuxLossAutoScaler.main_loss_backward_scale
-    return 1.0 if scale is None else scale
+    return MoEAuxLossAutoScaler

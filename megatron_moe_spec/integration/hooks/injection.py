@@ -97,8 +97,9 @@ class _ReplaceSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple:
-        gradients = without_autocast(_take_callback(ctx), *ctx.saved_tensors, incoming)
-        return *(x if needed else None for x, needed in zip(gradients, ctx.needs_input_grad)), None, None
+        y_gradient, probs_gradient = without_autocast(_take_callback(ctx), *ctx.saved_tensors, incoming)
+        of_y, of_probs, *_ = ctx.needs_input_grad
+        return y_gradient if of_y else None, probs_gradient if of_probs else None, None, None
 
 
 def replace_swiglu(

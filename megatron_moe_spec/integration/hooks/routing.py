@@ -73,7 +73,7 @@ def read_routing(
     Raises:
         RuntimeError: the mask is not that of this rank's tokens.
     """
-    active_TE = routing_map_TE & (probs_TE != 0)  # of NaN, too: its losses are NaN, not those of no expert
+    active_TE = torch.logical_and(routing_map_TE, probs_TE)  # of NaN, too: its losses are NaN, not those of no expert
     if padding_mask is not None:
         if padding_mask.numel() != len(active_TE):
             raise RuntimeError(

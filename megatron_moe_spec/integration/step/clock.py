@@ -26,6 +26,7 @@ class StepClock:
         iteration: number of the last finished training step.
         measuring: whether this step's routing and overlap are measured for the diagnostics.
         tracing: whether this step's routing is traced.
+        active: whether anything is computed in this step.
     """
 
     def __init__(self, config: SpecConfig):
@@ -43,11 +44,6 @@ class StepClock:
     def step(self) -> int:
         """Number by which what is drawn at random, or chosen in turns, differs from step to step."""
         return self.iteration + self._unended
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is computed in this step."""
-        return self.measuring or self.tracing or bool(self._config.trained_losses)
 
     def is_computed(self, loss: Loss) -> bool:
         """Whether a loss is to be computed in this step."""
@@ -89,5 +85,6 @@ class StepClock:
         measured, traced = self._config.metrics_interval, self._config.trace_interval
         self.measuring = bool(measured) and (iteration + 1) % measured == 0
         self.tracing = bool(self._config.trace_path) and (iteration + 1) % traced == 0
+        self.active = self.measuring or self.tracing or bool(self._config.trained_losses)
         for part in self._parts:
             part.begin_step()

@@ -1,5 +1,6 @@
 """Values of the losses of a training step, kept on the device and reduced over ranks once a step."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Optional, Union
@@ -47,7 +48,7 @@ class StepLosses:
         logs_each_layer: bool = False,
     ):
         self._computed = config.computed_losses
-        self._names = [loss.name for loss in self._computed]
+        self._places = {loss.name: i for i, loss in enumerate(self._computed)}
         self._clock, self._layer_indices, self._groups = clock, layer_indices, groups
         self._share = 1.0 / tp_cp_group.size() if tp_cp_group is not None else 1.0
         self._logs_each_layer = logs_each_layer
@@ -58,11 +59,11 @@ class StepLosses:
         self._per_layer = self._clock.measuring or self._logs_each_layer
         # Of each loss and layer: sum of its recorded values, and their number; on the device, and what the host knows.
         num_layers = len(self._layer_indices) if self._per_layer else 1
-        self._sums = torch.zeros(len(self._names), num_layers, 2, dtype=torch.float64, device=self._device)
-        self._known = [[[0.0, 0.0] for _ in range(num_layers)] for _ in self._names]
+        self._sums = torch.zeros(len(self._places), num_layers, 2, dtype=torch.float64, device=self._device)
+        self._known = [[[0.0, 0.0] for _ in range(num_layers)] for _ in self._places]
         # See ``record_mean``: by loss, layer and factor; by loss, layer, factor and offset, with numbers of tokens.
-        self._terms: dict[tuple[int, int, float], list[Tensor]] = {}
-        self._terms_of_tokens: dict[tuple[int, int, float, float], list[tuple[Tensor, Tensor]]] = {}
+        self._terms: dict[tuple[int, int, float], list[Tensor]] = defaultdict(list)
+        self._terms_of_tokens: dict[tuple[int, int, float, float], list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._num_terms = 0
         # Name and MoE layer index (first of a pair) of the losses that this rank has recorded in this step.
         self.recorded: set[tuple[str, int]] = set()
@@ -94,18 +95,18 @@ class StepLosses:
         loss, layer = self._place(name, layer)
         terms = terms if terms.dim() == 1 else terms.reshape(-1)
         if isinstance(tokens.total, Tensor):
-            self._terms_of_tokens.setdefault((loss, layer, factor, offset), []).append((terms, tokens.total))
-        elif tokens.counts:
+            self._terms_of_tokens[loss, layer, factor, offset].append((terms, tokens.total))
+        elif tokens.total:
             known = self._known[loss][layer]
             known[0] += offset
             known[1] += self._share
-            self._terms.setdefault((loss, layer, factor / tokens.divisor), []).append(terms)
-        self._num_terms += terms.numel()
+            self._terms[loss, layer, factor / tokens.total].append(terms)
+        self._num_terms += terms.shape[0]
         if self._num_terms > _MOST_TERMS:
             self._add_terms()
 
     def _place(self, name: str, layer: int) -> tuple[int, int]:
-        return self._names.index(name), layer if self._per_layer else 0
+        return self._places[name], layer if self._per_layer else 0
 
     def _add_terms(self) -> None:
         for (loss, layer, factor), of_known in self._terms.items():
@@ -125,7 +126,7 @@ class StepLosses:
 
     def reduce(self) -> ReducedLosses:
         """The losses so far. A collective, once a step; synchronises where losses are kept for each layer."""
-        if not self._names:
+        if not self._places:
             return ReducedLosses({}, {}, {})
         self._add_terms()
         known = torch.tensor(self._known, dtype=torch.float64, device=self._device)

@@ -91,6 +91,7 @@ class Tap(Generic[L]):
     def __init__(self, losses: Sequence[L], layer: TappedLayer):
         self.losses, self.layer = losses, layer
         self.trained = [loss for loss in losses if loss.is_trained]
+        self._in_measured_steps = [loss for loss in losses if loss.is_trained or loss.measured]
         self.hooks: list[RemovableHandle] = []
         self.last_hooks: list[RemovableHandle] = []
 
@@ -158,5 +159,5 @@ class Tap(Generic[L]):
             hook.remove()
 
     def computed_losses(self) -> list[L]:
-        """The losses to compute in this step."""
-        return [loss for loss in self.losses if self.layer.clock.is_computed(loss)]
+        """The losses to compute in this step, see ``StepClock.is_computed``."""
+        return self._in_measured_steps if self.layer.clock.measuring else self.trained

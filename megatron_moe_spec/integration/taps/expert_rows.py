@@ -123,7 +123,7 @@ class RowsTap(Tap[RowsLoss]):
             return probs
         transformer_config, group = self.layer.transformer_config, etp_group(self.layer.dispatcher)
         # Of fewer tokens than the stride, one is used.
-        stride = max(1, min(self._stride, len(call.routing.active_TE)))
+        stride = max(1, min(self._stride, call.routing.active_TE.shape[0]))
         tokens = slice((self.layer.clock.step + call.micro_batch.index) % stride, None, self._stride)
         fused = choose(self.layer.config.kernels, probs.device)
         used = UsedTokens.gather(call.routing.active_TE, transformer_config.moe_router_topk, tokens, group, fused)
@@ -146,7 +146,7 @@ class RowsTap(Tap[RowsLoss]):
         # Where none is announced, nothing may come to the host: inference may be captured in a CUDA graph.
         if run is None or run.rows is not None:
             return inputs_PH
-        dispatcher, run.num_rows, run.tokens_per_expert = self.layer.dispatcher, len(inputs_PH), tokens_per_expert
+        run.num_rows, run.tokens_per_expert, dispatcher = inputs_PH.shape[0], tokens_per_expert, self.layer.dispatcher
         dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), etp_group(dispatcher))
         exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._a2a_dtype, asks=self._check.is_due)
         if self._check.is_due or (exchange is not None and exchange.asked):
@@ -190,7 +190,7 @@ class RowsTap(Tap[RowsLoss]):
         return rows_PD
 
     def _begin(self, run: RowsRun, rows: LocatedRows) -> Pending[ComparedRows]:
-        if sum(map(len, run.parts)) == run.num_rows and not is_flex(self.layer.dispatcher):
+        if sum([part.shape[0] for part in run.parts]) == run.num_rows and not is_flex(self.layer.dispatcher):
             return rows.begin(run.parts, (), None)
         # Numbers that may be on the device come to the host only here.
         counts_L = _numbers(run.tokens_per_expert)

@@ -10,11 +10,11 @@ from typing import Optional
 
 from torch import Tensor
 
+from megatron_moe_spec import kernels
 from megatron_moe_spec.integration.hooks.injection import add_gradient
 from megatron_moe_spec.integration.hooks.routing import LayerRouting
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
-from megatron_moe_spec.kernels import choose
 from megatron_moe_spec.losses import Coupling, coupling
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
@@ -43,7 +43,7 @@ class PairsTap(Tap[Coupling]):
             return
         layer, routing, micro_batch = self.layer, call.routing, call.micro_batch
         if layer.index_in_chunk == 0 and micro_batch.take_before is not None:
-            micro_batch.before, micro_batch.take_before = micro_batch.take_before(len(routing.active_TE)), None
+            micro_batch.before, micro_batch.take_before = micro_batch.take_before(routing.active_TE.shape[0]), None
         previous = micro_batch.previous(layer.index_in_chunk)
         observe = self._observe_mass if self._loss.kind == "mass" else self._observe_pathway
         observe(previous, call)
@@ -56,8 +56,7 @@ class PairsTap(Tap[Coupling]):
         layer, routing, function = self.layer, call.routing, self.layer.score_function
         before_T = None if previous is None else previous.message
         if self._is_fused(call):
-            from megatron_moe_spec.kernels.mass import routed_mass as fused_mass  # imports triton
-
+            fused_mass = kernels.module("mass").routed_mass
             routing.message, products = fused_mass(call.logits_TE, routing.active_TE, function, before_T)
         else:
             routing.message = coupling.routed_mass(routing.scores(call.logits_TE, function), routing.active_TE)
@@ -82,7 +81,7 @@ class PairsTap(Tap[Coupling]):
 
     def _is_fused(self, call: RouterCall) -> bool:
         """Whether the kernels compute, in fp32."""
-        return not self._in_fp64 and choose(self.layer.config.kernels, call.logits_TE.device)
+        return not self._in_fp64 and kernels.choose(self.layer.config.kernels, call.logits_TE.device)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.index_in_chunk
@@ -101,9 +100,11 @@ class PairsTap(Tap[Coupling]):
         factor, number = gradient_weight(config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
         layer = logits_TE, routing.active_TE, self.layer.score_function
         if kind == "mass" and self._is_fused(call):
-            from megatron_moe_spec.kernels.mass import add_mass_gradient  # imports triton
-
-            total_TE = add_mass_gradient(*layer, neighbor_grads, factor, incoming.reshape(logits_TE.shape), number)
+            add_gradient_of_mass, incoming_TE = (
+                kernels.module("mass").add_mass_gradient,
+                incoming.reshape(logits_TE.shape),
+            )
+            total_TE = add_gradient_of_mass(*layer, neighbor_grads, factor, incoming_TE, number)
             return total_TE.view(incoming.shape)
         grad_TE = coupling.logits_grad(kind, *layer, neighbor_grads, factor * number)
         return incoming + grad_TE.view(incoming.shape).to(incoming.dtype)

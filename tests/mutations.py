@@ -195,8 +195,8 @@ MUTATIONS = [
     (
         "flex dispatcher's rows by another source",
         "integration/compat/dispatch.py",
-        "order = _by_source(rows_RL.T, sum(rows_for))",
-        "order = _by_source(rows_RL.flip(0).T, sum(rows_for))",
+        "order, _ = rows_by_source(rows_RL.T, sum(rows_for), fused)",
+        "order, _ = rows_by_source(rows_RL.flip(0).T, sum(rows_for), fused)",
         f"{LAYOUT}[EP2-DeepEP]",
     ),
     (

@@ -46,6 +46,7 @@ class RowExchange:
         group: the ranks.
         a2a_dtype: how floating-point rows [P, D] travel, both ways: "same", in their dtype, or "fp8", see
             ``quantized``: D + 4 bytes a row. They arrive in their dtype, and the same rows alike each time.
+        places: the inverse of ``order``, where it is known.
         counts_L: numbers of rows of each local expert, where only the exchange knows them.
         asked: whether a rank of the group has asked for the rows to be checked; the same on all of them.
     """
@@ -56,6 +57,7 @@ class RowExchange:
     rows_from: Sequence[int]
     group: dist.ProcessGroup
     a2a_dtype: str = "same"
+    places: Optional[Tensor] = None
     counts_L: Optional[Sequence[int]] = None
     asked: bool = False
 
@@ -97,7 +99,7 @@ class RowExchange:
             order = torch.arange(self.num_rows, device=chosen.device) if self.order is None else self.order
             # Where the number is known, repeating 0 or 1 times chooses without a synchronisation.
             order = order.repeat_interleave(chosen_there.long(), output_size=sum(rows_for))
-            return replace(self, order=order, rows_for=rows_for, rows_from=rows_from)
+            return replace(self, order=order, places=None, rows_for=rows_for, rows_from=rows_from)
 
         return Pending(finish)
 
@@ -117,7 +119,7 @@ class RowExchange:
         before = (padding.cumsum(0) - padding).repeat_interleave(counts, output_size=self.num_rows)
         order = torch.arange(self.num_rows, device=device) if self.order is None else self.order
         order = order + before[order]
-        return replace(self, order=order, num_rows=sum(blocks_L))
+        return replace(self, order=order, places=None, num_rows=sum(blocks_L))
 
     def to_tokens(self, x_PD: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""
@@ -138,10 +140,12 @@ class RowExchange:
         received = self._begin(x_PD, self.rows_from, self.rows_for).wait()
         if self.order is None:
             return received
-        return received.new_zeros(self.num_rows, *received.shape[1:]).index_copy_(0, self.order, received)
+        if self.places is not None:
+            return received.index_select(0, self.places)
+        return received.new_zeros(self.num_rows, *received.shape[1:]).index_copy_(0, self.order.long(), received)
 
     def _that_travel(self, x_PD: Tensor) -> Tensor:
-        return x_PD if self.order is None else x_PD[self.order]
+        return x_PD if self.order is None else x_PD.index_select(0, self.order)
 
     def _quantizes(self, x: Tensor) -> bool:
         return self.a2a_dtype == "fp8" and x.is_floating_point()

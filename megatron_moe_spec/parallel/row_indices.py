@@ -11,6 +11,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from megatron_moe_spec import kernels
+
 _NONE = torch.iinfo(torch.int32).max
 
 
@@ -54,6 +56,25 @@ def rows_of_tokens(
     used_P = torch.zeros(num_rows + 1, dtype=torch.bool, device=rows_TK.device)
     used_P.index_fill_(0, rows_TK.clamp_max(num_rows).view(-1), True)
     return torch.where(rows_TK == _NONE, -1, rows_TK).int(), used_P[:num_rows]
+
+
+def rows_by_source(counts: Tensor, num_rows: int, fused: bool = False) -> tuple[Tensor, Optional[Tensor]]:
+    """The order by source of rows that lie in blocks, and its inverse where the kernel computes.
+
+    Args:
+        counts: int32 or int64 [..., R], numbers of rows of blocks that follow one another; R sources.
+        num_rows: P, their sum.
+
+    Returns:
+        [P] indices of the rows, those of the first source first; [P] place of each row in that order.
+    """
+    if fused:
+        return kernels.module("row_indices").rows_by_source(counts, num_rows)
+    starts = (counts.flatten().cumsum(0) - counts.flatten()).view(-1, counts.shape[-1]).T.flatten()
+    counts = counts.flatten(0, -2).T.flatten()
+    moved = starts - (counts.cumsum(0) - counts)
+    order = torch.arange(num_rows, device=counts.device) + moved.repeat_interleave(counts, output_size=num_rows)
+    return order, None
 
 
 def experts_of_tokens(active_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

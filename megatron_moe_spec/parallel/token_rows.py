@@ -245,7 +245,7 @@ class KeptRows:
             gradient_PD = self.add_gradient(rows_PD, weight, None)
         else:
             gradient_PD = self.exchange.to_experts(self.add_gradient(self.exchange.to_tokens(rows_PD), weight, None))
-        return list(gradient_PD.split([len(part) for part in parts]))
+        return [gradient_PD] if len(parts) == 1 else list(gradient_PD.split([len(part) for part in parts]))
 
     @property
     def goes_through_swiglu(self) -> bool:

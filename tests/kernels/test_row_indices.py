@@ -94,3 +94,21 @@ def test_arguments_that_do_not_fit():
         kernels.rows_of_tokens(dispatched.int(), active, 2, 6)
     with pytest.raises(ValueError, match="active_TE"):
         kernels.rows_of_tokens(dispatched, active[:3], 2, 6)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4), (1, 1), (4, 1), (1, 4), (8, 32)])
+def test_order_by_source_and_its_inverse(shape):
+    for seed in range(3):
+        counts = torch.randint(0, 4, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        num_rows = int(counts.sum())
+        expected, _ = eager.rows_by_source(counts, num_rows)
+        for blocks in (counts, counts.int(), counts.transpose(0, -1).contiguous().transpose(0, -1)):
+            order, places = kernels.rows_by_source(blocks, num_rows)
+            assert order.tolist() == expected.tolist()
+            assert order[places.long()].tolist() == list(range(num_rows))
+
+
+def test_order_by_source_of_many_rows():
+    counts = torch.tensor([[5000, 0], [1, 1025]], device=DEVICE)
+    order, places = kernels.rows_by_source(counts, 6026)
+    assert order.tolist() == [*range(5001), *range(5001, 6026)] and places.tolist() == order.tolist()

@@ -22,6 +22,7 @@ from megatron_moe_spec.integration.compat.protocols import (
 )
 from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.row_exchange import RowExchange
+from megatron_moe_spec.parallel.row_indices import rows_by_source
 
 
 def expert_map(experts_TK: Tensor, num_experts: int) -> Tensor:
@@ -61,7 +62,12 @@ def dispatched_map(dispatcher: TokenDispatcher, routing_map_TE: Tensor) -> Tenso
 
 
 def row_exchange(
-    dispatcher: TokenDispatcher, dispatched_TE: Tensor, num_rows: int, a2a_dtype: str = "same", asks: bool = False
+    dispatcher: TokenDispatcher,
+    dispatched_TE: Tensor,
+    num_rows: int,
+    a2a_dtype: str = "same",
+    asks: bool = False,
+    fused: bool = False,
 ) -> Optional[RowExchange]:
     """The exchange between the rows of this rank's experts and their sources; None where each rank has all experts.
 
@@ -76,6 +82,7 @@ def row_exchange(
         a2a_dtype: see ``RowExchange``.
         asks: whether this rank asks for the rows to be checked; of the flex dispatcher, the others get to know it, see
             ``RowExchange.asked``.
+        fused: whether the Triton kernels compute; else eager PyTorch.
 
     Raises:
         RuntimeError: the dispatcher has handed over another number of rows than the ranks are to exchange.
@@ -83,24 +90,26 @@ def row_exchange(
     if dispatcher.ep_size == 1:
         return None
     if is_flex(dispatcher):
-        order, counts_L, rows_for, rows_from, asked = _flex_layout(dispatcher, dispatched_TE, asks)
-        return RowExchange(order, sum(counts_L), rows_for, rows_from, dispatcher.ep_group, a2a_dtype, counts_L, asked)
+        order, counts_L, rows_for, rows_from, asked = _flex_layout(dispatcher, dispatched_TE, asks, fused)
+        rows = rows_for, rows_from, dispatcher.ep_group, a2a_dtype
+        return RowExchange(order, sum(counts_L), *rows, counts_L=counts_L, asked=asked)
     if is_allgather(dispatcher):
-        order, rows_for, rows_from = _allgather_layout(dispatcher, dispatched_TE)
+        blocks, rows_for, rows_from = _allgather_layout(dispatcher, dispatched_TE)
     elif dispatcher.tp_size > 1:
-        order, rows_for, rows_from = _alltoall_etp_layout(dispatcher, dispatched_TE)
+        blocks, rows_for, rows_from = _alltoall_etp_layout(dispatcher, dispatched_TE)
     else:
         assert is_alltoall(dispatcher)
-        order, rows_for, rows_from = _alltoall_layout(dispatcher, dispatched_TE.device)
+        blocks, rows_for, rows_from = _alltoall_layout(dispatcher, dispatched_TE.device)
     if num_rows != sum(rows_for):
         raise RuntimeError(f"of {num_rows} rows of experts, {sum(rows_for)} are to be returned to their tokens")
-    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group, a2a_dtype)
+    order, places = (None, None) if blocks is None else rows_by_source(blocks, num_rows, fused)
+    return RowExchange(order, num_rows, rows_for, rows_from, dispatcher.ep_group, a2a_dtype, places)
 
 
 def _alltoall_layout(
     dispatcher: AllToAllDispatcher, device: torch.device
 ) -> tuple[Optional[Tensor], list[int], list[int]]:
-    """Order by source of rows without padding (None: as they lie), and numbers for and from each rank; as below."""
+    """Rows of each of their blocks, sources last (None: they lie by source), and numbers for and from each rank."""
     # Rows lie by (local expert, source, token) and were received by (source, local expert, token).
     ranks, local = dispatcher.ep_size, dispatcher.num_local_experts
     if dispatcher.output_splits is None or dispatcher.input_splits is None:  # every expert is padded to its capacity
@@ -111,8 +120,7 @@ def _alltoall_layout(
         return None, rows_for, rows_from
     # The dispatcher has the counts on the host where it does not fuse the permutation.
     rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
-    order = _by_source(rows_RL.to(device, non_blocking=True).T, sum(rows_for))
-    return order, rows_for, rows_from
+    return rows_RL.T.contiguous().to(device, non_blocking=True), rows_for, rows_from
 
 
 def _alltoall_etp_layout(dispatcher: TokenDispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -124,7 +132,7 @@ def _alltoall_etp_layout(dispatcher: TokenDispatcher, dispatched_TE: Tensor) -> 
     rank = dispatcher.ep_group.rank()
     here_RCL = rows_RCRL[:, :, rank]
     rows_for, rows_from = torch.stack([here_RCL.sum(dim=(1, 2)), rows_RCRL[rank].sum(dim=(0, 2))]).tolist()
-    return _by_source(here_RCL.permute(2, 1, 0), sum(rows_for)), rows_for, rows_from
+    return here_RCL.permute(2, 1, 0), rows_for, rows_from
 
 
 def _allgather_layout(dispatcher: AllGatherDispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:
@@ -133,11 +141,11 @@ def _allgather_layout(dispatcher: AllGatherDispatcher, dispatched_TE: Tensor) ->
     sent_R = dispatched_TE.sum(dim=0).view(dispatcher.ep_size, -1).sum(dim=1)
     # One host synchronisation; the dispatcher has another for its counts.
     rows_for, rows_from = torch.stack([rows_RL.sum(dim=1), sent_R]).tolist()
-    return _by_source(rows_RL.T, sum(rows_for)), rows_for, rows_from
+    return rows_RL.T, rows_for, rows_from
 
 
 def _flex_layout(
-    dispatcher: FlexDispatcher, dispatched_TE: Tensor, asks: bool
+    dispatcher: FlexDispatcher, dispatched_TE: Tensor, asks: bool, fused: bool
 ) -> tuple[Tensor, list[int], list[int], list[int], bool]:
     # DeepEP receives tokens by (source, token), which Megatron permutes by (local expert, source, token); HybridEP
     # hands the rows over in this order. Neither promises it, see ``RowCheck``. One all-to-all of E numbers, and a flag
@@ -155,20 +163,12 @@ def _flex_layout(
     counted_L = rows_RL.sum(dim=0) if permuted_TL is None else permuted_TL.sum(dim=0)
     asked, *counts = torch.cat([asked_R.amax(0, True), rows_RL.sum(dim=1), sent_RL.sum(dim=1), counted_L]).tolist()
     rows_for, rows_from, counts_L = counts[:ranks], counts[ranks : 2 * ranks], counts[2 * ranks :]
-    order = _by_source(rows_RL.T, sum(rows_for))
+    order, _ = rows_by_source(rows_RL.T, sum(rows_for), fused)
     if permuted_TL is not None:
         row_LT = permuted_TL.T.reshape(-1).cumsum(0) - 1
         chosen_LT = expert_map(manager.dispatched_indices, local).T.reshape(-1)
         order = row_LT.repeat_interleave(chosen_LT.long(), output_size=len(order))[order]
     return order, counts_L, rows_for, rows_from, bool(asked)
-
-
-def _by_source(rows: Tensor, num_rows: int) -> Tensor:
-    """[P] order by source of rows that lie in blocks; ``rows`` [..., R]: how many in each block, sources last."""
-    starts = (rows.flatten().cumsum(0) - rows.flatten()).view(-1, rows.shape[-1]).T.flatten()
-    rows = rows.flatten(0, -2).T.flatten()
-    moved = starts - (rows.cumsum(0) - rows)
-    return torch.arange(num_rows, device=rows.device) + moved.repeat_interleave(rows, output_size=num_rows)
 
 
 def describe_dispatch(transformer_config: TransformerConfig) -> str:

@@ -148,7 +148,8 @@ class RowsTap(Tap[RowsLoss]):
             return inputs_PH
         run.num_rows, run.tokens_per_expert, dispatcher = inputs_PH.shape[0], tokens_per_expert, self.layer.dispatcher
         dispatched_TE = all_gather(dispatched_map(dispatcher, run.routing_map_TE), etp_group(dispatcher))
-        exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._a2a_dtype, asks=self._check.is_due)
+        asks, fused = self._check.is_due, run.used.fused
+        exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._a2a_dtype, asks, fused)
         if self._check.is_due or (exchange is not None and exchange.asked):
             counts_L = _numbers(tokens_per_expert)
             self._check.check(inputs_PH.detach(), run.sent_TH, dispatched_TE, counts_L, exchange)

@@ -26,7 +26,7 @@ from megatron_moe_spec.kernels.launch import Launch
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     checked_shape,
-    computed_dtype,
+    empty_like,
     in_dtype,
     load_mixing,
     multiply_split,
@@ -251,16 +251,16 @@ def row_products(x_PD: Tensor, rows_TK: Tensor) -> tuple[Tensor, Tensor]:
 def _launch_cosines(x_PD: Tensor, rows_TK: Tensor, of_columns: bool) -> tuple:
     num_tokens, k = checked_shape(x_PD, rows_TK)
     num_tiles, device = num_blocks(num_tokens, tiling(k, x_PD.dtype)[1]), x_PD.device
-    shape = (num_tokens, k, k) if of_columns else (num_tokens, k * (k - 1) // 2)
-    out = torch.empty(shape, dtype=torch.float32, device=device)
-    lengths_TK = torch.empty((num_tokens, k), dtype=torch.float32, device=device)
-    squares = None if of_columns else torch.empty((num_tiles,), dtype=torch.float32, device=device)
+    numbers = k * k if of_columns else k * (k - 1) // 2
+    out = torch.empty(num_tokens, numbers, dtype=torch.float32, device=device)
+    lengths_TK = torch.empty(num_tokens, k, dtype=torch.float32, device=device)
+    squares = None if of_columns else torch.empty(num_tiles, dtype=torch.float32, device=device)
     if num_tiles:
         x_PD = with_dense_rows(x_PD)
         tensors = x_PD, rows_TK.contiguous(), out, lengths_TK, squares
         sizes = x_PD.shape[1], x_PD.stride(0)
         _cosines_launch(k, x_PD.dtype, of_columns)(num_tiles, tensors, (num_tokens,), sizes)
-    return out, lengths_TK, squares
+    return out.view(num_tokens, k, k) if of_columns else out, lengths_TK, squares
 
 
 @cache
@@ -328,7 +328,7 @@ def add_mixed(
         incoming_PD = with_dense_rows(incoming_PD)
         incoming_stride = incoming_PD.stride(0)
     x_PD = with_dense_rows(x_PD)
-    out_PD = torch.empty(x_PD.shape, dtype=computed_dtype(x_PD.dtype), device=x_PD.device)
+    out_PD = empty_like(x_PD)
     if out_PD.numel():
         (num_rows, D), (tile, tokens, _) = x_PD.shape, tiling(k, x_PD.dtype)
         num_tiles = num_blocks(num_tokens, tokens)

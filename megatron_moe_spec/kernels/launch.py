@@ -2,7 +2,7 @@
 
 Triton's own ``kernel[grid](...)`` binds, specializes and hashes every argument in Python at each launch: 35 us, where
 the GPU takes less for most of the kernels here. A kernel that was compiled before is found by what Triton compiles it
-for, and handed to Triton's launcher.
+for, and handed to the function in C that launches it.
 """
 
 from functools import reduce
@@ -15,10 +15,10 @@ from triton.runtime import driver
 
 from megatron_moe_spec.kernels import interpreted
 
-# Releases whose compiled kernels are called in the same way; of the first, without constants.
-_OLDEST, _NEWEST = (3, 2), (3, 9)
 _ALIGNMENT = 16  # bytes: Triton compiles another kernel for pointers that are not multiples of it
 _INT32 = 2**31  # likewise for numbers from here on
+_RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+_IS_KNOWN = (3, 2) <= _RELEASE <= (3, 9) and not interpreted()
 
 _address_of, _dtype_of = Tensor.data_ptr, attrgetter("dtype")
 
@@ -38,13 +38,12 @@ class Launch:
     def __init__(self, kernel: Any, **constants: Any):
         self._kernel, self._constants = kernel, constants
         self._compiled: dict[tuple, tuple] = {}
-        release = tuple(map(int, triton.__version__.split(".")[:2]))
-        self._is_known = _OLDEST <= release <= _NEWEST and not interpreted()
-        passed = kernel.arg_names if release > _OLDEST else ()
-        self._last = tuple(constants[name] for name in passed if name in constants)
+        # Releases after 3.2 pass constants, too, to what they have compiled.
+        passed = kernel.arg_names if _RELEASE > (3, 2) else ()
+        self._passed = tuple(constants[name] for name in passed if name in constants)
 
     def __call__(
-        self, grid: int, tensors: tuple[Optional[Tensor], ...], numbers: tuple = (), sizes: tuple[int, ...] = ()
+        self, grid: int, tensors: tuple[Optional[Tensor], ...], numbers: tuple, sizes: tuple[int, ...] = ()
     ) -> None:
         """Launches ``grid`` programs on the current stream.
 
@@ -54,7 +53,7 @@ class Launch:
             sizes: those that it is specialized for.
         """
         key = None
-        if self._is_known and not _is_watched(self._kernel):
+        if _IS_KNOWN and not _is_watched(self._kernel):
             active, given = driver.active, [x for x in tensors if x is not None]
             if not reduce(or_, map(_address_of, given)) % _ALIGNMENT and max(numbers) < _INT32:
                 device = active.get_current_device()
@@ -62,27 +61,28 @@ class Launch:
                 key = (device, absent, *sizes, *map(_dtype_of, given))
                 compiled = self._compiled.get(key)
                 if compiled is not None:
-                    run, function, metadata = compiled
+                    launch, fixed, in_tuple = compiled
+                    arguments = (*tensors, *numbers, *sizes, *self._passed)
                     stream = active.get_current_stream(device)
-                    run(
-                        grid,
-                        1,
-                        1,
-                        stream,
-                        function,
-                        metadata,
-                        None,
-                        None,
-                        None,
-                        *tensors,
-                        *numbers,
-                        *sizes,
-                        *self._last,
-                    )
+                    launch(grid, 1, 1, stream, *fixed, *((arguments,) if in_tuple else arguments))
                     return
         kernel = self._kernel[(grid,)](*tensors, *numbers, *sizes, **self._constants)
         if key is not None and kernel is not None:
-            self._compiled[key] = kernel.run, kernel.function, kernel.packed_metadata
+            self._compiled[key] = _launcher_of(kernel)
+
+
+def _launcher_of(kernel: Any) -> tuple:
+    """A function that launches a compiled kernel, its arguments after the stream, and whether it takes a tuple then."""
+    run, function, unwatched = kernel.run, kernel.function, (kernel.packed_metadata, None, None, None)
+    needs_memory = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if _RELEASE < (3, 5) or needs_memory or getattr(run, "gsan_enabled", False):
+        return run, (function, *unwatched), False
+    # What ``run`` would do in Python: it has nothing to allocate.
+    options, no_memory = (run.launch_cooperative_grid, run.launch_pdl), (None, None)
+    if _RELEASE < (3, 7):
+        return run.launch, (function, *options, *no_memory, *unwatched), False
+    types = run.arg_annotations, run.kernel_signature
+    return run.launch, (function, *options, *unwatched, *no_memory, *types), True
 
 
 try:
@@ -103,7 +103,6 @@ else:
             kernel.pre_run_hooks
             or getattr(enter, "calls", enter)  # a chain of hooks, since 3.5
             or getattr(leave, "calls", leave)
-            or getattr(_runtime, "add_stages_inspection_hook", None)
             or getattr(_compilation, "instrumentation_mode", "")
-            or _runtime.debug
+            or getattr(_runtime, "add_stages_inspection_hook", None)
         )

@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_moe_spec.kernels.launch import Launch
 from megatron_moe_spec.kernels.tiles import (
     check_like,
-    computed_dtype,
+    empty_like,
     in_dtype,
     num_blocks,
     power_of_2,
@@ -144,11 +144,11 @@ def routed_mass(
     """
     num_tokens, grid = _checked(logits_TE, active_TE, score_function)
     products, device = None, logits_TE.device
-    mass_T = torch.empty((num_tokens,), dtype=torch.float32, device=device)
+    mass_T = torch.empty(num_tokens, dtype=torch.float32, device=device)
     if previous_T is not None:
         check_like("previous_T", previous_T, (num_tokens,), torch.float32)
         previous_T = previous_T.contiguous()
-        products = torch.empty((grid,), dtype=torch.float32, device=device)
+        products = torch.empty(grid, dtype=torch.float32, device=device)
     if num_tokens:
         tensors = logits_TE.contiguous(), active_TE.contiguous(), previous_T, mass_T, products
         _mass_launch(active_TE.shape[1], score_function)(grid, tensors, (num_tokens,))
@@ -177,7 +177,7 @@ def add_mass_gradient(
     check_like("incoming_TE", incoming_TE, logits_TE.shape, logits_TE.dtype)
     for neighbor_grad_T in neighbor_grads:
         check_like("neighbor_grads", neighbor_grad_T, (num_tokens,), torch.float32)
-    out_TE = torch.empty(logits_TE.shape, dtype=computed_dtype(logits_TE.dtype), device=logits_TE.device)
+    out_TE = empty_like(logits_TE)
     if num_tokens:
         weight, factor = weight_and_factor(weight, factor, logits_TE.device)
         one_or_two = neighbor_grads[0].contiguous(), neighbor_grads[1].contiguous() if neighbor_grads[1:] else None

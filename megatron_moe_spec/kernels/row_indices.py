@@ -156,16 +156,16 @@ def rows_of_tokens(
     device, (num_tokens, num_experts) = dispatched_TE.device, dispatched_TE.shape
     share = num_tokens // num_ranks
     num_used = len(range(share)[tokens]) * num_ranks
-    rows_TK = torch.empty((num_used, top_k), dtype=torch.int32, device=device)
+    rows_TK = torch.empty(num_used, top_k, dtype=torch.int32, device=device)
     # Padding rows belong to no token, and the kernel does not write them.
     new = torch.empty if starts_E is None else torch.zeros
-    used_P = new((num_rows,), dtype=torch.bool, device=device)
+    used_P = new(num_rows, dtype=torch.bool, device=device)
     if not num_tokens:
         return rows_TK, used_P.zero_()
     blocks = num_blocks(num_tokens, _block_tokens(num_experts))
     numbers = num_tokens, blocks, share, tokens.start, tokens.step
     dispatched_TE = dispatched_TE.contiguous()
-    counts = torch.empty((num_experts * blocks,), dtype=torch.int32, device=device)
+    counts = torch.empty(num_experts * blocks, dtype=torch.int32, device=device)
     _count_launch(num_experts, only_used)(blocks, (dispatched_TE, counts), numbers)
     ends = counts.cumsum(0, dtype=torch.int32)
     tensors = dispatched_TE, active_TE.contiguous(), ends, starts_E, rows_TK, used_P
@@ -219,7 +219,7 @@ def _by_source_kernel(
 
 def rows_by_source(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """See ``parallel.row_indices.rows_by_source``; int32."""
-    order = torch.empty((num_rows,), dtype=torch.int32, device=counts.device)
+    order = torch.empty(num_rows, dtype=torch.int32, device=counts.device)
     places = torch.empty_like(order)
     if num_rows:
         launch = _by_source_launch(counts.numel())

@@ -27,7 +27,7 @@ from megatron_moe_spec.kernels.launch import Launch
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     checked_shape,
-    computed_dtype,
+    empty_like,
     in_dtype,
     load_mixing,
     multiply_split,
@@ -197,8 +197,7 @@ def swiglu_gradient(
     check_like("incoming_PF", incoming_PF, (num_rows, U // 2), y_PU.dtype)
     weight, factor = weight_and_factor(weight, factor, y_PU.device)
     y_PU, incoming_PF = with_dense_rows(y_PU), with_dense_rows(incoming_PF)
-    dy_PU = torch.empty(y_PU.shape, dtype=computed_dtype(y_PU.dtype), device=y_PU.device)
-    dprobs_P = torch.empty(probs_P.shape, dtype=computed_dtype(probs_P.dtype), device=y_PU.device)
+    dy_PU, dprobs_P = empty_like(y_PU), empty_like(probs_P)
     if num_rows:
         tile, tokens, _ = tiling(k, y_PU.dtype)
         num_tiles = num_blocks(num_tokens, tokens)

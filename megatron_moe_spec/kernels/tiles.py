@@ -114,6 +114,12 @@ def computed_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED else dtype
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """Memory for what kernels write, contiguous; ``in_dtype`` makes it a result."""
+    # Of all of torch's ways to the same the one that costs the host least.
+    return torch.empty_like(x, dtype=computed_dtype(x.dtype), memory_format=torch.contiguous_format)
+
+
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """What kernels have written, in the dtype of their tensors."""
     return x.to(dtype) if INTERPRETED else x

@@ -102,9 +102,9 @@ class PairsTap(Tap[Coupling]):
         if kind == "mass" and self._is_fused(call):
             add_gradient_of_mass, incoming_TE = (
                 kernels.module("mass").add_mass_gradient,
-                incoming.reshape(logits_TE.shape),
+                incoming.reshape(-1, logits_TE.shape[1]),
             )
             total_TE = add_gradient_of_mass(*layer, neighbor_grads, factor, incoming_TE, number)
-            return total_TE.view(incoming.shape)
+            return total_TE.view_as(incoming)
         grad_TE = coupling.logits_grad(kind, *layer, neighbor_grads, factor * number)
         return incoming + grad_TE.view(incoming.shape).to(incoming.dtype)

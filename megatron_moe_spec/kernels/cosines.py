@@ -258,7 +258,7 @@ def _launch_cosines(x_PD: Tensor, rows_TK: Tensor, of_columns: bool) -> tuple:
     if num_tiles:
         x_PD = with_dense_rows(x_PD)
         tensors = x_PD, rows_TK.contiguous(), out, lengths_TK, squares
-        sizes = x_PD.shape[1], x_PD.stride(0)
+        sizes = x_PD.shape[1], x_PD.stride()[0]
         _cosines_launch(k, x_PD.dtype, of_columns)(num_tiles, tensors, (num_tokens,), sizes)
     return out.view(num_tokens, k, k) if of_columns else out, lengths_TK, squares
 
@@ -326,7 +326,7 @@ def add_mixed(
     if incoming_PD is not None:
         check_like("incoming_PD", incoming_PD, x_PD.shape, x_PD.dtype)
         incoming_PD = with_dense_rows(incoming_PD)
-        incoming_stride = incoming_PD.stride(0)
+        incoming_stride = incoming_PD.stride()[0]
     x_PD = with_dense_rows(x_PD)
     out_PD = empty_like(x_PD)
     if out_PD.numel():
@@ -336,7 +336,7 @@ def add_mixed(
         numbers = factor, num_tiles, num_tokens, num_rows
         launch = _mixing_launch(k, x_PD.dtype, of_squares)
         tensors = x_PD, *kept, weight, incoming_PD, out_PD
-        launch(num_tiles + num_blocks(num_rows, tile), tensors, numbers, (D, x_PD.stride(0), incoming_stride))
+        launch(num_tiles + num_blocks(num_rows, tile), tensors, numbers, (D, x_PD.stride()[0], incoming_stride))
     return in_dtype(out_PD, x_PD.dtype)
 
 

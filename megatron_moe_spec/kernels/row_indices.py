@@ -193,24 +193,27 @@ def _constants(num_experts: int, only_used: bool) -> dict[str, Any]:
     return dict(E=num_experts, ONLY_USED=only_used, num_warps=_WARPS, **blocks)
 
 
-@triton.jit(do_not_specialize=["num_sources"])
+@triton.jit(do_not_specialize=["block_stride", "source_stride"])
 def _by_source_kernel(
-    counts_ptr,  # int32 | int64 [blocks], rows of each block; of an expert, those of all sources follow one another
+    counts_ptr,  # int32 | int64 [blocks, SOURCES], rows of each block; of all sources, one after another
     order_ptr,  # int32 [P], out: where the rows lie, in the order of sources
     places_ptr,  # int32 [P], out: where they are in that order, as they lie
-    num_sources,
-    NUM_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    block_stride,
+    source_stride,
+    NUMBER: tl.constexpr,
+    SOURCES: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     own = tl.program_id(0)
-    block = tl.arange(0, BLOCKS)
-    rows = tl.load(counts_ptr + block, mask=block < NUM_BLOCKS, other=0).to(tl.int32)
-    source, own_source = block % num_sources, own % num_sources
-    is_before = (source < own_source) | ((source == own_source) & (block < own))
-    lies = tl.sum(tl.where(block < own, rows, 0), axis=0)
+    number = tl.arange(0, PADDED)
+    source, own_source = number % SOURCES, own % SOURCES
+    counts_ptrs = counts_ptr + (number // SOURCES).to(tl.int64) * block_stride + source.to(tl.int64) * source_stride
+    rows = tl.load(counts_ptrs, mask=number < NUMBER, other=0).to(tl.int32)
+    is_before = (source < own_source) | ((source == own_source) & (number < own))
+    lies = tl.sum(tl.where(number < own, rows, 0), axis=0)
     place = tl.sum(tl.where(is_before, rows, 0), axis=0)
-    own_rows = tl.sum(tl.where(block == own, rows, 0), axis=0)
+    own_rows = tl.sum(tl.where(number == own, rows, 0), axis=0)
     for start in range(0, own_rows, BLOCK_P):
         row = start + tl.arange(0, BLOCK_P)
         tl.store(order_ptr + place + row, lies + row, mask=row < own_rows)
@@ -219,14 +222,17 @@ def _by_source_kernel(
 
 def rows_by_source(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     """See ``parallel.row_indices.rows_by_source``; int32."""
+    counts = counts if counts.dim() == 2 else counts.flatten(0, -2)
+    blocks, sources = counts.shape
     order = torch.empty(num_rows, dtype=torch.int32, device=counts.device)
     places = torch.empty_like(order)
     if num_rows:
-        launch = _by_source_launch(counts.numel())
-        launch(counts.numel(), (counts.contiguous(), order, places), (counts.shape[-1],))
+        _by_source_launch(blocks, sources)(blocks * sources, (counts, order, places), counts.stride())
     return order, places
 
 
 @cache
-def _by_source_launch(blocks: int) -> Launch:
-    return Launch(_by_source_kernel, NUM_BLOCKS=blocks, BLOCKS=power_of_2(blocks), BLOCK_P=1024, num_warps=_WARPS)
+def _by_source_launch(blocks: int, sources: int) -> Launch:
+    number = blocks * sources
+    constants = dict(NUMBER=number, SOURCES=sources, PADDED=power_of_2(number), BLOCK_P=1024)
+    return Launch(_by_source_kernel, **constants, num_warps=_WARPS)

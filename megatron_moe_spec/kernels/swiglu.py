@@ -203,7 +203,7 @@ def swiglu_gradient(
         num_tiles = num_blocks(num_tokens, tokens)
         kept = probs_P.contiguous(), rows_TK.contiguous(), used_P.contiguous(), cosines_TN.contiguous()
         tensors = y_PU, *kept, inverse_lengths_TK.contiguous(), weight, incoming_PF, dy_PU, dprobs_P
-        numbers, sizes = (factor, num_tiles, num_tokens, num_rows), (U // 2, y_PU.stride(0), incoming_PF.stride(0))
+        numbers, sizes = (factor, num_tiles, num_tokens, num_rows), (U // 2, y_PU.stride()[0], incoming_PF.stride()[0])
         _launch(k, y_PU.dtype)(num_tiles + num_blocks(num_rows, tile), tensors, numbers, sizes)
     return in_dtype(dy_PU, y_PU.dtype), in_dtype(dprobs_P, probs_P.dtype)
 

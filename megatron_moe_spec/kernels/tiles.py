@@ -142,7 +142,7 @@ _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float
 
 def with_dense_rows(x_PD: Tensor) -> Tensor:
     """x, copied if the elements of a row are not adjacent."""
-    return x_PD if x_PD.stride(1) == 1 else x_PD.contiguous()
+    return x_PD if x_PD.is_contiguous() or x_PD.stride(1) == 1 else x_PD.contiguous()
 
 
 def check_like(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

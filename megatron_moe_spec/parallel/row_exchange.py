@@ -31,7 +31,7 @@ class Pending(Generic[Result]):
         return finish()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class RowExchange:
     """A variable all-to-all between where rows lie sorted by expert and where their tokens are.
 
@@ -62,7 +62,7 @@ class RowExchange:
     asked: bool = False
 
     def __post_init__(self) -> None:
-        if (self.num_rows if self.order is None else len(self.order)) != sum(self.rows_for):
+        if (self.num_rows if self.order is None else self.order.shape[0]) != sum(self.rows_for):
             returned = sum(self.rows_for)
             raise RuntimeError(f"of {self.num_rows} rows of experts, {returned} are to be returned to their tokens")
         if self.a2a_dtype not in A2A_DTYPES:

@@ -7,6 +7,7 @@ the rest of the layer, of which ``MoELayer.preprocess`` is the first method that
 Suffixes: T tokens of this rank, E experts, K experts per token, P permuted rows, H hidden size.
 """
 
+import functools
 from typing import Any, NamedTuple, Optional
 
 import torch
@@ -18,9 +19,14 @@ from megatron_moe_spec.integration.compat.protocols import MoELayer
 
 def is_capturing() -> bool:
     """Whether what runs now is captured, or warms up for it."""
-    from megatron.core.transformer.cuda_graphs import is_graph_capturing
+    return _cuda_graphs().is_graph_capturing()
 
-    return is_graph_capturing()
+
+@functools.cache  # asked by every layer
+def _cuda_graphs() -> Any:
+    from megatron.core.transformer import cuda_graphs
+
+    return cuda_graphs
 
 
 class Replay(NamedTuple):

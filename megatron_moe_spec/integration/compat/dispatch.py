@@ -7,7 +7,7 @@ Suffixes: T tokens of this source, G tokens of all sources, E experts, L local e
 expert-parallel ranks, C expert-tensor-parallel ranks, P rows.
 """
 
-from typing import Optional, TypeGuard
+from typing import Any, Optional, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -115,12 +115,17 @@ def _alltoall_layout(
     if dispatcher.output_splits is None or dispatcher.input_splits is None:  # every expert is padded to its capacity
         rows_for = rows_from = [dispatcher.capacity * local] * ranks
     else:
-        rows_for, rows_from = list(map(int, dispatcher.output_splits)), list(map(int, dispatcher.input_splits))
+        rows_for, rows_from = _on_host(dispatcher.output_splits), _on_host(dispatcher.input_splits)
     if local == 1:
         return None, rows_for, rows_from
     # The dispatcher has the counts on the host where it does not fuse the permutation.
-    rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).reshape(ranks, local)
-    return rows_RL.T.contiguous().to(device, non_blocking=True), rows_for, rows_from
+    rows_RL = torch.as_tensor(dispatcher.num_global_tokens_per_local_expert).view(ranks, local)
+    return (rows_RL if rows_RL.device == device else rows_RL.to(device, non_blocking=True)).T, rows_for, rows_from
+
+
+def _on_host(splits: Any) -> list[int]:
+    """Numbers in a tensor, an array or a list."""
+    return splits.tolist() if hasattr(splits, "tolist") else list(map(int, splits))
 
 
 def _alltoall_etp_layout(dispatcher: TokenDispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:

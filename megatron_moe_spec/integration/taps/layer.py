@@ -120,9 +120,14 @@ class LayerTaps:
         self, call: RouterCall, padding_mask: Optional[Tensor], probs: Tensor, routing_map: Tensor, recomputed: bool
     ) -> Tensor:
         """Runs the taps on what the router has decided; returns the probabilities to go on with."""
-        known = next(filter(None, call.micro_batch.routing), None)
         call.probs_TE, call.routing_map_TE = probs.detach(), routing_map
-        call.routing = read_routing(call.probs_TE, routing_map, padding_mask, known, self._layer.tp_cp_group)
+        of_layers = call.micro_batch.routing
+        first_pass = of_layers[self._layer.index_in_chunk] if recomputed else None
+        if first_pass is not None:
+            call.routing = first_pass
+        else:
+            known = next(filter(None, of_layers), None)
+            call.routing = read_routing(call.probs_TE, routing_map, padding_mask, known, self._layer.tp_cp_group)
         if not recomputed:
             self._observe(call)
         if torch.is_grad_enabled():

@@ -176,9 +176,9 @@ def _mixing_kernel(
     used_ptr,  # bool [P]
     mixing_ptr,  # fp32 [T, K, K]; cosines [T, N] where OF_SQUARES
     lengths_ptr,  # fp32 [T, K] inverse lengths
+    out_ptr,  # dtype of x [P, D], out: incoming + gradient
     weight_ptr,  # fp32 [1]; None: one
     incoming_ptr,  # dtype of x [P, D]; None: zeros
-    out_ptr,  # dtype of x [P, D], out: incoming + gradient
     factor,
     num_tiles,
     num_tokens,
@@ -257,9 +257,9 @@ def _launch_cosines(x_PD: Tensor, rows_TK: Tensor, of_columns: bool) -> tuple:
     squares = None if of_columns else torch.empty(num_tiles, dtype=torch.float32, device=device)
     if num_tiles:
         x_PD = with_dense_rows(x_PD)
-        tensors = x_PD, rows_TK.contiguous(), out, lengths_TK, squares
+        tensors = x_PD, rows_TK.contiguous(), out, lengths_TK
         sizes = x_PD.shape[1], x_PD.stride()[0]
-        _cosines_launch(k, x_PD.dtype, of_columns)(num_tiles, tensors, (num_tokens,), sizes)
+        _cosines_launch(k, x_PD.dtype, of_columns)(num_tiles, tensors, (num_tokens,), sizes, (squares,))
     return out.view(num_tokens, k, k) if of_columns else out, lengths_TK, squares
 
 
@@ -335,8 +335,8 @@ def add_mixed(
         kept = rows_TK.contiguous(), used_P.contiguous(), mixing.contiguous(), inverse_lengths_TK.contiguous()
         numbers = factor, num_tiles, num_tokens, num_rows
         launch = _mixing_launch(k, x_PD.dtype, of_squares)
-        tensors = x_PD, *kept, weight, incoming_PD, out_PD
-        launch(num_tiles + num_blocks(num_rows, tile), tensors, numbers, (D, x_PD.stride()[0], incoming_stride))
+        sizes = D, x_PD.stride()[0], incoming_stride
+        launch(num_tiles + num_blocks(num_rows, tile), (x_PD, *kept, out_PD), numbers, sizes, (weight, incoming_PD))
     return in_dtype(out_PD, x_PD.dtype)
 
 

@@ -24,14 +24,14 @@ _address_of, _dtype_of = Tensor.data_ptr, attrgetter("dtype")
 
 
 class Launch:
-    """A Triton kernel with its constants: ``launch(grid, tensors, numbers, sizes)``.
+    """A Triton kernel with its constants: ``launch(grid, tensors, numbers, sizes, optional)``.
 
     Triton's own way is gone at the first launch, and for all that is not known to be the same: pointers that are not
     aligned, large numbers, the interpreter, other releases, and wherever a profiler or a debugger wants to be told of
     launches.
 
     Args:
-        kernel: of ``triton.jit``, with arguments in the order tensors, numbers, sizes, constants.
+        kernel: of ``triton.jit``, with arguments in the order tensors, optional ones, numbers, sizes, constants.
         constants: and options of the compiler.
     """
 
@@ -43,21 +43,29 @@ class Launch:
         self._passed = tuple(constants[name] for name in passed if name in constants)
 
     def __call__(
-        self, grid: int, tensors: tuple[Optional[Tensor], ...], numbers: tuple, sizes: tuple[int, ...] = ()
+        self,
+        grid: int,
+        tensors: tuple[Tensor, ...],
+        numbers: tuple,
+        sizes: tuple[int, ...] = (),
+        optional: tuple[Optional[Tensor], ...] = (),
     ) -> None:
         """Launches ``grid`` programs on the current stream.
 
         Args:
-            tensors: None where the kernel is to do without one.
+            optional: tensors, too, which follow the others; None where the kernel is to do without one.
             numbers: those that the kernel is not specialized for (``do_not_specialize``).
             sizes: those that it is specialized for.
         """
         key = None
         if _IS_KNOWN and not _is_watched(self._kernel):
-            active, given = driver.active, [x for x in tensors if x is not None]
+            active, given, absent = driver.active, tensors, ()
+            if optional:
+                given = (*tensors, *[x for x in optional if x is not None])
+                absent = tuple([x is None for x in optional])
+                tensors = (*tensors, *optional)
             if not reduce(or_, map(_address_of, given)) % _ALIGNMENT and max(numbers) < _INT32:
                 device = active.get_current_device()
-                absent = len(given) < len(tensors) and tuple([x is None for x in tensors])
                 key = (device, absent, *sizes, *map(_dtype_of, given))
                 compiled = self._compiled.get(key)
                 if compiled is not None:
@@ -66,6 +74,8 @@ class Launch:
                     stream = active.get_current_stream(device)
                     launch(grid, 1, 1, stream, *fixed, *((arguments,) if in_tuple else arguments))
                     return
+        elif optional:
+            tensors = (*tensors, *optional)
         kernel = self._kernel[(grid,)](*tensors, *numbers, *sizes, **self._constants)
         if key is not None and kernel is not None:
             self._compiled[key] = _launcher_of(kernel)

@@ -80,8 +80,8 @@ def _scores(x, E: tl.constexpr, SCORE_FUNCTION: tl.constexpr):
 def _mass_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
     active_ptr,  # bool [T, E]
-    previous_ptr,  # fp32 [T], mass of another layer; None
     mass_ptr,  # fp32 [T], out
+    previous_ptr,  # fp32 [T], mass of another layer; None
     products_ptr,  # fp32 [programs], out: sums of the products of the two masses; None
     num_tokens,
     E: tl.constexpr,
@@ -103,10 +103,10 @@ def _mass_gradient_kernel(
     logits_ptr,  # fp32 | bf16 | fp16 [T, E]
     active_ptr,  # bool [T, E]
     neighbor_grad_ptr,  # fp32 [T], gradient of the mass
-    other_neighbor_grad_ptr,  # fp32 [T], to be added to it; None
-    weight_ptr,  # fp32 [1]; None
     incoming_ptr,  # dtype of the logits [T, E]
     out_ptr,  # dtype of the logits [T, E], out: incoming + gradient
+    other_neighbor_grad_ptr,  # fp32 [T], to be added to the other; None
+    weight_ptr,  # fp32 [1]; None
     factor,
     num_tokens,
     E: tl.constexpr,
@@ -150,8 +150,9 @@ def routed_mass(
         previous_T = previous_T.contiguous()
         products = torch.empty(grid, dtype=torch.float32, device=device)
     if num_tokens:
-        tensors = logits_TE.contiguous(), active_TE.contiguous(), previous_T, mass_T, products
-        _mass_launch(active_TE.shape[1], score_function)(grid, tensors, (num_tokens,))
+        tensors = logits_TE.contiguous(), active_TE.contiguous(), mass_T
+        launch = _mass_launch(active_TE.shape[1], score_function)
+        launch(grid, tensors, (num_tokens,), optional=(previous_T, products))
     return mass_T, products
 
 
@@ -180,9 +181,11 @@ def add_mass_gradient(
     out_TE = empty_like(logits_TE)
     if num_tokens:
         weight, factor = weight_and_factor(weight, factor, logits_TE.device)
-        one_or_two = neighbor_grads[0].contiguous(), neighbor_grads[1].contiguous() if neighbor_grads[1:] else None
-        tensors = logits_TE.contiguous(), active_TE.contiguous(), *one_or_two, weight, incoming_TE.contiguous(), out_TE
-        _mass_gradient_launch(active_TE.shape[1], score_function)(grid, tensors, (factor, num_tokens))
+        other_T = neighbor_grads[1].contiguous() if len(neighbor_grads) > 1 else None
+        tensors = logits_TE.contiguous(), active_TE.contiguous(), neighbor_grads[0].contiguous()
+        launch = _mass_gradient_launch(active_TE.shape[1], score_function)
+        numbers, optional = (factor, num_tokens), (other_T, weight)
+        launch(grid, (*tensors, incoming_TE.contiguous(), out_TE), numbers, optional=optional)
     return in_dtype(out_TE, logits_TE.dtype)
 
 

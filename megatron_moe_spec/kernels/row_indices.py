@@ -88,9 +88,9 @@ def _rows_kernel(
     dispatched_ptr,  # bool [T, E]
     active_ptr,  # bool [T, E], the part that counts
     ends_ptr,  # int32 [E, blocks], the counts' inclusive cumulative sum
-    starts_ptr,  # int32 [E] first row of each expert; None: they follow one another
     rows_ptr,  # int32 [used tokens, K], out
     used_ptr,  # bool [P], out: of the rows of dispatched tokens
+    starts_ptr,  # int32 [E] first row of each expert; None: they follow one another
     num_tokens,
     num_blocks,
     share,
@@ -168,8 +168,8 @@ def rows_of_tokens(
     counts = torch.empty(num_experts * blocks, dtype=torch.int32, device=device)
     _count_launch(num_experts, only_used)(blocks, (dispatched_TE, counts), numbers)
     ends = counts.cumsum(0, dtype=torch.int32)
-    tensors = dispatched_TE, active_TE.contiguous(), ends, starts_E, rows_TK, used_P
-    _rows_launch(num_experts, only_used, top_k)(blocks, tensors, numbers)
+    tensors = dispatched_TE, active_TE.contiguous(), ends, rows_TK, used_P
+    _rows_launch(num_experts, only_used, top_k)(blocks, tensors, numbers, optional=(starts_E,))
     return rows_TK, used_P
 
 

@@ -121,10 +121,10 @@ def _swiglu_gradient_kernel(
     used_ptr,  # bool [P]
     cosines_ptr,  # fp32 [T, N]
     lengths_ptr,  # fp32 [T, K] inverse lengths
-    weight_ptr,  # fp32 [1]; None: one
     incoming_ptr,  # dtype of y [P, F]
     dy_ptr,  # dtype of y [P, U], out
     dprobs_ptr,  # dtype of the probabilities [P], out
+    weight_ptr,  # fp32 [1]; None: one
     factor,
     num_tiles,
     num_tokens,
@@ -202,9 +202,9 @@ def swiglu_gradient(
         tile, tokens, _ = tiling(k, y_PU.dtype)
         num_tiles = num_blocks(num_tokens, tokens)
         kept = probs_P.contiguous(), rows_TK.contiguous(), used_P.contiguous(), cosines_TN.contiguous()
-        tensors = y_PU, *kept, inverse_lengths_TK.contiguous(), weight, incoming_PF, dy_PU, dprobs_P
+        tensors = y_PU, *kept, inverse_lengths_TK.contiguous(), incoming_PF, dy_PU, dprobs_P
         numbers, sizes = (factor, num_tiles, num_tokens, num_rows), (U // 2, y_PU.stride()[0], incoming_PF.stride()[0])
-        _launch(k, y_PU.dtype)(num_tiles + num_blocks(num_rows, tile), tensors, numbers, sizes)
+        _launch(k, y_PU.dtype)(num_tiles + num_blocks(num_rows, tile), tensors, numbers, sizes, (weight,))
     return in_dtype(dy_PU, y_PU.dtype), in_dtype(dprobs_P, probs_P.dtype)
 
 

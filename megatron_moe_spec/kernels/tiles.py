@@ -115,9 +115,11 @@ def computed_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """Memory for what kernels write, contiguous; ``in_dtype`` makes it a result."""
-    # Of all of torch's ways to the same the one that costs the host least.
-    return torch.empty_like(x, dtype=computed_dtype(x.dtype), memory_format=torch.contiguous_format)
+    """Contiguous memory for what kernels write, of which ``in_dtype`` makes a result."""
+    # Of torch's ways to the same, the one that costs the host least.
+    if INTERPRETED:
+        return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -53,8 +53,8 @@ class RowExchange:
 
     order: Optional[Tensor]
     num_rows: int
-    rows_for: Sequence[int]
-    rows_from: Sequence[int]
+    rows_for: list[int]
+    rows_from: list[int]
     group: dist.ProcessGroup
     a2a_dtype: str = "same"
     places: Optional[Tensor] = None
@@ -123,7 +123,7 @@ class RowExchange:
 
     def to_tokens(self, x_PD: Tensor) -> Tensor:
         """Rows by expert [P, ...] -> rows of this rank's tokens, those of expert 0 first."""
-        return self._begin(self._that_travel(x_PD), self.rows_for, self.rows_from).wait()
+        return self._exchange(self._that_travel(x_PD), self.rows_for, self.rows_from)
 
     def begin_to_tokens(self, x_PD: Tensor) -> Pending[Tensor]:
         """As ``to_tokens``, beside what is queued until ``wait``; x may be freed or overwritten as soon as it returns.
@@ -137,7 +137,7 @@ class RowExchange:
 
     def to_experts(self, x_PD: Tensor) -> Tensor:
         """The other way; rows that do not travel are 0."""
-        received = self._begin(x_PD, self.rows_from, self.rows_for).wait()
+        received = self._exchange(x_PD, self.rows_from, self.rows_for)
         if self.order is None:
             return received
         if self.places is not None:
@@ -150,14 +150,22 @@ class RowExchange:
     def _quantizes(self, x: Tensor) -> bool:
         return self.a2a_dtype == "fp8" and x.is_floating_point()
 
-    def _begin(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Pending[Tensor]:
-        sent = quantized(x) if self._quantizes(x) else x.contiguous()
+    def _exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        quantizes = self._quantizes(x)
+        sent = quantized(x) if quantizes else x.contiguous()
         received = sent.new_empty(sum(receive), *sent.shape[1:])
-        work = dist.all_to_all_single(received, sent, list(receive), list(send), group=self.group, async_op=True)
+        dist.all_to_all_single(received, sent, receive, send, group=self.group)
+        return dequantized(received, x.dtype) if quantizes else received
+
+    def _begin(self, x: Tensor, send: list[int], receive: list[int]) -> Pending[Tensor]:
+        quantizes = self._quantizes(x)
+        sent = quantized(x) if quantizes else x.contiguous()
+        received = sent.new_empty(sum(receive), *sent.shape[1:])
+        work = dist.all_to_all_single(received, sent, receive, send, group=self.group, async_op=True)
 
         def finish(sent: Tensor = sent) -> Tensor:  # holds what is sent
             work.wait()
-            return dequantized(received, x.dtype) if self._quantizes(x) else received
+            return dequantized(received, x.dtype) if quantizes else received
 
         return Pending(finish)
 

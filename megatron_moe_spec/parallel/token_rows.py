@@ -240,11 +240,11 @@ class KeptRows:
 
     def gradients(self, parts: Sequence[Tensor], weight: Weight) -> list[Tensor]:
         """weight * the gradient with respect to each part of the rows of this rank's experts."""
-        rows_PD = _joined(parts)
-        if self.exchange is None:
+        rows_PD, exchange = _joined(parts), self.exchange
+        if exchange is None:
             gradient_PD = self.add_gradient(rows_PD, weight, None)
         else:
-            gradient_PD = self.exchange.to_experts(self.add_gradient(self.exchange.to_tokens(rows_PD), weight, None))
+            gradient_PD = exchange.to_experts(self.add_gradient(exchange.to_tokens(rows_PD), weight, None))
         return [gradient_PD] if len(parts) == 1 else list(gradient_PD.split([len(part) for part in parts]))
 
     @property

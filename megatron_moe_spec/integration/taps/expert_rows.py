@@ -29,6 +29,8 @@ from megatron_moe_spec.parallel.collectives import all_gather
 from megatron_moe_spec.parallel.row_exchange import Pending
 from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, LocatedRows, UsedTokens, Weight
 
+_ALL = slice(0, None, 1)
+
 
 @dataclass
 class RowsBackward:
@@ -122,14 +124,15 @@ class RowsTap(Tap[RowsLoss]):
         if not computed:
             return probs
         transformer_config, group = self.layer.transformer_config, etp_group(self.layer.dispatcher)
-        # Of fewer tokens than the stride, one is used.
-        stride = max(1, min(self._stride, call.routing.active_TE.shape[0]))
-        tokens = slice((self.layer.clock.step + call.micro_batch.index) % stride, None, self._stride)
+        stride, tokens = 1, _ALL
+        if self._stride > 1:  # of fewer tokens than the stride, one is used
+            stride = max(1, min(self._stride, call.routing.active_TE.shape[0]))
+            tokens = slice((self.layer.clock.step + call.micro_batch.index) % stride, None, self._stride)
         fused = choose(self.layer.config.kernels, probs.device)
         used = UsedTokens.gather(call.routing.active_TE, transformer_config.moe_router_topk, tokens, group, fused)
         backward = RowsBackward(transformer_config, tokens, stride, call.routing.tokens)
         self._run = RowsRun(used, backward, call.micro_batch.notes.add, call.routing_map_TE)
-        if not any(loss.uses_lengths for loss in computed):
+        if not any([loss.uses_lengths for loss in computed]):
             return probs
         experts_TK, active_TK = used.experts()
         backward.experts_TK, active_TK = experts_TK[used.own], active_TK[used.own]
@@ -219,7 +222,7 @@ class RowsTap(Tap[RowsLoss]):
             run.note(self.layer.losses.record_mean, *what)
         if self.trained:
             backward.rows = rows.keep_squares()
-            backward.per_square = sum(loss.coeff / divisor for loss, divisor in divided)
+            backward.per_square = sum([loss.coeff / divisor for loss, divisor in divided])
 
     def _differentiate(self, run: RowsRun, rows: ComparedRows, computed: Sequence[RowsLoss]) -> None:
         layer, backward = self.layer.moe_layer_index, run.backward

@@ -14,11 +14,12 @@ JUNIT ?=
 QUICKSTART_ARGS ?=
 COMPARE_ARGS ?=
 GPU_ARGS ?=
+HOST_ARGS ?=
 SUITE_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart compare recipes unsupported environments lint test test-all test-primary test-te test-oldest test-versions
-.PHONY: megatron-tests gpu clean
+.PHONY: megatron-tests gpu host-time clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -42,6 +43,8 @@ help:
 	@echo "make gpu           check and measure the kernels on a GPU, in 8 minutes; without one, try them on tiny shapes."
 	@echo "                   GPU_ARGS=\"--parts layer,train\" and the like go to benchmarks/run.py. A python, or PYTHON=path,"
 	@echo "                   that has torch, triton and megatron-core is used as it is, without pip"
+	@echo "make host-time     measure the host time that the losses add to an MoE layer, without a GPU (about 5 minutes)."
+	@echo "                   HOST_ARGS=\"--cases EP1:128/8 --root checkout\" and the like go to benchmarks/host_time.py"
 	@echo "make clean         remove the environments and everything that was built"
 	@echo "Each target makes the environment that it needs: .venv (Python 3.12 or 3.13) or .venv-oldest."
 
@@ -136,6 +139,10 @@ gpu:
 	done || { .ci/venv $(PRIMARY) && python=.venv/bin/python; } || exit $$?; \
 	echo "$$python benchmarks/run.py $(GPU_ARGS)"; \
 	exec "$$python" benchmarks/run.py $(GPU_ARGS)
+
+host-time:
+	@.ci/venv $(PRIMARY)
+	exec .venv/bin/python benchmarks/host_time.py $(HOST_ARGS)
 
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -189,8 +189,7 @@ class SpecHandle:
         self._tracer.write(iteration)
         for taps in self._taps if self._clock.measuring else ():
             taps.measure_router()
-        losses = self._losses.reduce()
-        diagnostics = self._diagnostics.reduce(losses)
+        losses, diagnostics = self._diagnostics.reduce(self._losses)
         self.losses_of_layers = losses.of_layers if self._logs_each_layer else {}
         self._lost.warn(self._losses.recorded)
         warn_of_decisions(self._taps)

@@ -172,8 +172,7 @@ class SpecHandle:
             every ``metrics_interval``-th step also diagnostics: a dict of lists, ``layers`` and ``pairs``.
         """
         losses, measured = self._finish_step(self._clock.iteration + 1)
-        values = {name: float(mean) for name, mean in losses.means.items() if losses.numbers[name] > 0}
-        return {**values, **measured}
+        return {**losses.values(), **measured}
 
     @lasting_tensors()
     def finish_step(self, iteration: int) -> dict:

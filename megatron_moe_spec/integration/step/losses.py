@@ -26,6 +26,13 @@ class ReducedLosses:
     # losses are not kept for each layer.
     of_layers: dict[str, dict[int, float]]
 
+    def values(self) -> dict[str, float]:
+        """The means of something, read from the device at once."""
+        if not self.means:
+            return {}
+        means, numbers = torch.stack([*self.means.values(), *self.numbers.values()]).view(2, -1).tolist()
+        return {name: mean for name, mean, number in zip(self.means, means, numbers) if number > 0}
+
 
 class StepLosses:
     """Sums up the losses that the taps of one model compute in a step.

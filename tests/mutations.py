@@ -153,8 +153,8 @@ MUTATIONS = [
     (
         "load of a micro-batch not summed over the ranks that share it",
         "integration/step/diagnostics.py",
-        "loads = all_reduce_sum(loads, self._tp_cp_group)",
-        "pass",
+        "(loads_LME,) = reduced([torch.stack(filled).view(len(counted), most, -1)], groups)",
+        "loads_LME = torch.stack(filled).view(len(counted), most, -1)",
         f"{LAYOUT}[CP2-plain]",
     ),
     (

@@ -172,8 +172,7 @@ class SpecHandle:
             every ``metrics_interval``-th step also diagnostics: a dict of lists, ``layers`` and ``pairs``.
         """
         losses, measured = self._finish_step(self._clock.iteration + 1)
-        values = {name: float(mean) for name, mean in losses.means.items() if losses.numbers[name] > 0}
-        return {**values, **measured}
+        return {**losses.values(), **measured}
 
     @lasting_tensors()
     def finish_step(self, iteration: int) -> dict:
@@ -189,8 +188,7 @@ class SpecHandle:
         self._tracer.write(iteration)
         for taps in self._taps if self._clock.measuring else ():
             taps.measure_router()
-        losses = self._losses.reduce()
-        diagnostics = self._diagnostics.reduce(losses)
+        losses, diagnostics = self._diagnostics.reduce(self._losses)
         self.losses_of_layers = losses.of_layers if self._logs_each_layer else {}
         self._lost.warn(self._losses.recorded)
         warn_of_decisions(self._taps)

@@ -11,12 +11,12 @@ def entropy(weights: Tensor, dim: int = -1) -> Tensor:
 
 
 def conditional_entropy(joint: Tensor) -> Tensor:
-    """H(column | row) = H(row, column) - H(row) of non-negative weights [E, E'], of any positive sum."""
-    return entropy(joint.flatten()) - entropy(joint.sum(dim=1))
+    """H(column | row) = H(row, column) - H(row) of non-negative weights [..., E, E'], of any positive sum."""
+    return entropy(joint.flatten(-2)) - entropy(joint.sum(dim=-1))
 
 
 def normalized_mutual_information(joint: Tensor) -> Tensor:
     """2 I(row; column) / (H(row) + H(column)), in [0, 1], of such weights; 0 where both entropies are 0."""
-    rows, columns = entropy(joint.sum(dim=1)), entropy(joint.sum(dim=0))
-    information = (rows + columns - entropy(joint.flatten())).clamp_min(0.0)
+    rows, columns = entropy(joint.sum(dim=-1)), entropy(joint.sum(dim=-2))
+    information = (rows + columns - entropy(joint.flatten(-2))).clamp_min(0.0)
     return 2.0 * information / (rows + columns).clamp_min(torch.finfo(joint.dtype).tiny)

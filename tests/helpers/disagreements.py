@@ -108,8 +108,8 @@ def micro_batches_on_one_rank():
     for _ in range(2 if dist.get_rank() == 0 else 1):
         diagnostics.measure_routing(0, active_TE / 2.0, active_TE, 1)
     diagnostics.measure_routing(1, active_TE / 2.0, active_TE, 1)
-    losses = StepLosses(config, clock, [0, 1], group, [group]).reduce()
-    return [layer["max_violation_micro_batch"] for layer in diagnostics.reduce(losses)["layers"]]
+    _, measures = diagnostics.reduce(StepLosses(config, clock, [0, 1], group, [group]))
+    return [layer["max_violation_micro_batch"] for layer in measures["layers"]]
 
 
 def step_that_failed_on_one_rank(sizes: dict):

@@ -243,7 +243,7 @@ def test_mtp_layers_are_left_out(mm):
     model = mm.build_model(mtp_num_layers=1)
     assert any("mtp" in name and "router" in name for name, _ in model.named_modules())
     handle = _attach(model)
-    assert len(handle._diagnostics._layers) == model.config.num_layers
+    assert len(handle._diagnostics._layers.loads) == model.config.num_layers
     assert all("routing" not in vars(m) for name, m in model.named_modules() if "mtp" in name)
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from megatron_moe_spec.config import SpecConfig
 from megatron_moe_spec.integration.step.clock import StepClock
-from megatron_moe_spec.integration.step.losses import ReducedLosses, reduced
+from megatron_moe_spec.integration.step.losses import ReducedLosses, StepLosses, as_one, reduced
 from megatron_moe_spec.losses.base import PAIRS
 from megatron_moe_spec.metrics.accumulators import Count, LayerStatistics, PairStatistics, RouterStatistics, at_once
-from megatron_moe_spec.parallel.collectives import all_reduce_max, all_reduce_sum, current_device
+from megatron_moe_spec.parallel.collectives import current_device
 
 
 class StepDiagnostics:
@@ -38,73 +38,81 @@ class StepDiagnostics:
         self.begin_step()
 
     def begin_step(self) -> None:
-        self._layers: list[LayerStatistics] = []
-        self._routers: list[RouterStatistics] = []
-        self._pairs: list[PairStatistics] = []
-        if self._clock.measuring:
-            num_layers, num_experts, self._device = len(self._layer_indices), self._num_experts, current_device()
-            self._layers = [LayerStatistics(num_experts, self._top_k, self._device) for _ in range(num_layers)]
-            self._routers = [RouterStatistics(num_experts, self._device) for _ in range(num_layers)]
-            self._pairs = [PairStatistics(num_experts, num_experts, self._device) for _ in range(num_layers - 1)]
+        num_layers, num_experts = len(self._layer_indices) if self._clock.measuring else 0, self._num_experts
+        self._device = current_device()
+        self._layers = LayerStatistics(num_layers, num_experts, self._top_k, self._device)
+        self._routers = RouterStatistics(num_layers, num_experts, self._device)
+        self._pairs = PairStatistics(max(0, num_layers - 1), num_experts, self._device)
 
     def measure_routing(
         self, layer: int, scores_TE: Tensor, active_TE: Tensor, num_tokens: Count, when: Callable = at_once
     ) -> None:
         """Of one micro-batch; ``when`` it counts, here and below, see ``Notes.add``."""
         if self._clock.measuring:
-            self._layers[layer].add_routing(scores_TE, active_TE, num_tokens, when)
+            self._layers.add_routing(layer, scores_TE, active_TE, num_tokens, when)
 
     def measure_cosines(self, layer: int, cosines_TKK: Tensor, active_TK: Tensor, when: Callable = at_once) -> None:
         if self._clock.measuring:
-            self._layers[layer].add_cosines(cosines_TKK, active_TK, when)
+            self._layers.add_cosines(layer, cosines_TKK, active_TK, when)
 
     def measure_router(self, layer: int, weight_EH: Tensor) -> None:
         """Once, when the step has ended."""
         if self._clock.measuring:
-            self._routers[layer].add(weight_EH)
+            self._routers.add(layer, weight_EH)
 
     def measure_pair(self, layer: int, active_TE: Tensor, active_next_TE: Tensor, when: Callable = at_once) -> None:
         """Of ``layer`` and the next MoE layer."""
         if self._clock.measuring:
-            self._pairs[layer].add(active_TE, active_next_TE, when)
+            self._pairs.add(layer, active_TE, active_next_TE, when)
 
-    def reduce(self, losses: ReducedLosses) -> Optional[dict]:
-        """The measures of this step, on every rank, each layer's with its ``losses``; None if it is not measured.
+    def reduce(self, losses: StepLosses) -> tuple[ReducedLosses, Optional[dict]]:
+        """The losses of this step and its measures, each layer's with its losses; None if it is not measured.
 
-        A collective in a step that is measured. Synchronises with the device.
+        A collective. Where a step is measured: an all-reduce of each operation over each group and one copy to the
+        host, whatever the number of layers.
         """
         if not self._clock.measuring:
-            return None
+            return losses.reduce(), None
+        layers, routers, pairs = self._layers, self._routers, self._pairs
         self._add_violations()
-        for layer in self._layers:
-            layer.sums = reduced(layer.sums, self._groups)
-            layer.largest_cosine = reduced(layer.largest_cosine, self._groups, dist.ReduceOp.MAX)
-        for router in self._routers:
-            router.sums = reduced(router.sums, self._groups)
-        for pair in self._pairs:
-            pair.sums = reduced(pair.sums, self._groups)
+        routers.add_up()
+        loss_sums, layers.sums, routers.sums, pairs.sums = reduced(
+            [losses.sums(), layers.sums, routers.sums, pairs.sums], self._groups
+        )
+        (layers.largest_cosines,) = reduced([layers.largest_cosines], self._groups, dist.ReduceOp.MAX)
+        loss_sums_on_host, layers.sums, layers.largest_cosines, routers.sums, of_pairs = as_one(
+            Tensor.cpu, [loss_sums, layers.sums, layers.largest_cosines, routers.sums, pairs.measures()]
+        )
+        reduced_losses = losses.of_sums(loss_sums, loss_sums_on_host)
+        return reduced_losses, self._rows(reduced_losses, pairs.summaries(of_pairs))
+
+    def _rows(self, losses: ReducedLosses, pair_summaries: list[dict]) -> dict:
+        summaries = zip(self._layer_indices, self._layers.summaries(), self._routers.summaries())
         layers: list[dict] = [
-            {"layer": i, "layer_index": layer_index, **layer.summary(), **router.summary()}
-            for i, (layer_index, layer, router) in enumerate(zip(self._layer_indices, self._layers, self._routers))
+            {"layer": i, "layer_index": layer_index, **layer, **router}
+            for i, (layer_index, layer, router) in enumerate(summaries)
         ]
-        pairs: list[dict] = [{"layers": [i, i + 1], **pair.summary()} for i, pair in enumerate(self._pairs)]
+        pairs: list[dict] = [{"layers": [i, i + 1], **pair} for i, pair in enumerate(pair_summaries)]
         for name, values in losses.of_layers.items():
             for layer_index, row in zip(self._layer_indices, pairs if name in self._names_of_pairs else layers):
                 row[name] = values.get(layer_index)
-        return {"layers": layers, "pairs": [row for row, pair in zip(pairs, self._pairs) if pair.sums.any()]}
+        return {"layers": layers, "pairs": [row for row, pair in zip(pairs, pair_summaries) if pair]}
 
     def _add_violations(self) -> None:
         """Of micro-batches, which the ranks of a group share: in a layer where these do not have the same number of
         them, since one was left out on some ranks alone, there is none."""
-        numbers = torch.tensor([len(layer.loads) for layer in self._layers], device=self._device)
-        share = 1.0
-        if self._tp_cp_group is not None:
-            share /= self._tp_cp_group.size()
-            most, least = all_reduce_max(torch.stack([numbers, -numbers]), self._tp_cp_group)
-            numbers = torch.where(most == -least, numbers, 0)
-        for layer, number in zip(self._layers, numbers.tolist(), strict=True):
-            if number:
-                loads = torch.stack(layer.loads)
-                if self._tp_cp_group is not None:
-                    loads = all_reduce_sum(loads, self._tp_cp_group)
-                layer.add_violations(loads, share)
+        loads, group = self._layers.loads, self._tp_cp_group
+        numbers, num_ranks = list(map(len, loads)), 1 if group is None else group.size()
+        groups = [] if group is None or num_ranks == 1 else [group]
+        if groups:
+            known = torch.tensor([numbers, [-number for number in numbers]], device=self._device)
+            (known,) = reduced([known], groups, dist.ReduceOp.MAX)
+            numbers = [most if most == -least else 0 for most, least in zip(*known.tolist())]
+        counted = [layer for layer, number in enumerate(numbers) if number]
+        if not counted:
+            return
+        # Filled up by micro-batches without tokens, which count for nothing.
+        nothing, most = torch.zeros_like(loads[counted[0]][0]), max(numbers)
+        filled = [load for layer in counted for load in loads[layer] + [nothing] * (most - numbers[layer])]
+        (loads_LME,) = reduced([torch.stack(filled).view(len(counted), most, -1)], groups)
+        self._layers.add_violations(counted, loads_LME, share=1.0 / num_ranks)

@@ -1,7 +1,7 @@
 """Values of the losses of a training step, kept on the device and reduced over ranks once a step."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Optional, Union
 
@@ -26,6 +26,13 @@ class ReducedLosses:
     # The mean of each layer (pair) by layer index (of a pair, the first one's), without those of nothing; empty where
     # losses are not kept for each layer.
     of_layers: dict[str, dict[int, float]]
+
+    def values(self) -> dict[str, float]:
+        """The means of something, read from the device at once."""
+        if not self.means:
+            return {}
+        means, numbers = torch.stack([*self.means.values(), *self.numbers.values()]).view(2, -1).tolist()
+        return {name: mean for name, mean, number in zip(self.means, means, numbers) if number > 0}
 
 
 class StepLosses:
@@ -111,31 +118,46 @@ class StepLosses:
     def _add_terms(self) -> None:
         for (loss, layer, factor), of_known in self._terms.items():
             self._sums[loss, layer, 0] += torch.cat(of_known).sum(dtype=torch.float64) * factor
-        for (loss, layer, factor, offset), waiting in self._terms_of_tokens.items():
-            terms, totals = zip(*waiting, strict=True)
-            lengths = torch.tensor([len(x) for x in terms], device=self._device)
-            tokens = torch.stack(totals)
-            counts = (tokens > 0).double()
-            weights = factor * counts / tokens.double().clamp_min(1)
-            weights = weights.repeat_interleave(lengths, output_size=sum(map(len, terms)))
-            self._sums[loss, layer, 0] += (torch.cat(terms) * weights).sum() + offset * counts.sum()
-            self._sums[loss, layer, 1] += self._share * counts.sum()
+        if self._terms_of_tokens:
+            self._add_terms_of_tokens()
         self._terms.clear()
         self._terms_of_tokens.clear()
         self._num_terms = 0
+
+    def _add_terms_of_tokens(self) -> None:
+        waiting = self._terms_of_tokens.values()
+        # One copy to the device for all, which the host may wait for.
+        lengths = torch.tensor([len(terms) for of_one in waiting for terms, _ in of_one], device=self._device)
+        parts = lengths.split([len(of_one) for of_one in waiting])
+        for ((loss, layer, factor, offset), of_one), of_terms in zip(self._terms_of_tokens.items(), parts):
+            terms, totals = zip(*of_one, strict=True)
+            tokens = torch.stack(totals)
+            counts = (tokens > 0).double()
+            weights = factor * counts / tokens.double().clamp_min(1)
+            weights = weights.repeat_interleave(of_terms, output_size=sum(map(len, terms)))
+            self._sums[loss, layer, 0] += (torch.cat(terms) * weights).sum() + offset * counts.sum()
+            self._sums[loss, layer, 1] += self._share * counts.sum()
 
     def reduce(self) -> ReducedLosses:
         """The losses so far. A collective, once a step; synchronises where losses are kept for each layer."""
         if not self._places:
             return ReducedLosses({}, {}, {})
+        (sums,) = reduced([self.sums()], self._groups)
+        return self.of_sums(sums, sums)
+
+    def sums(self) -> Tensor:
+        """fp64 [losses, layers, 2] of this rank, to be summed over all; for ``of_sums``."""
         self._add_terms()
         known = torch.tensor(self._known, dtype=torch.float64, device=self._device)
-        sums = reduced(self._sums + known, self._groups)
+        return self._sums + known.view_as(self._sums)
+
+    def of_sums(self, sums: Tensor, on_host: Tensor) -> ReducedLosses:
+        """The losses by the sums over all ranks, which are read from ``on_host`` where each layer's losses are kept."""
         totals = sums.sum(dim=1)
         means = (totals[:, 0] / totals[:, 1]).float()
         of_layers = [
             {layer: total / number for layer, (total, number) in zip(self._layer_indices, layers) if number}
-            for layers in (sums.tolist() if self._per_layer else ())
+            for layers in (on_host.tolist() if self._per_layer else ())
         ]
         return ReducedLosses(self._by_name(means), self._by_name(totals[:, 1]), self._by_name(of_layers))
 
@@ -144,16 +166,31 @@ class StepLosses:
 
 
 def reduced(
-    x: Tensor, groups: Sequence[dist.ProcessGroup], operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-) -> Tensor:
-    """x over one process group after another, which is over all ranks; x itself stays as it is. A collective."""
-    x = x.clone()
-    for group in groups:
-        try:
-            dist.all_reduce(x, op=operation, group=group)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "the values to be logged could not be reduced: call end_step() on every rank of the model's "
-                "process groups, or give attach() the ranks that hold it, attach(model, config, group=...)"
-            ) from error
-    return x
+    tensors: Sequence[Tensor],
+    groups: Sequence[dist.ProcessGroup],
+    operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+) -> list[Tensor]:
+    """Tensors of one dtype over one process group after another, which is over all ranks; they stay as they are.
+
+    One collective a group, however many tensors there are.
+    """
+
+    def reduce(elements: Tensor) -> Tensor:
+        for group in groups:
+            try:
+                dist.all_reduce(elements, op=operation, group=group)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "the values to be logged could not be reduced: call end_step() on every rank of the model's "
+                    "process groups, or give attach() the ranks that hold it, attach(model, config, group=...)"
+                ) from error
+        return elements
+
+    return as_one(reduce, tensors)
+
+
+def as_one(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one dtype after ``function``, which is called once: with a copy of all their elements, [n]."""
+    elements = function(torch.cat([x.flatten() for x in tensors]))
+    parts = elements.split([x.numel() for x in tensors])
+    return [part.view(x.shape) for part, x in zip(parts, tensors)]

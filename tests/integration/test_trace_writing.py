@@ -109,6 +109,48 @@ def test_a_step_is_written_while_the_next_one_trains_and_the_one_after_waits(tra
     ]
 
 
+def test_the_thread_waits_for_the_copy_from_the_device_and_the_step_does_not(tracer, tmp_path, monkeypatch):
+    """On stand-ins for a GPU: a copy has the rows once its event has been waited for."""
+    from megatron_moe_spec.integration.step import tracer as module
+
+    main, finished, waited, host = threading.current_thread(), threading.Event(), [], []
+
+    class Rows:
+        is_cuda = True
+
+        def to(self, device, non_blocking):
+            assert device == "cpu" and non_blocking
+            host.append(torch.full((1, 1), 99, dtype=torch.int16))
+            return host[-1]
+
+    class Event:
+        device = torch.device("cuda", 3)
+
+        def __init__(self, blocking):
+            assert blocking  # or the thread would keep a core busy
+
+        def record(self):
+            self.rows_TK = host[-1]
+
+        def synchronize(self):
+            assert finished.wait(60)
+            waited.append(threading.current_thread())
+            self.rows_TK.fill_(len(waited) - 1)
+
+    devices = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: devices.append((device, threading.current_thread())))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: pytest.fail("the step waits for the device"))
+    monkeypatch.setattr(module, "_rows", lambda *args: Rows())
+    _write(tracer, 1, (0, 1))
+    finished.set()
+    tracer.close()
+    assert [line["top_indices"] for line in _lines(tmp_path / FILE)] == [[[0]], [[1]]]
+    assert len(waited) == 2 and main not in waited
+    assert devices == [(Event.device, thread) for thread in waited]
+
+
 def test_readers_meanwhile_find_whole_lines(tracer, tmp_path, monkeypatch):
     seen = []
     line = tracer._text.line

@@ -193,7 +193,9 @@ class SpecHandle:
         self._lost.warn(self._losses.recorded)
         warn_of_decisions(self._taps)
         self.start_after(iteration)
-        self._cross_stage.check()  # last: it may raise on one rank, for which no other may wait
+        # Last: these may raise on one rank, for which no other may wait.
+        self._tracer.check()
+        self._cross_stage.check()
         return losses, {} if diagnostics is None else {"diagnostics": diagnostics}
 
     @lasting_tensors()
@@ -206,7 +208,7 @@ class SpecHandle:
         self._clock.start_after(iteration)
 
     def detach(self) -> None:
-        """Removes every hook; the model is as it was. A second call does nothing."""
+        """Removes every hook; the model is as it was. Waits until traces are written. A second call does nothing."""
         for taps in self._taps:
             taps.detach()
         for tracker in self._trackers:
@@ -215,6 +217,7 @@ class SpecHandle:
         _attached.difference_update(self._layers)
         for removed in (self._taps, self._trackers, self._layers):
             removed.clear()
+        self._tracer.close()
 
     def __enter__(self) -> "SpecHandle":
         return self

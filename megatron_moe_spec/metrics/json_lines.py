@@ -31,22 +31,26 @@ class JsonLines:
 
     def append(self, line: dict) -> None:
         """Writes a line, with null for what is not finite."""
-        self.extend([finite(line)])
+        self.extend([json.dumps(finite(line), allow_nan=False).encode() + b"\n"])
 
-    def extend(self, lines: Iterable[dict]) -> None:
-        """Writes lines, all of them or none. They hold no NaN and no infinity: see ``finite``."""
+    def extend(self, lines: Iterable[bytes]) -> None:
+        """Writes lines of JSON that end with a newline: all of them or none. Readers meanwhile find whole lines."""
         size = None
         try:
             size = self._path.stat().st_size if self._path.exists() else 0
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
+            with self._path.open("ab", 0) as file:  # unbuffered: a fork would copy what is in the buffer
                 for line in lines:
-                    file.write(json.dumps(line, allow_nan=False) + "\n")
-        except OSError as error:
+                    rest = memoryview(line)
+                    while rest:  # again where the disk has room for a part of it; then the next write raises
+                        rest = rest[file.write(rest) :]
+        except BaseException as error:
             # No part of a line stays before the next one, if there is room for that later.
             if size is not None:
                 with suppress(OSError):
                     os.truncate(self._path, size)
+            if not isinstance(error, OSError):
+                raise
             if not self._warned:
                 self._warned = True
                 warnings.warn(

@@ -122,6 +122,7 @@ def run(sizes: dict, case: dict) -> dict:
         handle.start_after(step)
         gradients.append(megatron_models.train_chunks(chunks, batches, main_loss_weight=0.1))
         metrics.append(handle.end_step())
+    handle.detach()  # the trace is written
     mean = [
         {name: sum(step[chunk][name] for step in gradients) / len(steps) for name in gradients[0][chunk]}
         for chunk in range(len(chunks))

@@ -55,6 +55,7 @@ def test_traces_of_a_step_that_runs_again(mm, tmp_path):
         for _ in range(times):
             mm.train_step(model, mm.micro_batches(2))
         handle.end_step()
+        handle.detach()
         (file,) = folder.glob("*.jsonl")
         rows.append([json.loads(line) for line in file.read_text().splitlines()])
     assert rows[0] == rows[1] and len(rows[0]) == 2 * 3
@@ -163,15 +164,15 @@ def test_a_resumed_run_goes_on_as_the_one_that_it_resumes(mm, tmp_path, interval
         for _ in range(0 if resumes else 2):
             mm.train_step(model, mm.micro_batches(1))
             handle.end_step()
-        for file in tmp_path.glob("*.jsonl"):
-            file.write_text("")
         gradients = mm.train_step(model, mm.micro_batches(2))
         values = handle.end_step()
+        handle.detach()
         (file,) = tmp_path.glob("*.jsonl")
         found.append((gradients, values, file.read_text()))
+        file.unlink()
     (expected, expected_values, expected_trace), (gradients, values, trace) = found
     assert values == expected_values and "diagnostics" in values
-    assert trace == expected_trace and trace.count('"step": 3') == 3 * 2
+    assert expected_trace.endswith(trace) and trace.count('"step": 3') == trace.count("\n") == 3 * 2
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
 
 

@@ -87,8 +87,8 @@ def curve(
 ) -> None:
     """One line, with marks where points are few; ``shaded``: where they are means, between the extremes, too."""
     if shaded and len(points) > MOST_POINTS:
-        x, smallest, largest = zip(*spread(points))
-        axis.fill_between(x, smallest, largest, color=colour, alpha=0.25, linewidth=0.5)
+        middles, smallest, largest = zip(*spread(points))
+        axis.fill_between(middles, smallest, largest, color=colour, alpha=0.25, linewidth=0.5)
     points = thinned(points)
     x, y = [x for x, _ in points], [y for _, y in points]
     style, marker = "--" if dashed else "-", "o" if len(points) < 20 else None
@@ -178,10 +178,11 @@ def pictures(draw: Callable[[], Any]) -> tuple[bytes, bytes]:
 
 
 def _png(figure: "MatplotlibFigure", background: str) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     file = io.BytesIO()
     figure.set_facecolor(background)
-    # As savefig, which draws twice.
-    figure.canvas.print_png(file)
+    FigureCanvasAgg(figure).print_png(file)  # as savefig, which draws twice
     return file.getvalue()
 
 

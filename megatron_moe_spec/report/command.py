@@ -8,6 +8,7 @@ from typing import Optional
 
 from megatron_moe_spec.report import figures
 from megatron_moe_spec.report.contents import sections
+from megatron_moe_spec.report.measurements import MOST_STEPS
 from megatron_moe_spec.report.page import page
 from megatron_moe_spec.report.runs import Run, RunError, find_traces, read_run, same_model
 
@@ -74,11 +75,7 @@ def write_report(
         if not same_model(run, other):
             raise RunError(f"{baseline} has {other.model}, {path} {run.model}: name a baseline of the same model")
     found = list(sections(run, other))
-    pictures = {
-        figure.name: (figures.picture(figure.draw), figures.picture(figure.draw, dark=True))
-        for section in found
-        for figure in section.figures
-    }
+    pictures = {figure.name: figures.pictures(figure.draw) for section in found for figure in section.figures}
     text = page(f"Experts and routing of {path}", _facts(run, other), run.notices, found, pictures)
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("*.png"):
@@ -103,6 +100,11 @@ def _facts(run: Run, baseline: Optional[Run]) -> list[str]:
     if run.last_iteration:
         measured = len(run.measured_iterations)
         facts.append(f"{run.last_iteration:,} iterations, of which routing was measured in {measured:,}")
+        if measured > MOST_STEPS:
+            facts.append(
+                f"What was measured of the layers is shown by a sample: {MOST_STEPS:,} of {measured:,} steps, at even "
+                f"distances. Losses are of every step; final values are of all of the last {run.window:,} iterations"
+            )
     if run.trace is not None:
         tokens, layers, top_k = run.trace.experts_TMK.shape
         dropped = int((run.trace.experts_TMK < 0).sum())

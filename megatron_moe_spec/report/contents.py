@@ -13,7 +13,8 @@ from megatron_moe_spec.metrics import normalized_mutual_information
 from megatron_moe_spec.report import figures
 from megatron_moe_spec.report.figures import Figure, Panel
 from megatron_moe_spec.report.runs import AUXILIARY, TRAIN_LOSS, VALIDATION_LOSS, Run
-from megatron_moe_spec.report.table import summary, title_of, window_of
+from megatron_moe_spec.report.sampling import evenly
+from megatron_moe_spec.report.table import summary, title_of
 from megatron_moe_spec.traces.counts import coactivation, loads, shuffled, transitions
 from megatron_moe_spec.traces.schema import Trace
 
@@ -67,7 +68,7 @@ def sections(run: Run, baseline: Optional[Run]) -> Iterator[Section]:
     if rows := summary(run, baseline):
         yield Section(
             "Final values",
-            f"Means over the last {window_of(run):,} of {run.last_iteration:,} iterations, and over layers or pairs of "
+            f"Means over the last {run.window:,} of {run.last_iteration:,} iterations, and over layers or pairs of "
             "adjacent layers; of largest values the largest; of the validation loss the last.",
             table=[header, *rows],
         )
@@ -132,7 +133,7 @@ def _information(run: Run, baseline: Run) -> Panel:
 
 
 def _relative_loads(run: Run) -> Optional[Tensor]:
-    """[M, E] load over its layer's mean, of the last tenth of measured steps, or of the trace; None without either."""
+    """[M, E] load over its layer's mean, of the sample's last tenth of steps, or of the trace; None without either."""
     if run.loads:
         measured = list(run.loads.values())
         loads_ME = torch.stack(measured[-math.ceil(len(measured) / 10) :]).double().sum(dim=0)
@@ -157,7 +158,7 @@ def _loads(run: Run) -> Iterator[Figure]:
     if len(run.loads) > 1:
         worst = int(relative_ME.amax(dim=1).argmax())
         alt = f"load of the experts of layer {run.names[worst]} over iterations"
-        iterations = figures.thinned_columns(list(run.loads))
+        iterations = evenly(list(run.loads), figures.MOST_COLUMNS)
         load = torch.stack([run.loads[i][worst] for i in iterations], dim=1).double()
         relative = (load / load.mean(dim=0).clamp_min(1e-12)).numpy()
         title = f"load of layer {run.names[worst]}, the least even, over the mean"

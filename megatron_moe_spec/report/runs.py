@@ -1,25 +1,23 @@
 """Reads what a training run left: TensorBoard events, JSON lines, the file of metrics and routing traces."""
 
-import json
 import math
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-import torch
 from torch import Tensor
 
-from megatron_moe_spec.losses import LOSSES
 from megatron_moe_spec.metrics.writer import METRICS_FILE
+from megatron_moe_spec.report.events import EVENT_FILES, read_scalars
+from megatron_moe_spec.report.lines import RunError, json_lines
+from megatron_moe_spec.report.measurements import AUXILIARY, read_measurements
 from megatron_moe_spec.traces.files import read_trace
 from megatron_moe_spec.traces.schema import Trace
 
 TRAIN_LOSS = "lm_loss"
 VALIDATION_LOSS = "validation_loss"
 STEP_TIME = "step_time_s"
-AUXILIARY = ("load_balancing_loss", *(loss.name for loss in LOSSES))
 LOG_FILE = "log.jsonl"
 
 # Megatron's TensorBoard tags, under the names that examples/pretrain_core.py uses.
@@ -29,25 +27,20 @@ TENSORBOARD_TAGS = {
     "iteration-time": STEP_TIME,
     **{name: name for name in AUXILIARY},
 }
-_LARGEST = ("max_abs_cos", "router_max_abs_cos")  # of all layers, the largest counts; else their mean
-_NOT_MEASURES = ("layer", "layers", "layer_index")
 
 Series = list[tuple[int, float]]  # (iteration, value), by iteration
 
 
-class RunError(ValueError):
-    """A run that cannot be read. The message names the file and the remedy."""
-
-
 @dataclass
 class Run:
-    """All values of a training run; empty or None where nothing tells."""
+    """Values of a training run; empty or None where nothing tells. For those of a sample see ``read_measurements``."""
 
     path: Path  # as it was named
     # By measure: means over the layers (pairs), or the largest; and what the logs hold.
     series: dict[str, Series] = field(default_factory=dict)
     layers: dict[str, dict[str, Series]] = field(default_factory=dict)  # by measure and layer, or pair: "3", "3-4"
     lists: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # the same, of the last measured step
+    measured_iterations: list[int] = field(default_factory=list)  # those in which layers were measured, ascending
     loads: dict[int, Tensor] = field(default_factory=dict)  # by iteration, tokens of each expert, [MoE layers, experts]
     names: list[str] = field(default_factory=list)  # of the MoE layers, their indices in the whole model
     num_experts: Optional[int] = None  # of each layer
@@ -64,12 +57,15 @@ class Run:
 
     @property
     def last_iteration(self) -> int:
-        return max((values[-1][0] for values in self.series.values() if values), default=0)
+        ends = [values[-1][0] for values in self.series.values() if values]
+        return max([*ends, *self.measured_iterations[-1:]], default=0)
 
     @property
-    def measured_iterations(self) -> list[int]:
-        """Those in which layers were measured, ascending."""
-        return sorted({i for layers in self.layers.values() for values in layers.values() for i, _ in values})
+    def window(self) -> int:
+        """Number of iterations that final values are averaged over: a tenth of all, and at least one measurement."""
+        measured = self.measured_iterations
+        step = measured[-1] - measured[-2] if len(measured) > 1 else 1
+        return max(1, step, math.ceil(self.last_iteration / 10))
 
 
 def same_model(run: Run, other: Run) -> bool:
@@ -89,7 +85,7 @@ def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[in
     run = Run(path)
     metrics = [path] if path.is_file() else sorted(folder.rglob(METRICS_FILE))
     logs = sorted(folder.rglob(LOG_FILE))
-    events = sorted({file.parent for file in folder.rglob("events.out.tfevents.*")})
+    events = sorted({file.parent for file in folder.rglob(EVENT_FILES)})
     for found in (metrics, logs, events):
         if len(found) > 1:
             names = ", ".join(str(one.relative_to(folder)) for one in found)
@@ -101,14 +97,15 @@ def read_run(path: Path, traces: Optional[Path] = None, num_experts: Optional[in
         )
     run.sources += [*events, *logs, *metrics]
     for one in events:
-        _read_tensorboard(one, run.series)
+        for tag, iteration, value in read_scalars(one, TENSORBOARD_TAGS):
+            _add(run.series, TENSORBOARD_TAGS[tag], iteration, value)
     for one in logs:
-        for _, record in _json_lines(one, run.notices):
+        for _, _, record in json_lines(one, run.notices):
             for name in (TRAIN_LOSS, VALIDATION_LOSS, STEP_TIME, *AUXILIARY):
                 _add(run.series, name, record["iteration"], record.get(name))
     run.series = {name: _one_value_an_iteration(name, values) for name, values in run.series.items()}
     for one in metrics:
-        _read_metrics(one, run)
+        read_measurements(one, run)
     if traces is None:
         return run
     # A run that still goes on has not written all of its last micro-batch.
@@ -159,84 +156,3 @@ def _one_value_an_iteration(name: str, values: Series) -> Series:
 def _add(series: dict[str, Series], name: str, iteration: int, value: object) -> None:
     if isinstance(value, (int, float)) and math.isfinite(value):
         series.setdefault(name, []).append((iteration, float(value)))
-
-
-def _json_lines(path: Path, notices: list[str]) -> Iterator[tuple[int, dict]]:
-    """(line, record) of a file of JSON lines; the last one may be cut off."""
-    broken = 0
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if broken:
-                raise RunError(f"{path}:{broken} is no record of an iteration: delete this line")
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict) and type(record.get("iteration")) is int:
-                yield number, record
-            else:
-                broken = number
-    if broken:
-        notices.append(f"The last line of {path.name} is cut off and was left out; is the run still going on?")
-
-
-def _read_tensorboard(folder: Path, series: dict[str, Series]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    for tag in events.Tags()["scalars"]:
-        if tag in TENSORBOARD_TAGS:
-            for event in events.Scalars(tag):
-                _add(series, TENSORBOARD_TAGS[tag], event.step, event.value)
-
-
-def _read_metrics(path: Path, run: Run) -> None:
-    """What was measured takes the place of the logs' values: those hold a loss only where it is trained on."""
-    means: dict[str, dict[int, float]] = {}
-    layers: dict[str, dict[str, dict[int, float]]] = {}
-    for number, record in _json_lines(path, run.notices):
-        before = (run.names, run.num_experts)
-        try:
-            _read_record(record, run, means, layers)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-            raise RunError(
-                f"{path}:{number} is not what --moe-spec-metrics-interval writes: delete this line"
-            ) from None
-        if before != (run.names, run.num_experts) and before[0]:
-            raise RunError(f"{path}:{number} is of another model than the lines before: keep one run's lines")
-    run.loads = dict(sorted(run.loads.items()))
-    run.series.update({name: sorted(values.items()) for name, values in means.items()})
-    run.layers = {name: {k: sorted(v.items()) for k, v in of.items()} for name, of in layers.items()}
-
-
-def _read_record(record: dict, run: Run, means: dict, layers: dict) -> None:
-    iteration = record["iteration"]
-    rows, pairs = record.get("layers") or [], record.get("pairs") or []
-    names = {row["layer"]: str(row.get("layer_index", row["layer"])) for row in rows}
-    run.names = list(names.values()) or run.names
-    values: dict[str, list[float]] = {}
-    loads = []
-    for row in (*rows, *pairs):
-        which = "-".join(names[i] for i in row["layers"]) if "layers" in row else names[row["layer"]]
-        for name, value in row.items():
-            if name in _NOT_MEASURES or value is None:
-                continue
-            if name == "load":
-                loads.append(value)
-            elif isinstance(value, list):
-                sum(value)  # raises unless all are numbers
-                run.lists.setdefault(name, {})[which] = value
-            elif math.isfinite(value):
-                values.setdefault(name, []).append(value)
-                layers.setdefault(name, {}).setdefault(which, {})[iteration] = value
-    for name, found in values.items():
-        means.setdefault(name, {})[iteration] = max(found) if name in _LARGEST else sum(found) / len(found)
-    for name in AUXILIARY:
-        if record.get(name) is not None:
-            means.setdefault(name, {})[iteration] = float(record[name])
-    if loads:
-        run.loads[iteration] = torch.tensor(loads, dtype=torch.int64)
-        run.num_experts = len(loads[0])
-    if "mass_of_best" in run.lists:
-        run.top_k = len(next(iter(run.lists["mass_of_best"].values())))

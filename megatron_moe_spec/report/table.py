@@ -1,6 +1,5 @@
 """The table of a report: what training ended with."""
 
-import math
 from typing import Optional
 
 from megatron_moe_spec.report.runs import AUXILIARY, TRAIN_LOSS, VALIDATION_LOSS, Run, final
@@ -37,13 +36,6 @@ def title_of(name: str) -> str:
     return _TITLES.get(name, name.replace("_", " "))
 
 
-def window_of(run: Run) -> int:
-    """Number of iterations that final values are averaged over: a tenth of all, and at least one measurement."""
-    measured = run.measured_iterations
-    step = measured[-1] - measured[-2] if len(measured) > 1 else 1
-    return max(1, step, math.ceil(run.last_iteration / 10))
-
-
 def summary(run: Run, baseline: Optional[Run]) -> list[tuple[str, ...]]:
     """Rows of final values, with the baseline's and the change where there is one."""
     values, before = _finals(run), _finals(baseline) if baseline is not None else {}
@@ -63,8 +55,7 @@ def summary(run: Run, baseline: Optional[Run]) -> list[tuple[str, ...]]:
 
 def _finals(run: Run) -> dict[str, Optional[float]]:
     """Of each series, the mean over its last iterations: others may go on for longer. Of validation, the last value."""
-    window = window_of(run)
-    finals = {name: final(values, values[-1][0], window) for name, values in run.series.items() if values}
+    finals = {name: final(values, values[-1][0], run.window) for name, values in run.series.items() if values}
     if values := run.series.get(VALIDATION_LOSS):
         finals[VALIDATION_LOSS] = values[-1][1]
     return finals

@@ -201,4 +201,6 @@ def shards_weights(chunk: nn.Module) -> bool:
     while isinstance(getattr(wrappers[-1], "module", None), nn.Module):
         wrappers.append(wrappers[-1].module)
     named = any(base.__name__ in names for module in wrappers for base in type(module).__mro__)
-    return named or any(hasattr(weight, "device_mesh") for weight in chunk.parameters())
+    # Module.parameters() would compare each weight, of which experts have thousands, with all others.
+    weights = (weight for module in chunk.modules() for weight in module._parameters.values())
+    return named or any(hasattr(weight, "device_mesh") for weight in weights)

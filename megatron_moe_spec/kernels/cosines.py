@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moe_spec.kernels.options import options as options_of
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     checked_shape,
@@ -36,10 +37,6 @@ from megatron_moe_spec.kernels.tiles import (
     weight_and_factor,
     with_dense_rows,
 )
-
-# Options of compilation, by the number of bytes of an element of x.
-FORWARD = {2: dict(BLOCK_D=64, num_warps=1, num_stages=6), 4: dict(BLOCK_D=32, num_warps=1, num_stages=3)}
-BACKWARD = {2: dict(BLOCK_D=128, num_warps=4, num_stages=3), 4: dict(BLOCK_D=32, num_warps=4, num_stages=2)}
 
 # A squared length between these is a sum of squares that neither overflowed nor underflowed.
 _SMALLEST, _LARGEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)
@@ -256,7 +253,8 @@ def _launch_cosines(x_PD: Tensor, rows_TK: Tensor, of_columns: bool) -> tuple:
         x_PD = with_dense_rows(x_PD)
         tensors = x_PD, rows_TK.contiguous(), out, lengths_TK, squares
         sizes = num_tokens, x_PD.shape[1], x_PD.stride(0)
-        options.update(WIDE_RANGE=x_PD.dtype != torch.float16, PARTIAL=of_columns, **FORWARD[x_PD.element_size()])
+        options.update(WIDE_RANGE=x_PD.dtype != torch.float16, PARTIAL=of_columns)
+        options.update(options_of("cosines", x_PD.element_size()))
         _cosines_kernel[(num_tiles,)](*tensors, *sizes, **options)
     return out, lengths_TK, squares
 
@@ -325,7 +323,7 @@ def add_mixed(
         (num_rows, D), (num_tiles, options) = x_PD.shape, tiling(x_PD, rows_TK)
         kept = [tensor.contiguous() for tensor in (rows_TK, used_P, mixing, inverse_lengths_TK)]
         sizes = num_tiles, num_tokens, num_rows, D, x_PD.stride(0), incoming_stride
-        options.update(OF_SQUARES=of_squares, **BACKWARD[x_PD.element_size()])
+        options.update(OF_SQUARES=of_squares, **options_of("mixing", x_PD.element_size()))
         grid = (num_tiles + triton.cdiv(num_rows, options["TILE"]),)
         _mixing_kernel[grid](x_PD, *kept, weight, incoming_PD, out_PD, factor, *sizes, **options)
     return out_PD.to(x_PD.dtype)

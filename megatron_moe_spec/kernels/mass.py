@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moe_spec.kernels.options import options as options_of
 from megatron_moe_spec.kernels.tiles import check_like, computed_dtype, weight_and_factor
 from megatron_moe_spec.losses.scores import SCORE_FUNCTIONS
 
-_ELEMENTS = 2048  # logits of a program
-_WARPS = 4
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -187,6 +186,7 @@ def _checked(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> tuple
         raise ValueError(f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}; got {score_function!r}")
     num_tokens, num_experts = logits_TE.shape
     block_e = triton.next_power_of_2(num_experts)
-    block_t = max(_ELEMENTS // block_e, 1)
-    options = dict(E=num_experts, BLOCK_T=block_t, BLOCK_E=block_e, SCORE_FUNCTION=score_function, num_warps=_WARPS)
+    chosen = options_of("mass", logits_TE.element_size())
+    block_t, num_warps = max(chosen["ELEMENTS"] // block_e, 1), chosen["num_warps"]
+    options = dict(E=num_experts, BLOCK_T=block_t, BLOCK_E=block_e, SCORE_FUNCTION=score_function, num_warps=num_warps)
     return (triton.cdiv(num_tokens, block_t),), options

@@ -17,11 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moe_spec.kernels.options import options as options_of
 from megatron_moe_spec.kernels.tiles import check_like
-
-_ELEMENTS = 2048  # marks of a program
-_MOST_TOKENS = 32
-_WARPS = 4
 
 
 @triton.jit
@@ -155,10 +152,11 @@ def rows_of_tokens(
     if not num_tokens:
         return rows_TK, used_P.zero_()
     block_e = triton.next_power_of_2(num_experts)
-    block_t = max(min(_MOST_TOKENS, _ELEMENTS // block_e), 1)
+    chosen = options_of("row_indices", dispatched_TE.element_size())
+    block_t = max(min(chosen["MOST_TOKENS"], chosen["ELEMENTS"] // block_e), 1)
     num_blocks = triton.cdiv(num_tokens, block_t)
     sizes = num_tokens, num_blocks, share, tokens.start, tokens.step
-    options = dict(E=num_experts, BLOCK_T=block_t, BLOCK_E=block_e, ONLY_USED=only_used, num_warps=_WARPS)
+    options = dict(E=num_experts, BLOCK_T=block_t, BLOCK_E=block_e, ONLY_USED=only_used, num_warps=chosen["num_warps"])
     dispatched_TE, active_TE = dispatched_TE.contiguous().view(torch.uint8), active_TE.contiguous().view(torch.uint8)
     counts = torch.empty(num_experts, num_blocks, dtype=torch.int32, device=device)
     _count_kernel[(num_blocks,)](dispatched_TE, counts, *sizes, **options)

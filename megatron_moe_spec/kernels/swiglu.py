@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_moe_spec.kernels.options import options as options_of
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     checked_shape,
@@ -34,9 +35,6 @@ from megatron_moe_spec.kernels.tiles import (
     weight_and_factor,
     with_dense_rows,
 )
-
-# Options of compilation, by the number of bytes of an element of y.
-BACKWARD = {2: dict(BLOCK_F=64, num_warps=4, num_stages=3), 4: dict(BLOCK_F=32, num_warps=4, num_stages=2)}
 
 
 @triton.jit
@@ -199,7 +197,7 @@ def swiglu_gradient(
         num_tiles, options = tiling(y_PU, rows_TK)
         kept = [tensor.contiguous() for tensor in (probs_P, rows_TK, used_P, cosines_TN, inverse_lengths_TK)]
         sizes = num_tiles, num_tokens, num_rows, U // 2, y_PU.stride(0), incoming_PF.stride(0)
-        options.update(LARGEST=torch.finfo(y_PU.dtype).max, **BACKWARD[y_PU.element_size()])
+        options.update(LARGEST=torch.finfo(y_PU.dtype).max, **options_of("swiglu_gradient", y_PU.element_size()))
         grid = (num_tiles + triton.cdiv(num_rows, options["TILE"]),)
         _swiglu_gradient_kernel[grid](y_PU, *kept, weight, incoming_PF, dy_PU, dprobs_P, factor, *sizes, **options)
     return dy_PU.to(y_PU.dtype), dprobs_P.to(probs_P.dtype)

@@ -26,20 +26,25 @@ def _python(*command):
 
 @pytest.mark.slow
 def test_without_a_gpu_everything_is_tried_and_nothing_is_called_measured(tmp_path):
-    parts = "kernels,layer,train,memcheck"
+    parts = "check,kernels,layer,sweep,train,memcheck"
     run = _python("run.py", "--parts", parts, "--minutes", 10, "--output", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.split("No GPU, nothing was measured")[1]
     assert "SKIPPED: no GPU" in summary
-    assert summary.count("PASSED") == (3 if HAS_MEGATRON else 1)
+    assert summary.count("PASSED") == (5 if HAS_MEGATRON else 3)
     report = (tmp_path / "summary.md").read_text()
     assert "| memcheck | SKIPPED: no GPU |" in report and "| smoke | 20 | cosines | triton |" in report
-    assert "- triton: " in report and "copy: " in (tmp_path / "log.txt").read_text()
-    for name in ("kernels", "layer", "train") if HAS_MEGATRON else ("kernels",):
-        record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert "- triton: " in report and "outputs are right" in (tmp_path / "log.txt").read_text()
+    records = {}
+    for name in ("check", "kernels", "sweep", "layer", "train") if HAS_MEGATRON else ("check", "kernels", "sweep"):
+        record = records[name] = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["device"].startswith("CPU") and record["torch"] and record["triton"]
-        assert record["rows"]
+        assert record["checks" if name == "check" else "rows"]
+    assert not records["check"]["rows"]
+    # What was found without a GPU is not where kernels read it.
+    assert list(json.loads((tmp_path / "tuned.json").read_text())) == ["interpreted"]
     if HAS_MEGATRON:
+        assert all(row["host_ms"] > 0 and "host_difference_ms" in row for row in records["layer"]["rows"])
         assert "not of a training step" in report and "not of a training step" in run.stdout
 
 
@@ -50,16 +55,17 @@ def test_a_wrong_kernel_is_not_timed(tmp_path):
         f"""
 import sys
 sys.argv = ["kernels.py", "--smoke", "--output", {str(tmp_path)!r}]
-import kernels
-right = kernels.mass_kernels.routed_mass
-kernels.mass_kernels.routed_mass = lambda *inputs: (1.001 * right(*inputs)[0], None)
+import kernels, operations
+right = operations.mass_kernels.routed_mass
+operations.mass_kernels.routed_mass = lambda *inputs: (1.001 * right(*inputs)[0], right(*inputs)[1])
 sys.exit(kernels.main())
 """,
     )
     assert run.returncode == 1, run.stdout + run.stderr
     assert run.stdout.count("WRONG") == 2 and "mass" in run.stdout
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert {row["operation"] for row in rows} == {"cosines", "cosines gradient", "mass gradient"}
+    others = {"cosines", "mixing gradient", "cosines gradient", "SwiGLU gradient", "row indices", "mass gradient"}
+    assert {row["operation"] for row in rows} == others
 
 
 def test_unknown_part_is_named():
@@ -86,8 +92,13 @@ def call(tmp_path):
     return _Call(tmp_path)
 
 
-def test_no_part_needs_more_than_the_minutes_of_a_call(call):
-    assert all(part.seconds <= 480 for part in call.run.PARTS.values())
+def test_all_parts_fit_into_the_minutes_of_a_call_and_each_half_into_half_of_them(call):
+    """So that none is cut off for want of time, whatever the others take."""
+    most = [part.seconds + call.run.GRACE for part in call.run.PARTS.values()]
+    assert list(call.run.PARTS)[:3] == ["check", "kernels", "layer"]
+    starting = 15  # seconds, to import torch
+    for half in (most[:5], most[5:]):
+        assert sum(half) + starting <= 60 * call.run.MINUTES / 2
 
 
 @pytest.mark.once
@@ -102,6 +113,22 @@ time.sleep(600)
     assert call.part(code, left=8).startswith("CUT OFF (")
     assert "started" in call.log.getvalue()
     assert call.part("", left=1) == "SKIPPED: no time left"
+
+
+def test_a_part_is_called_cut_off_by_its_exit_status(call):
+    """Interrupted, it may still end as it should. What it started ends with it."""
+    code = """
+import signal, subprocess, sys, time
+def end(*_):
+    print("ended in time")
+    sys.exit({status})
+signal.signal(signal.SIGINT, end)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+time.sleep(600)
+"""
+    assert call.part(code.format(status=0), left=8).startswith("PASSED (")
+    assert call.part(code.format(status=1), left=8).startswith("CUT OFF (")
+    assert call.log.getvalue().count("ended in time") == 2
 
 
 def test_rows_are_written_one_by_one(tmp_path):

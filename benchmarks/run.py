@@ -28,7 +28,7 @@ ROOT = HERE.parent
 MIN_SECONDS = 5  # with less left, a part is not started
 GRACE = 3  # seconds that an interrupted part gets to report what it has
 MINUTES = 16
-LONGEST_TABLE = 150
+LONGEST_TABLE = 200
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def summarize(folder: Path, title: str, results: dict[str, str]) -> None:
         tables = {key: record.pop(key) for key, value in list(record.items()) if isinstance(value, list)}
         lines += ["", f"## {name}", "", *(f"- {key}: {value}" for key, value in record.items())]
         for key, rows in tables.items():
-            of_rows = table(rows) if len(rows) <= LONGEST_TABLE else [f"{len(rows)} in {file.name}"]
+            of_rows = table(rows) if 0 < len(rows) <= LONGEST_TABLE else [f"{len(rows)} in {file.name}"]
             lines += ["", f"{key}:", "", *of_rows]
     (folder / "summary.md").write_text("\n".join(lines) + "\n")
 

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from processes import HAS_MEGATRON, ROOT, python
+from processes import HAS_MEGATRON, ROOT, needs_megatron, python
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("torch")
@@ -66,6 +66,32 @@ sys.exit(kernels.main())
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     others = {"cosines", "mixing gradient", "cosines gradient", "SwiGLU gradient", "row indices", "mass gradient"}
     assert {row["operation"] for row in rows} == others
+
+
+@pytest.mark.slow
+@needs_megatron
+@pytest.mark.parametrize(
+    "fault, wrong",
+    [("pass", 0), ("Case.of_loss = lambda case: case.incoming", 2), ("Case.fused = lambda case: case.backward()", 2)],
+)
+def test_the_fused_backward_is_compared_with_the_loss_weighed_as_the_incoming_gradient(tmp_path, fault, wrong):
+    """Both it and what it is compared with, which would otherwise hide its faults by its own."""
+    run = _python(
+        "-c",
+        f"""
+import sys
+sys.argv = ["fused.py", "--smoke", "--output", {str(tmp_path)!r}]
+import fused
+from fused import Case
+{fault}
+fused.TIMED = {{}}
+sys.exit(fused.main())
+""",
+    )
+    assert run.returncode == bool(wrong), run.stdout + run.stderr
+    assert run.stdout.count("WRONG") == wrong
+    checks = json.loads((tmp_path / "fused.json").read_text())["errors, relative to the largest value"]
+    assert [row["right"] for row in checks] == 2 * [not wrong]
 
 
 def test_unknown_part_is_named():
@@ -128,7 +154,7 @@ time.sleep(600)
 """
     assert call.part(code.format(status=0), left=8).startswith("PASSED (")
     assert call.part(code.format(status=1), left=8).startswith("CUT OFF (")
-    assert call.log.getvalue().count("ended in time") == 2
+    assert call.log.getvalue().splitlines().count("ended in time") == 2
 
 
 def test_rows_are_written_one_by_one(tmp_path):

@@ -280,14 +280,14 @@ MUTATIONS = [
     ),
     (
         "check on a GPU blind for the loss's gradient beside the incoming one",
-        "../benchmarks/operations.py",
+        "benchmarks/operations.py",
         "if operation.is_gradient:",
         "if False:",
         "tests/repository/test_measurements.py::test_the_check_finds_what_a_gradient_leaves_out",
     ),
     (
         "second-level cache emptied by writing",
-        "../benchmarks/common.py",
+        "benchmarks/common.py",
         "self.buffer.sum()",
         "self.buffer.zero_()",
         "tests/repository/test_measurements.py::test_the_cache_is_emptied_by_reading",
@@ -396,6 +396,11 @@ MUTATIONS = [
 ENGINE = ROOT / ".venv-te" / "bin" / "python"  # of tests/te; make test-te makes it
 
 
+def source(root: Path, file: str) -> Path:
+    """The path of a mutation's file, of the package or of benchmarks/."""
+    return root / file if file.startswith("benchmarks/") else root / "megatron_moe_spec" / file
+
+
 def main(word: str = "") -> int:
     missed = []
     for fault, file, original, faulty, test in MUTATIONS:
@@ -405,7 +410,7 @@ def main(word: str = "") -> int:
             for part in ("megatron_moe_spec", "tests", "examples", "benchmarks", "pyproject.toml"):
                 copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
                 copy(ROOT / part, Path(folder) / part)
-            path = Path(folder) / "megatron_moe_spec" / file
+            path = source(Path(folder), file)
             text = path.read_text()
             if text.count(original) != 1:
                 raise SystemExit(f"{fault}: {file} holds this {text.count(original)} times instead of once: {original}")

@@ -4,6 +4,8 @@ import importlib.util
 import io
 import json
 import sys
+import threading
+import time
 
 import pytest
 from processes import HAS_MEGATRON, ROOT, needs_megatron, python
@@ -141,20 +143,34 @@ time.sleep(600)
     assert call.part("", left=1) == "SKIPPED: no time left"
 
 
-def test_a_part_is_called_cut_off_by_its_exit_status(call):
+def test_a_part_is_called_cut_off_by_its_exit_status(call, monkeypatch):
     """Interrupted, it may still end as it should. What it started ends with it."""
+
+    class WhenStarted(threading.Timer):
+        """Begins when the part is ready for the signal."""
+
+        def run(self):
+            while "started" not in call.log.getvalue().splitlines() and not self.finished.is_set():
+                time.sleep(0.05)
+            super().run()
+
+    monkeypatch.setattr(call.run.threading, "Timer", WhenStarted)
+    monkeypatch.setattr(call.run, "MIN_SECONDS", 0)
+    monkeypatch.setattr(call.run, "GRACE", 60)
     code = """
 import signal, subprocess, sys, time
 def end(*_):
     print("ended in time")
     sys.exit({status})
 signal.signal(signal.SIGINT, end)
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+subprocess.Popen(["sleep", "600"])
+print("started")
 time.sleep(600)
 """
-    assert call.part(code.format(status=0), left=8).startswith("PASSED (")
-    assert call.part(code.format(status=1), left=8).startswith("CUT OFF (")
-    assert call.log.getvalue().splitlines().count("ended in time") == 2
+    for status, result in {0: "PASSED (", 1: "CUT OFF ("}.items():
+        call.log = io.StringIO()
+        assert call.part(code.format(status=status), left=60.1).startswith(result)
+        assert call.log.getvalue().splitlines()[-2:] == ["started", "ended in time"]
 
 
 def test_rows_are_written_one_by_one(tmp_path):

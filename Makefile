@@ -40,7 +40,7 @@ help:
 	@echo "make megatron-tests MEGATRON=path  Megatron's own tests of MoE layers, of a Megatron-LM checkout, without and with"
 	@echo "                   the losses: whether any output or gradient differs by a bit (about 10 minutes)."
 	@echo "                   SUITE_ARGS=\"--processes 2,4\" and the like go to tests/megatron_suite/run.py"
-	@echo "make gpu           check and measure the kernels on a GPU, in 8 minutes; without one, try them on tiny shapes."
+	@echo "make gpu           check and measure the kernels on a GPU, in 16 minutes; without one, try them on tiny shapes."
 	@echo "                   GPU_ARGS=\"--parts layer,train\" and the like go to benchmarks/run.py. A python, or PYTHON=path,"
 	@echo "                   that has torch, triton and megatron-core is used as it is, without pip"
 	@echo "make host-time     measure the host time that the losses add to an MoE layer, without a GPU (about 5 minutes)."

@@ -1,5 +1,6 @@
 """Shared by the benchmarks: shapes of real models, timing, and writing of results."""
 
+import functools
 import json
 import platform
 import statistics
@@ -27,11 +28,12 @@ class Shape:
     score_function: str = "softmax"
 
 
+# The most wanted first: a run that is cut off has them.
 MODELS = {
-    "Mixtral-8x7B": Shape(4096, 14336, 8, 2),
     "Qwen3-30B-A3B": Shape(2048, 768, 128, 8),
-    "DeepSeek-V2-Lite": Shape(2048, 1408, 64, 6),
     "DeepSeek-V3": Shape(7168, 2048, 256, 8, "sigmoid"),
+    "Mixtral-8x7B": Shape(4096, 14336, 8, 2),
+    "DeepSeek-V2-Lite": Shape(2048, 1408, 64, 6),
     # The paper's large models as configs/ reconstructs them.
     "paper, vanilla 7B": Shape(2048, 5504, 8, 2),
     "paper, DeepSeek-style 7B": Shape(2048, 688, 64, 6),
@@ -48,26 +50,77 @@ def device() -> torch.device:
     return torch.device("cuda" if on_gpu() else "cpu")
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 20, warm_up: int = 3) -> float:
-    """Median time of ``run``; on a GPU its second-level cache is emptied before each, by the device's clock."""
+@dataclass(frozen=True)
+class Times:
+    """Median milliseconds of a function: on the device, and on the host until it returns."""
+
+    device: float
+    host: float
+
+
+class CacheFlush:
+    """Empties the GPU's second-level cache, by reading more than it holds.
+
+    Lines that a flush had written would be written back while the next kernel is timed.
+    """
+
+    def __init__(self):
+        holds = torch.cuda.get_device_properties(0).L2_cache_size
+        self.buffer = torch.zeros(holds, device=device())  # fp32: four times as many bytes
+
+    def __call__(self) -> None:
+        self.buffer.sum()
+
+
+_cache_flush = functools.cache(CacheFlush)
+
+
+def timed(run: Callable[[], object], repeats: int = 20, warm_up: int = 3) -> Times:
+    """Times of ``run``; without a GPU, both are the host's.
+
+    On a GPU, each timed call begins with an empty second-level cache, and is enqueued while the device sleeps: gaps
+    between launches do not count as the device's time.
+    """
     for _ in range(warm_up):
         run()
+    host = statistics.median(_host_milliseconds(run) for _ in range(min(repeats, 5) if on_gpu() else repeats))
     if not on_gpu():
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - start))
-        return statistics.median(times)
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+        return Times(host, host)
+    flush, sleep = _cache_flush(), round((1.5 * host + 0.1) * _sleep_cycles_per_millisecond())
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
-        flush.zero_()
+        flush()
+        torch.cuda._sleep(sleep)
         start.record()
         run()
         end.record()
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in events)
+    return Times(statistics.median(start.elapsed_time(end) for start, end in events), host)
+
+
+def milliseconds(run: Callable[[], object], repeats: int = 20, warm_up: int = 3) -> float:
+    """``timed`` on the device."""
+    return timed(run, repeats, warm_up).device
+
+
+def _host_milliseconds(run: Callable[[], object]) -> float:
+    """From a device that has nothing to do until ``run`` returns."""
+    if on_gpu():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+@functools.cache
+def _sleep_cycles_per_millisecond(cycles: int = 10_000_000) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)  # the first also loads its code
+    start.record()
+    torch.cuda._sleep(cycles)
+    end.record()
+    torch.cuda.synchronize()
+    return cycles / start.elapsed_time(end)
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
@@ -82,11 +135,30 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def copy_gigabytes_per_second(size: int = 2**30) -> float:
-    """Bytes read and written per second by a copy of ``size`` bytes: what a kernel can be measured by."""
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device()) for _ in range(2))
-    source.zero_()
-    return 2 * size / milliseconds(lambda: target.copy_(source)) / 1e6
+@functools.cache
+def transfer_milliseconds(num_bytes: int, only_reads: bool) -> float:
+    """Time of a copy that reads and writes so many bytes in all, or of a sum that reads them."""
+    size = max(num_bytes // (4 if only_reads else 8), 1)
+    source = torch.zeros(size, device=device())
+    if only_reads:
+        return milliseconds(source.sum)
+    target = torch.empty_like(source)
+    return milliseconds(lambda: target.copy_(source))
+
+
+def against_transfer(took: float, num_bytes: int, only_reads: bool) -> dict:
+    """Columns of a row: the rate of an operation that took so many milliseconds, and relative to a plain transfer.
+
+    The transfer moves as many bytes: what is small, or fits the cache, has no part in the bandwidth of large tensors.
+    """
+    transfer = transfer_milliseconds(num_bytes, only_reads)
+    return {
+        "least_MB": round(num_bytes / 1e6, 2),
+        "GB_per_s": round(num_bytes / took / 1e6, 1),
+        "transfer": "sum" if only_reads else "copy",
+        "transfer_ms": round(transfer, 4),
+        "percent_of_transfer": round(100 * transfer / took, 1),
+    }
 
 
 def command_output(*command: str) -> Optional[str]:

@@ -1,11 +1,13 @@
 """Two real MoE layers of Megatron-Core, forward and backward, without and with the losses: time and memory.
 
-    python benchmarks/layer.py [--tokens 8192] [--rounds 15] [--seconds 25] [--output FOLDER] [--smoke]
+    python benchmarks/layer.py [--tokens 8192] [--rounds 15] [--seconds 10] [--output FOLDER] [--smoke]
 
 bf16, one GPU, all experts on it. Experts are limited to --max-experts, with their rows as many as before, where the
 whole layer does not fit. Before a model is timed, its gradients with the kernels are compared with those of the eager
 hooks. Then every round times one step of each variant, in random order, on the same weights and inputs; differences
-are those of the steps of one round, so that a clock that drifts cancels.
+are those of the steps of one round, so that a clock that drifts cancels. Two times are measured: that of the GPU, with
+launches enqueued ahead of it wherever Megatron does not synchronise; and that of the host, which begins with an idle
+GPU and ends when the step returns.
 """
 
 import argparse
@@ -21,7 +23,7 @@ if "--smoke" in sys.argv:
 
 import moe
 import torch
-from common import MODELS, RESULTS, SMOKE, Results, milliseconds, peak_bytes
+from common import MODELS, RESULTS, SMOKE, Results, Times, peak_bytes, timed
 
 from megatron_moe_spec import SpecConfig, attach
 
@@ -75,8 +77,8 @@ def measure(model, x, fields, of):
     return found
 
 
-def one_time(step) -> float:
-    return milliseconds(step, repeats=1, warm_up=1)
+def one_time(step) -> Times:
+    return timed(step, repeats=1, warm_up=1)
 
 
 def one_peak(step) -> int:
@@ -84,15 +86,19 @@ def one_peak(step) -> int:
     return peak_bytes(step)
 
 
-def compared(times: dict, peaks: dict) -> list[dict]:
-    """A row a variant: its median time, and the median, least and largest difference from the step without losses."""
-    rows, base = [], statistics.median(times["none"])
+def compared(times: dict[str, list[Times]], peaks: dict) -> list[dict]:
+    """A row a variant: its median times, and the median, least and largest difference from the step without losses."""
+    rows = []
     for variant, took in times.items():
-        differences = [a - b for a, b in zip(took, times["none"])]
-        of_three = {"": statistics.median, "_least": min, "_largest": max}
-        row = {"losses": variant, "rounds": len(took), "ms": round(statistics.median(took), 3)}
-        row.update({f"difference_ms{end}": round(f(differences), 3) for end, f in of_three.items()})
-        row.update({f"layer_percent{end}": round(100 * f(differences) / base, 2) for end, f in of_three.items()})
+        row = {"losses": variant, "rounds": len(took)}
+        for of, prefix in (("device", ""), ("host", "host_")):
+            own, without = ([getattr(one, of) for one in times[name]] for name in (variant, "none"))
+            differences, base = [a - b for a, b in zip(own, without)], statistics.median(without)
+            row[f"{prefix}ms"] = round(statistics.median(own), 3)
+            for end, f in {"": statistics.median, "_least": min, "_largest": max}.items():
+                row[f"{prefix}difference_ms{end}"] = round(f(differences), 3)
+                if of == "device":
+                    row[f"layer_percent{end}"] = round(100 * f(differences) / base, 2)
         rows.append({**row, "peak_MB": round(peaks[variant] / 1e6, 1)})
     return rows
 
@@ -102,7 +108,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (%(default)s)")
     parser.add_argument("--max-experts", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="at most, of a model (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=25, help="start no round of a model after so long")
+    parser.add_argument("--seconds", type=float, default=10, help="start no round of a model after so long")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on CPU in Triton's interpreter")
     arguments = parser.parse_args()

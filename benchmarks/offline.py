@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from megatron_moe_spec.kernels import cosines as row_kernels
 from megatron_moe_spec.kernels import mass as mass_kernels
+from megatron_moe_spec.kernels import options as kernel_options
 from megatron_moe_spec.kernels import row_indices as row_index_kernels
 from megatron_moe_spec.kernels import swiglu as swiglu_kernels
 
@@ -73,11 +74,14 @@ def compiled(architecture: int, operation) -> list[tuple]:
         kernels.append((self.__name__.strip("_"), run(self, *args, grid=grid, warmup=True, **options)))
 
     driver.set_active(_NoGPU(architecture))
-    JITFunction.run = compile_only
+    JITFunction.run, here = compile_only, kernel_options.capability
+    kernel_options.capability = lambda: f"{architecture // 10}.{architecture % 10}"
+    kernel_options.options.cache_clear()
     try:
         operation()
     finally:
-        JITFunction.run = run
+        JITFunction.run, kernel_options.capability = run, here
+        kernel_options.options.cache_clear()
     return kernels
 
 

@@ -272,6 +272,27 @@ MUTATIONS = [
         "tests/kernels/test_swiglu.py::test_the_loss_is_apart",
     ),
     (
+        "gradient of the cosines left out, as a check on a GPU has to see",
+        "kernels/cosines.py",
+        "result = multiply_split(high, low, x, OPERAND) * scale",
+        "result = multiply_split(high, low, x, OPERAND) * 0.0",
+        "tests/repository/test_measurements.py::test_the_check_finds_the_kernels_right",
+    ),
+    (
+        "check on a GPU blind for the loss's gradient beside the incoming one",
+        "benchmarks/operations.py",
+        "if operation.is_gradient:",
+        "if False:",
+        "tests/repository/test_measurements.py::test_the_check_finds_what_a_gradient_leaves_out",
+    ),
+    (
+        "second-level cache emptied by writing",
+        "benchmarks/common.py",
+        "self.buffer.sum()",
+        "self.buffer.zero_()",
+        "tests/repository/test_measurements.py::test_the_cache_is_emptied_by_reading",
+    ),
+    (
         "node of the SwiGLU replaced where hooks hold its inputs",
         "integration/compat/experts.py",
         'if any(getattr(saved, "unpack_hook", True) is not None for saved in node._raw_saved_tensors):',
@@ -375,16 +396,21 @@ MUTATIONS = [
 ENGINE = ROOT / ".venv-te" / "bin" / "python"  # of tests/te; make test-te makes it
 
 
+def source(root: Path, file: str) -> Path:
+    """The path of a mutation's file, of the package or of benchmarks/."""
+    return root / file if file.startswith("benchmarks/") else root / "megatron_moe_spec" / file
+
+
 def main(word: str = "") -> int:
     missed = []
     for fault, file, original, faulty, test in MUTATIONS:
         if word not in fault:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            for part in ("megatron_moe_spec", "tests", "examples", "pyproject.toml"):
+            for part in ("megatron_moe_spec", "tests", "examples", "benchmarks", "pyproject.toml"):
                 copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
                 copy(ROOT / part, Path(folder) / part)
-            path = Path(folder) / "megatron_moe_spec" / file
+            path = source(Path(folder), file)
             text = path.read_text()
             if text.count(original) != 1:
                 raise SystemExit(f"{fault}: {file} holds this {text.count(original)} times instead of once: {original}")

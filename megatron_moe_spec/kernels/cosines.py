@@ -14,7 +14,7 @@ matrix is 4 * 0.96 = 3.84 off the diagonal and -4 * 0.96^2 = -3.6864 on it. The 
 swapped.
 """
 
-from functools import cache, partial
+from functools import partial
 from typing import Optional, Union
 
 import torch
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_moe_spec.kernels.launch import Launch
+from megatron_moe_spec.kernels.options import cached, options
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     checked_shape,
@@ -39,10 +40,6 @@ from megatron_moe_spec.kernels.tiles import (
     weight_and_factor,
     with_dense_rows,
 )
-
-# Options of compilation, by the number of bytes of an element of x.
-FORWARD = {2: dict(BLOCK_D=64, num_warps=1, num_stages=6), 4: dict(BLOCK_D=32, num_warps=1, num_stages=3)}
-BACKWARD = {2: dict(BLOCK_D=128, num_warps=4, num_stages=3), 4: dict(BLOCK_D=32, num_warps=4, num_stages=2)}
 
 # A squared length between these is a sum of squares that neither overflowed nor underflowed.
 _SMALLEST, _LARGEST = tl.constexpr(2.0**-60), tl.constexpr(2.0**100)
@@ -263,9 +260,9 @@ def _launch_cosines(x_PD: Tensor, rows_TK: Tensor, of_columns: bool) -> tuple:
     return out.view(num_tokens, k, k) if of_columns else out, lengths_TK, squares
 
 
-@cache
+@cached
 def _cosines_launch(k: int, dtype: torch.dtype, of_columns: bool) -> Launch:
-    constants = dict(WIDE_RANGE=dtype != torch.float16, PARTIAL=of_columns, **FORWARD[dtype.itemsize])
+    constants = dict(WIDE_RANGE=dtype != torch.float16, PARTIAL=of_columns, **options("cosines", dtype.itemsize))
     return Launch(_cosines_kernel, **tiling(k, dtype)[2], **constants)
 
 
@@ -340,9 +337,9 @@ def add_mixed(
     return in_dtype(out_PD, x_PD.dtype)
 
 
-@cache
+@cached
 def _mixing_launch(k: int, dtype: torch.dtype, of_squares: bool) -> Launch:
-    return Launch(_mixing_kernel, **tiling(k, dtype)[2], OF_SQUARES=of_squares, **BACKWARD[dtype.itemsize])
+    return Launch(_mixing_kernel, **tiling(k, dtype)[2], OF_SQUARES=of_squares, **options("mixing", dtype.itemsize))
 
 
 add_squares_gradient = partial(add_mixed, of_squares=True)

@@ -13,7 +13,6 @@ dm / dlogits = s * (active - m) = (1/8 * 1/4, 1/4 * -3/4, 5/8 * 1/4) = (0.03125,
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, Optional, Union
 
 import torch
@@ -22,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_moe_spec.kernels.launch import Launch
+from megatron_moe_spec.kernels.options import cached, options
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     empty_like,
@@ -32,8 +32,6 @@ from megatron_moe_spec.kernels.tiles import (
 )
 from megatron_moe_spec.losses.scores import SCORE_FUNCTIONS
 
-_ELEMENTS = 2048  # logits of a program
-_WARPS = 4
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -151,7 +149,7 @@ def routed_mass(
         products = torch.empty(grid, dtype=torch.float32, device=device)
     if num_tokens:
         tensors = logits_TE.contiguous(), active_TE.contiguous(), mass_T
-        launch = _mass_launch(active_TE.shape[1], score_function)
+        launch = _mass_launch(active_TE.shape[1], logits_TE.element_size(), score_function)
         launch(grid, tensors, (num_tokens,), optional=(previous_T, products))
     return mass_T, products
 
@@ -183,7 +181,7 @@ def add_mass_gradient(
         weight, factor = weight_and_factor(weight, factor, logits_TE.device)
         other_T = neighbor_grads[1].contiguous() if len(neighbor_grads) > 1 else None
         tensors = logits_TE.contiguous(), active_TE.contiguous(), neighbor_grads[0].contiguous()
-        launch = _mass_gradient_launch(active_TE.shape[1], score_function)
+        launch = _mass_gradient_launch(active_TE.shape[1], logits_TE.element_size(), score_function)
         numbers, optional = (factor, num_tokens), (other_T, weight)
         launch(grid, (*tensors, incoming_TE.contiguous(), out_TE), numbers, optional=optional)
     return in_dtype(out_TE, logits_TE.dtype)
@@ -197,24 +195,25 @@ def _checked(logits_TE: Tensor, active_TE: Tensor, score_function: str) -> tuple
     if score_function not in SCORE_FUNCTIONS:
         raise ValueError(f"score_function must be one of {', '.join(SCORE_FUNCTIONS)}; got {score_function!r}")
     num_tokens, num_experts = logits_TE.shape
-    return num_tokens, num_blocks(num_tokens, _block_tokens(num_experts))
+    return num_tokens, num_blocks(num_tokens, _block_tokens(num_experts, logits_TE.element_size()))
 
 
-@cache
-def _block_tokens(num_experts: int) -> int:
-    return max(_ELEMENTS // power_of_2(num_experts), 1)
+@cached
+def _block_tokens(num_experts: int, element_size: int) -> int:
+    return max(options("mass", element_size)["ELEMENTS"] // power_of_2(num_experts), 1)
 
 
-@cache
-def _mass_launch(num_experts: int, score_function: str) -> Launch:
-    return Launch(_mass_kernel, **_constants(num_experts, score_function))
+@cached
+def _mass_launch(num_experts: int, element_size: int, score_function: str) -> Launch:
+    return Launch(_mass_kernel, **_constants(num_experts, element_size, score_function))
 
 
-@cache
-def _mass_gradient_launch(num_experts: int, score_function: str) -> Launch:
-    return Launch(_mass_gradient_kernel, **_constants(num_experts, score_function))
+@cached
+def _mass_gradient_launch(num_experts: int, element_size: int, score_function: str) -> Launch:
+    return Launch(_mass_gradient_kernel, **_constants(num_experts, element_size, score_function))
 
 
-def _constants(num_experts: int, score_function: str) -> dict[str, Any]:
-    blocks = dict(BLOCK_T=_block_tokens(num_experts), BLOCK_E=power_of_2(num_experts))
-    return dict(E=num_experts, SCORE_FUNCTION=score_function, num_warps=_WARPS, **blocks)
+def _constants(num_experts: int, element_size: int, score_function: str) -> dict[str, Any]:
+    blocks = dict(BLOCK_T=_block_tokens(num_experts, element_size), BLOCK_E=power_of_2(num_experts))
+    num_warps = options("mass", element_size)["num_warps"]
+    return dict(E=num_experts, SCORE_FUNCTION=score_function, num_warps=num_warps, **blocks)

@@ -10,7 +10,6 @@ Worked example, dispatched [[1, 0, 1], [1, 1, 0]]: expert 0 has rows 0 (token 0)
 (token 1), expert 2 has row 3 (token 0). The tokens' rows are (0, 3) and (1, 2).
 """
 
-from functools import cache
 from typing import Any, Optional
 
 import torch
@@ -19,11 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_moe_spec.kernels.launch import Launch
+from megatron_moe_spec.kernels.options import cached, options
 from megatron_moe_spec.kernels.tiles import check_like, num_blocks, power_of_2
-
-_ELEMENTS = 2048  # marks of a program
-_MOST_TOKENS = 32
-_WARPS = 4
 
 
 @triton.jit
@@ -173,24 +169,25 @@ def rows_of_tokens(
     return rows_TK, used_P
 
 
-@cache
+@cached
 def _block_tokens(num_experts: int) -> int:
-    return max(min(_MOST_TOKENS, _ELEMENTS // power_of_2(num_experts)), 1)
+    chosen = options("row_indices", 1)
+    return max(min(chosen["MOST_TOKENS"], chosen["ELEMENTS"] // power_of_2(num_experts)), 1)
 
 
-@cache
+@cached
 def _count_launch(num_experts: int, only_used: bool) -> Launch:
     return Launch(_count_kernel, **_constants(num_experts, only_used))
 
 
-@cache
+@cached
 def _rows_launch(num_experts: int, only_used: bool, top_k: int) -> Launch:
     return Launch(_rows_kernel, K=top_k, SLOTS=power_of_2(top_k), **_constants(num_experts, only_used))
 
 
 def _constants(num_experts: int, only_used: bool) -> dict[str, Any]:
     blocks = dict(BLOCK_T=_block_tokens(num_experts), BLOCK_E=power_of_2(num_experts))
-    return dict(E=num_experts, ONLY_USED=only_used, num_warps=_WARPS, **blocks)
+    return dict(E=num_experts, ONLY_USED=only_used, num_warps=options("row_indices", 1)["num_warps"], **blocks)
 
 
 @triton.jit(do_not_specialize=["block_stride", "source_stride"])
@@ -231,8 +228,8 @@ def rows_by_source(counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return order, places
 
 
-@cache
+@cached
 def _by_source_launch(blocks: int, sources: int) -> Launch:
     number = blocks * sources
     constants = dict(NUMBER=number, SOURCES=sources, PADDED=power_of_2(number), BLOCK_P=1024)
-    return Launch(_by_source_kernel, **constants, num_warps=_WARPS)
+    return Launch(_by_source_kernel, **constants, num_warps=4)

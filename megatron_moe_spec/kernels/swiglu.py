@@ -15,7 +15,6 @@ gate and p * 20 * that = (1.72032, -1.29024) for up. An incoming gradient of (1,
 (10, 10) to up's, and makes p's gradient 20 * (0.3 + 0.4) = 14, to which the cosines add nothing.
 """
 
-from functools import cache
 from typing import Union
 
 import torch
@@ -24,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_moe_spec.kernels.launch import Launch
+from megatron_moe_spec.kernels.options import cached, options
 from megatron_moe_spec.kernels.tiles import (
     check_like,
     checked_shape,
@@ -38,9 +38,6 @@ from megatron_moe_spec.kernels.tiles import (
     weight_and_factor,
     with_dense_rows,
 )
-
-# Options of compilation, by the number of bytes of an element of y.
-BACKWARD = {2: dict(BLOCK_F=64, num_warps=4, num_stages=3), 4: dict(BLOCK_F=32, num_warps=4, num_stages=2)}
 
 
 @triton.jit
@@ -208,7 +205,7 @@ def swiglu_gradient(
     return in_dtype(dy_PU, y_PU.dtype), in_dtype(dprobs_P, probs_P.dtype)
 
 
-@cache
+@cached
 def _launch(k: int, dtype: torch.dtype) -> Launch:
-    constants = dict(LARGEST=torch.finfo(dtype).max, **BACKWARD[dtype.itemsize])
+    constants = dict(LARGEST=torch.finfo(dtype).max, **options("swiglu_gradient", dtype.itemsize))
     return Launch(_swiglu_gradient_kernel, **tiling(k, dtype)[2], **constants)

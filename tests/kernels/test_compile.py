@@ -57,8 +57,8 @@ def test_spills_would_be_seen():
     _python(
         """
 import offline
-from megatron_moe_spec.kernels import cosines
-cosines.FORWARD[2] = dict(BLOCK_D=128, num_warps=1, num_stages=3, maxnreg=32)
+from megatron_moe_spec.kernels import options
+options.DEFAULTS["cosines"][2] = dict(BLOCK_D=128, num_warps=1, num_stages=3, maxnreg=32)
 operation = offline._row_operations("bfloat16", 8, 768)[0]
 ((name, kernel),) = offline.compiled(90, operation)
 assert offline.resources(kernel)["spilled_bytes"] > 0, offline.resources(kernel)

@@ -9,7 +9,6 @@ from kernel_cases import DEVICE, DTYPES, SHAPES, assert_no_further, covered_by, 
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from megatron_moe_spec.kernels import swiglu as swiglu_kernels
 from megatron_moe_spec.kernels.cosines import row_cosines
 from megatron_moe_spec.kernels.swiglu import swiglu_gradient
 from megatron_moe_spec.losses.vectors import pair_cosines, unit_vectors

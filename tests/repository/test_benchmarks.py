@@ -4,9 +4,11 @@ import importlib.util
 import io
 import json
 import sys
+import threading
+import time
 
 import pytest
-from processes import HAS_MEGATRON, ROOT, python
+from processes import HAS_MEGATRON, ROOT, needs_megatron, python
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("torch")
@@ -26,20 +28,25 @@ def _python(*command):
 
 @pytest.mark.slow
 def test_without_a_gpu_everything_is_tried_and_nothing_is_called_measured(tmp_path):
-    parts = "kernels,layer,train,memcheck"
+    parts = "check,kernels,layer,sweep,train,memcheck"
     run = _python("run.py", "--parts", parts, "--minutes", 10, "--output", tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
     summary = run.stdout.split("No GPU, nothing was measured")[1]
     assert "SKIPPED: no GPU" in summary
-    assert summary.count("PASSED") == (3 if HAS_MEGATRON else 1)
+    assert summary.count("PASSED") == (5 if HAS_MEGATRON else 3)
     report = (tmp_path / "summary.md").read_text()
     assert "| memcheck | SKIPPED: no GPU |" in report and "| smoke | 20 | cosines | triton |" in report
-    assert "- triton: " in report and "copy: " in (tmp_path / "log.txt").read_text()
-    for name in ("kernels", "layer", "train") if HAS_MEGATRON else ("kernels",):
-        record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert "- triton: " in report and "outputs are right" in (tmp_path / "log.txt").read_text()
+    records = {}
+    for name in ("check", "kernels", "sweep", "layer", "train") if HAS_MEGATRON else ("check", "kernels", "sweep"):
+        record = records[name] = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["device"].startswith("CPU") and record["torch"] and record["triton"]
-        assert record["rows"]
+        assert record["checks" if name == "check" else "rows"]
+    assert not records["check"]["rows"]
+    # What was found without a GPU is not where kernels read it.
+    assert list(json.loads((tmp_path / "tuned.json").read_text())) == ["interpreted"]
     if HAS_MEGATRON:
+        assert all(row["host_ms"] > 0 and "host_difference_ms" in row for row in records["layer"]["rows"])
         assert "not of a training step" in report and "not of a training step" in run.stdout
 
 
@@ -50,16 +57,43 @@ def test_a_wrong_kernel_is_not_timed(tmp_path):
         f"""
 import sys
 sys.argv = ["kernels.py", "--smoke", "--output", {str(tmp_path)!r}]
-import kernels
-right = kernels.mass_kernels.routed_mass
-kernels.mass_kernels.routed_mass = lambda *inputs: (1.001 * right(*inputs)[0], None)
+import kernels, operations
+right = operations.mass_kernels.routed_mass
+operations.mass_kernels.routed_mass = lambda *inputs: (1.001 * right(*inputs)[0], right(*inputs)[1])
 sys.exit(kernels.main())
 """,
     )
     assert run.returncode == 1, run.stdout + run.stderr
     assert run.stdout.count("WRONG") == 2 and "mass" in run.stdout
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert {row["operation"] for row in rows} == {"cosines", "cosines gradient", "mass gradient"}
+    others = {"cosines", "mixing gradient", "cosines gradient", "SwiGLU gradient", "row indices", "mass gradient"}
+    assert {row["operation"] for row in rows} == others
+
+
+@pytest.mark.slow
+@needs_megatron
+@pytest.mark.parametrize(
+    "fault, wrong",
+    [("pass", 0), ("Case.of_loss = lambda case: case.incoming", 2), ("Case.fused = lambda case: case.backward()", 2)],
+)
+def test_the_fused_backward_is_compared_with_the_loss_weighed_as_the_incoming_gradient(tmp_path, fault, wrong):
+    """Both it and what it is compared with, which would otherwise hide its faults by its own."""
+    run = _python(
+        "-c",
+        f"""
+import sys
+sys.argv = ["fused.py", "--smoke", "--output", {str(tmp_path)!r}]
+import fused
+from fused import Case
+{fault}
+fused.TIMED = {{}}
+sys.exit(fused.main())
+""",
+    )
+    assert run.returncode == bool(wrong), run.stdout + run.stderr
+    assert run.stdout.count("WRONG") == wrong
+    checks = json.loads((tmp_path / "fused.json").read_text())["errors, relative to the largest value"]
+    assert [row["right"] for row in checks] == 2 * [not wrong]
 
 
 def test_unknown_part_is_named():
@@ -86,8 +120,13 @@ def call(tmp_path):
     return _Call(tmp_path)
 
 
-def test_no_part_needs_more_than_the_minutes_of_a_call(call):
-    assert all(part.seconds <= 480 for part in call.run.PARTS.values())
+def test_all_parts_fit_into_the_minutes_of_a_call_and_each_half_into_half_of_them(call):
+    """So that none is cut off for want of time, whatever the others take."""
+    most = [part.seconds + call.run.GRACE for part in call.run.PARTS.values()]
+    assert list(call.run.PARTS)[:3] == ["check", "kernels", "layer"]
+    starting = 15  # seconds, to import torch
+    for half in (most[:5], most[5:]):
+        assert sum(half) + starting <= 60 * call.run.MINUTES / 2
 
 
 @pytest.mark.once
@@ -102,6 +141,36 @@ time.sleep(600)
     assert call.part(code, left=8).startswith("CUT OFF (")
     assert "started" in call.log.getvalue()
     assert call.part("", left=1) == "SKIPPED: no time left"
+
+
+def test_a_part_is_called_cut_off_by_its_exit_status(call, monkeypatch):
+    """Interrupted, it may still end as it should. What it started ends with it."""
+
+    class WhenStarted(threading.Timer):
+        """Begins when the part is ready for the signal."""
+
+        def run(self):
+            while "started" not in call.log.getvalue().splitlines() and not self.finished.is_set():
+                time.sleep(0.05)
+            super().run()
+
+    monkeypatch.setattr(call.run.threading, "Timer", WhenStarted)
+    monkeypatch.setattr(call.run, "MIN_SECONDS", 0)
+    monkeypatch.setattr(call.run, "GRACE", 60)
+    code = """
+import signal, subprocess, sys, time
+def end(*_):
+    print("ended in time")
+    sys.exit({status})
+signal.signal(signal.SIGINT, end)
+subprocess.Popen(["sleep", "600"])
+print("started")
+time.sleep(600)
+"""
+    for status, result in {0: "PASSED (", 1: "CUT OFF ("}.items():
+        call.log = io.StringIO()
+        assert call.part(code.format(status=status), left=60.1).startswith(result)
+        assert call.log.getvalue().splitlines()[-2:] == ["started", "ended in time"]
 
 
 def test_rows_are_written_one_by_one(tmp_path):

@@ -3,10 +3,13 @@
 import importlib
 import inspect
 import pkgutil
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import entry_points, version
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,21 @@ def test_version_is_that_of_the_installed_package():
 
 def test_types_are_shipped():
     assert files("megatron_moe_spec").joinpath("py.typed").is_file()
+
+
+@pytest.mark.once
+def test_tuned_options_are_shipped_where_they_were_written(tmp_path):
+    root = Path(megatron_moe_spec.__file__).parent.parent
+    shutil.copytree(root / "megatron_moe_spec", tmp_path / "megatron_moe_spec")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path / name)
+    (tmp_path / "megatron_moe_spec" / "kernels" / "tuned.json").write_text("{}")
+    code = "from setuptools.build_meta import build_wheel; build_wheel('dist')"
+    built = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {"megatron_moe_spec/kernels/tuned.json", "megatron_moe_spec/py.typed"} <= set(names)
 
 
 def test_what_is_exported_is_there(megatron):

@@ -54,12 +54,13 @@ class Launch:
 
         Args:
             optional: tensors, too, which follow the others; None where the kernel is to do without one.
-            numbers: those that the kernel is not specialized for (``do_not_specialize``).
+            numbers: those that the kernel is not specialized for (``do_not_specialize``): counts, and floats.
             sizes: those that it is specialized for.
         """
         key = None
         if _IS_KNOWN and not _is_watched(self._kernel):
-            active, given, absent = driver.active, tensors, ()
+            active, given = driver.active, tensors
+            absent: tuple[bool, ...] = ()
             if optional:
                 given = (*tensors, *[x for x in optional if x is not None])
                 absent = tuple([x is None for x in optional])

@@ -18,6 +18,8 @@ class TokenCount:
 
     local: Union[Tensor, int]  # this rank's
     total: Union[Tensor, int]  # those of all ranks that share the micro-batch; 0 in one of padding alone
+    # See ``scaling.gradient_weight``: weight, and the scale in it, which must live as long as it is known by its id.
+    weights: dict[tuple, tuple] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def divisor(self) -> Union[Tensor, int]:

@@ -49,8 +49,7 @@ class RowsBackward:
 
     def weight(self) -> Weight:
         """Makes a sum over the used tokens a mean over all, as this rank's gradient has to count."""
-        factor = self.per_square * self.stride / self.count.divisor
-        return gradient_weight(self.transformer_config, factor, self.count.total)
+        return gradient_weight(self.transformer_config, self.per_square * self.stride, self.count)
 
     def add_gradient(self, part: int, incoming: Tensor) -> Tensor:
         """incoming + that of one part of the rows; the first that asks has those of all parts computed."""

@@ -97,7 +97,7 @@ class PairsTap(Tap[Coupling]):
         if not neighbor_grads:  # the only MoE layer of a stage, and pairs across stages are dropped
             return incoming
         config, logits_TE = self.layer.transformer_config, call.logits_TE
-        factor, number = gradient_weight(config, -self._loss.coeff / routing.tokens.divisor, routing.tokens.total)
+        factor, number = gradient_weight(config, -self._loss.coeff, routing.tokens)
         layer = logits_TE, routing.active_TE, self.layer.score_function
         if kind == "mass" and self._is_fused(call):
             add_gradient_of_mass, incoming_TE = (

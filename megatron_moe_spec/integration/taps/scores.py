@@ -59,8 +59,7 @@ class ScoresTap(Tap[ScoresLoss]):
             scores_TE = normalized_scores(call.logits_TE, self.layer.score_function).requires_grad_()
             total = sum(_weighted(loss, scores_TE, routing) for loss in self.trained)
             (scores_gradient_TE,) = torch.autograd.grad(total, scores_TE)
-        config, tokens = self.layer.transformer_config, routing.tokens
-        weight, factor = gradient_weight(config, 1.0 / tokens.divisor, tokens.total)
+        weight, factor = gradient_weight(self.layer.transformer_config, 1.0, routing.tokens)
         scores_gradient_TE = scores_gradient_TE * (weight * factor)
         gradient_TE = normalized_scores_gradient(call.logits_TE, self.layer.score_function, scores_gradient_TE)
         return incoming + gradient_TE.view(incoming.shape).to(incoming.dtype)

@@ -50,11 +50,11 @@ def _computed_once(x, OPERAND: tl.constexpr):
 
 @triton.jit
 def _sigmoid(x, OPERAND: tl.constexpr):
-    """Sigmoid of fp32 numbers: four instructions for results in bf16 or fp16, where ``tl.sigmoid`` has eleven."""
+    """Sigmoid of fp32 numbers. Where results are bf16 or fp16, in four instructions: ``tl.sigmoid`` has eleven."""
     if OPERAND == tl.float32:  # also in the interpreter
         x = tl.sigmoid(x)
     else:
-        # 1 / (1 + 2^(-log2(e) x)), to 2 ulp, but 0 instead of subnormal numbers
+        # 1 / (1 + 2^(-log2(e) x)), with the approximations of tl.sigmoid, but 0 instead of subnormal numbers
         x = tl.inline_asm_elementwise(
             """
             mul.f32 $0, $1, 0fBFB8AA3B;
@@ -73,7 +73,7 @@ def _sigmoid(x, OPERAND: tl.constexpr):
 
 @triton.jit
 def _addresses(y_ptr, probs_ptr, incoming_ptr, dy_ptr, row, active, F, y_stride, incoming_stride):
-    """Of rows, each [rows, 1]: the addresses in y, incoming gradient and gradient of y; fp32 probabilities; active."""
+    """Of rows, [rows, 1] each: addresses in y, the incoming gradient and y's gradient; fp32 probabilities; active."""
     probs = tl.load(probs_ptr + row, mask=active, other=0.0).to(tl.float32)
     y_rows, incoming_rows, dy_rows = y_ptr + row * y_stride, incoming_ptr + row * incoming_stride, dy_ptr + row * 2 * F
     return y_rows[:, None], incoming_rows[:, None], dy_rows[:, None], probs[:, None], active[:, None]
@@ -144,8 +144,8 @@ def _row_gradients(
             z *= probs
             z = _computed_once(tl.where(tl.abs(z) <= LARGEST, z, 0.0), OPERAND)
             mixed = multiply_split(high, low, z, OPERAND)
-            # The compiler gives everything the layout of a matrix product, with twenty barriers a block, unless another
-            # shape hides it, and a load follows: then it gives everything the layout of the loads.
+            # The layout of a matrix product spreads to all that is computed with it: twenty barriers a block or, in
+            # Triton 3.6, a second sigmoid. Through another shape, with a load below, that of the loads spreads instead.
             mixed = tl.reshape(mixed, [TILE, BLOCK_F // 2, 2]) * scale[:, None, None]
             total += tl.reshape(mixed, [TILE, BLOCK_F])
         coming = _load_columns(incoming_rows, column + BLOCK_F, F, mask)

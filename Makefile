@@ -4,6 +4,8 @@ PRIMARY = .venv 3.12 3.13 megatron report test dev -- --constraint .ci/constrain
 OLDEST = .venv-oldest 3.11 3.10 megatron report test -- --constraint .ci/constraints-oldest.txt
 # What the first one has, and Transformer Engine's own Python code on CPU.
 ENGINE = .venv-te .venv
+# The same with the Triton of public GPU images (it comes with torch 2.11), whose compiler differs.
+TRITON = .venv-triton .venv triton==3.6.0
 # 0.16.1 runs in the second environment; 0.19.2 is what the first one has.
 VERSIONS ?= 0.16.1 0.17.1 0.18.2 0.19.2
 
@@ -18,8 +20,8 @@ HOST_ARGS ?=
 SUITE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart compare recipes unsupported environments lint test test-all test-primary test-te test-oldest test-versions
-.PHONY: megatron-tests gpu host-time clean
+.PHONY: help quickstart compare recipes unsupported environments lint test test-all test-primary test-te test-triton
+.PHONY: test-oldest test-versions megatron-tests gpu host-time clean
 
 help:
 	@echo "make quickstart    train a tiny MoE without and with the losses, and write a report (about 5 minutes)"
@@ -30,10 +32,11 @@ help:
 	@echo "make recipes       judge public training recipes: what takes the losses as it is (docs/recipes.md; 20 seconds)"
 	@echo "make unsupported   write what is not supported, from the list of rules, to docs/unsupported.md"
 	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes);"
-	@echo "                   WORKERS=8 sets the number of processes that run tests, here as in the next four"
-	@echo "make test-all      all tests: the next three"
+	@echo "                   WORKERS=8 sets the number of processes that run tests, here as in the next five"
+	@echo "make test-all      all tests: the next four"
 	@echo "make test-primary  on the newest supported Megatron-Core; PYTEST_ARGS=\"-k name\" goes to pytest"
 	@echo "make test-te       on models of Transformer Engine's own Python code, on CPU"
+	@echo "make test-triton   the kernels, compiled by an older Triton"
 	@echo "make test-oldest   on the oldest supported Megatron-Core, 0.16.1, and Python 3.10 or 3.11"
 	@echo "make lint          ruff and mypy, as before a commit"
 	@echo "make test-versions the tests that need Megatron, on each release: $(VERSIONS)"
@@ -84,7 +87,7 @@ test:
 
 test-all:
 	@status=0; \
-	for tests in test-primary test-te test-oldest; do \
+	for tests in test-primary test-te test-triton test-oldest; do \
 	    $(MAKE) --no-print-directory $$tests || { status=1; failed="$$failed $$tests"; }; \
 	done; \
 	for tests in $$failed; do echo "FAILED: make $$tests"; done; \
@@ -102,6 +105,11 @@ test-te:
 	@.ci/transformer-engine $(ENGINE)
 	$(call PYTEST,.venv-te/bin/python) $(call junit,te) $(TE_TESTS) $(PYTEST_ARGS)
 
+test-triton:
+	@.ci/venv $(PRIMARY)
+	@.ci/borrow $(TRITON)
+	$(call PYTEST,.venv-triton/bin/python) $(call junit,triton) tests/kernels/test_compile.py $(PYTEST_ARGS)
+
 oldest_tests = $(call PYTEST,.venv-oldest/bin/python) -m "not once" $(call junit,oldest) $(PYTEST_ARGS)
 test-oldest:
 	@status=0; .ci/venv $(OLDEST) || status=$$?; \
@@ -114,7 +122,7 @@ test-oldest:
 
 environments:
 	@.ci/venv $(OLDEST) & oldest=$$!; \
-	{ .ci/venv $(PRIMARY) && .ci/transformer-engine $(ENGINE); } || { kill $$oldest; exit 1; }; \
+	{ .ci/venv $(PRIMARY) && .ci/transformer-engine $(ENGINE) && .ci/borrow $(TRITON); } || { kill $$oldest; exit 1; }; \
 	wait $$oldest || [ $$? -eq 3 ]
 
 lint:

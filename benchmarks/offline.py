@@ -1,4 +1,4 @@
-"""Compiles the kernels, as they are shipped, for GPUs that need not be there, and reads what the compiler says.
+"""Compiles the kernels, as they are shipped, for GPUs that need not be there, and reads what the compiler made of them.
 
     python benchmarks/offline.py [--quick] [--json FILE]
 
@@ -85,15 +85,34 @@ def compiled(architecture: int, operation) -> list[tuple]:
     return kernels
 
 
-def resources(kernel) -> dict:
-    """Registers per thread, bytes per thread in local memory (spills), bytes of shared memory per program."""
+def _cuobjdump(kernel, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout + usage.stderr)
+        run = subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True)
+    return run.stdout + run.stderr
+
+
+def resources(kernel) -> dict:
+    """Registers per thread, bytes per thread in local memory (spills), bytes of shared memory per program."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(kernel, "-res-usage"))
     registers, stack, local = map(int, found.groups())
     return dict(registers=registers, spilled_bytes=stack + local, shared_bytes=kernel.metadata.shared)
+
+
+def longest_loop(kernel) -> dict:
+    """Of the longest loop: its instructions, and how many are special functions, barriers and asynchronous copies."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?;)", _cuobjdump(kernel, "-sass"), re.MULTILINE)
+    addresses, code = [int(address, 16) for address, _ in lines], [text for _, text in lines]
+    longest: list[str] = []
+    for end, text in enumerate(code):
+        branch = re.search(r"\bBRA\b.* 0x([0-9a-f]+) ;", text)
+        if branch and int(branch[1], 16) < addresses[end]:
+            loop = code[addresses.index(int(branch[1], 16)) : end + 1]
+            longest = max(longest, loop, key=len)
+    kinds = {"special_functions": "MUFU", "barriers": "BAR.SYNC", "async_copies": "LDGSTS"}
+    counts = {name: sum(mnemonic in text for text in longest) for name, mnemonic in kinds.items()}
+    return dict(loop_instructions=len(longest), **counts)
 
 
 def offset_products(kernel) -> dict:
@@ -134,7 +153,9 @@ def report(rows=ROWS, logits=LOGITS) -> list[dict]:
                 for operation in operations(*case):
                     for name, kernel in compiled(architecture, operation):
                         entry = dict(kernel=name, case=list(case), architecture=f"sm_{architecture}")
-                        entries.append({**entry, **resources(kernel), **offset_products(kernel)})
+                        entries.append(
+                            {**entry, **resources(kernel), **longest_loop(kernel), **offset_products(kernel)}
+                        )
     return entries
 
 
@@ -146,12 +167,13 @@ def main() -> None:
     entries = report(ROWS[::3], LOGITS[1:4:2]) if arguments.quick else report()
     if arguments.json:
         arguments.json.write_text(json.dumps(entries, indent=1) + "\n")
-    print(f"triton {triton.__version__}, compiled offline\n{'kernel':22} {'case':28} arch    registers spilled shared")
+    print(f"triton {triton.__version__}, compiled offline; the last three columns are of the longest loop")
+    print(f"{'kernel':22} {'case':28} arch    registers spilled shared instructions special barriers")
     for e in entries:
         case = " ".join(map(str, e["case"]))
         print(
             f"{e['kernel']:22} {case:28} {e['architecture']:7} {e['registers']:9} {e['spilled_bytes']:7} "
-            f"{e['shared_bytes']:6}"
+            f"{e['shared_bytes']:6} {e['loop_instructions']:12} {e['special_functions']:7} {e['barriers']:8}"
         )
 
 

@@ -34,8 +34,7 @@ ELEMENT_SIZES = {"cosines": 2, "mixing": 2, "swiglu_gradient": 2, "mass": 4, "ro
 CHOICES = {
     "cosines": dict(BLOCK_D=(32, 64, 128), num_warps=(1, 2, 4), num_stages=(3, 4, 6, 8)),
     "mixing": dict(BLOCK_D=(64, 128, 256), num_warps=(2, 4, 8), num_stages=(2, 3, 4)),
-    # Its loads are written one block ahead: the compiler pipelines none, whatever the stages.
-    "swiglu_gradient": dict(BLOCK_F=(32, 64, 128), num_warps=(2, 4, 8), num_stages=(3,)),
+    "swiglu_gradient": dict(BLOCK_F=(32, 64, 128), num_warps=(2, 4, 8), STAGES=(2, 3, 4)),
     "mass": dict(ELEMENTS=(1024, 2048, 4096), num_warps=(2, 4, 8)),
     "row_indices": dict(ELEMENTS=(1024, 2048, 4096), MOST_TOKENS=(16, 32, 64), num_warps=(2, 4, 8)),
 }

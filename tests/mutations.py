@@ -258,17 +258,24 @@ MUTATIONS = [
     (
         "gradient of the SwiGLU without the loss's",
         "kernels/swiglu.py",
-        "total += multiply_split(high, low, z, OPERAND) * scale[:, None]",
+        "total += tl.reshape(mixed, [TILE, BLOCK_F])",
         "pass",
         "tests/integration/test_gradients.py::test_gradient_in_the_swiglu",
     ),
     (
         "probabilities get the loss's gradient, too",
         "kernels/swiglu.py",
-        "total += multiply_split(high, low, z, OPERAND) * scale[:, None]",
-        "extra = multiply_split(high, low, z, OPERAND) * scale[:, None]\n"
-        "            total += extra\n"
-        "            products += extra * (silu * up)",
+        "total += tl.reshape(mixed, [TILE, BLOCK_F])",
+        "mixed = tl.reshape(mixed, [TILE, BLOCK_F])\n"
+        "            total += mixed\n"
+        "            products += mixed * (silu * up)",
+        "tests/kernels/test_swiglu.py::test_the_loss_is_apart",
+    ),
+    (
+        "gradient of the SwiGLU along a row's own direction, for tokens of two rows",
+        "kernels/swiglu.py",
+        "scale_0 * (z_1 - cosine * z_0)",
+        "scale_0 * z_1",
         "tests/kernels/test_swiglu.py::test_the_loss_is_apart",
     ),
     (

@@ -50,12 +50,58 @@ def _computed_once(x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _load_row_blocks(y_rows, incoming_rows, column, F, active):
-    """Gate, up and incoming gradient of columns of rows; 0 beyond the last."""
+def _sigmoid(x, OPERAND: tl.constexpr):
+    """Sigmoid of fp32 numbers. Where results are bf16 or fp16, in four instructions: ``tl.sigmoid`` has eleven."""
+    if OPERAND == tl.float32:  # also in the interpreter
+        x = tl.sigmoid(x)
+    else:
+        # 1 / (1 + 2^(-log2(e) x)), with the approximations of tl.sigmoid, but 0 instead of subnormal numbers
+        x = tl.inline_asm_elementwise(
+            """
+            mul.f32 $0, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 $0, $0;
+            add.f32 $0, $0, 0f3F800000;
+            rcp.approx.ftz.f32 $0, $0;
+            """,
+            "=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return x
+
+
+@triton.jit
+def _addresses(y_ptr, probs_ptr, incoming_ptr, dy_ptr, row, active, F, y_stride, incoming_stride):
+    """Of rows, [rows, 1] each: addresses in y, the incoming gradient and y's gradient; fp32 probabilities; active."""
+    probs = tl.load(probs_ptr + row, mask=active, other=0.0).to(tl.float32)
+    y_rows, incoming_rows, dy_rows = y_ptr + row * y_stride, incoming_ptr + row * incoming_stride, dy_ptr + row * 2 * F
+    return y_rows[:, None], incoming_rows[:, None], dy_rows[:, None], probs[:, None], active[:, None]
+
+
+@triton.jit
+def _load_columns(rows, column, F, active):
+    """Columns of rows; 0 beyond the last."""
+    return tl.load(rows + column[None, :], mask=active & (column < F)[None, :], other=0.0)
+
+
+@triton.jit
+def _load_swiglu(y_rows, column, F, active, OPERAND: tl.constexpr):
+    """Of columns of rows, in fp32: up, sigmoid of gate, silu of gate, z'."""
+    gate = _load_columns(y_rows, column, F, active).to(tl.float32)
+    up = _load_columns(y_rows + F, column, F, active).to(tl.float32)
+    sigmoid = _sigmoid(gate, OPERAND)
+    silu = gate * sigmoid
+    return up, sigmoid, silu, silu * up
+
+
+@triton.jit
+def _store_gradient(dy_rows, column, F, active, total, up, sigmoid, silu):
+    """Writes the gradient of columns of rows of y, from that of z'."""
     mask = active & (column < F)[None, :]
-    gate = tl.load(y_rows + column[None, :], mask=mask, other=0.0)
-    up = tl.load(y_rows + F + column[None, :], mask=mask, other=0.0)
-    return gate, up, tl.load(incoming_rows + column[None, :], mask=mask, other=0.0)
+    tl.store(dy_rows + column[None, :], total * up * (sigmoid + silu * (1.0 - sigmoid)), mask=mask)
+    tl.store(dy_rows + F + column[None, :], total * silu, mask=mask)
 
 
 @triton.jit
@@ -74,6 +120,7 @@ def _row_gradients(
     y_stride,
     incoming_stride,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
     LARGEST: tl.constexpr,
     MIXED: tl.constexpr,
@@ -84,29 +131,87 @@ def _row_gradients(
     with an infinite or NaN row is NaN; elements beyond LARGEST count as 0, so that it does not reach other tokens.
     """
     TILE: tl.constexpr = row.shape[0]
-    probs = tl.load(probs_ptr + row, mask=active, other=0.0).to(tl.float32)[:, None]
-    y_rows, incoming_rows = y_ptr + (row * y_stride)[:, None], incoming_ptr + (row * incoming_stride)[:, None]
-    dgate_rows = dy_ptr + (row * 2 * F)[:, None]
-    mask = active[:, None]
-    coming_gate, coming_up, coming = _load_row_blocks(y_rows, incoming_rows, tl.arange(0, BLOCK_F), F, mask)
+    y_rows, incoming_rows, dy_rows, probs, mask = _addresses(
+        y_ptr, probs_ptr, incoming_ptr, dy_ptr, row, active, F, y_stride, incoming_stride
+    )
+    coming = _load_columns(incoming_rows, tl.arange(0, BLOCK_F), F, mask)
     products = tl.zeros([TILE, BLOCK_F], tl.float32)
-    for start in range(0, F, BLOCK_F):
+    for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_F)
-        gate, up, total = coming_gate.to(tl.float32), coming_up.to(tl.float32), coming.to(tl.float32)
-        # Loaded one block ahead.
-        coming_gate, coming_up, coming = _load_row_blocks(y_rows, incoming_rows, column + BLOCK_F, F, mask)
-        sigmoid = tl.sigmoid(gate)
-        silu = gate * sigmoid
-        products += total * (silu * up)
+        total = coming.to(tl.float32)
+        up, sigmoid, silu, z = _load_swiglu(y_rows, column, F, mask, OPERAND)
+        products += total * z
         if MIXED:
-            z = silu * up * probs
+            z *= probs
             z = _computed_once(tl.where(tl.abs(z) <= LARGEST, z, 0.0), OPERAND)
-            total += multiply_split(high, low, z, OPERAND) * scale[:, None]
-        total *= probs
-        block = mask & (column < F)[None, :]
-        tl.store(dgate_rows + column[None, :], total * up * (sigmoid + silu * (1.0 - sigmoid)), mask=block)
-        tl.store(dgate_rows + F + column[None, :], total * silu, mask=block)
+            mixed = multiply_split(high, low, z, OPERAND)
+            # The layout of a matrix product spreads to all that is computed with it: twenty barriers a block or, in
+            # Triton 3.6, a second sigmoid. Through another shape, with a load below, that of the loads spreads instead.
+            mixed = tl.reshape(mixed, [TILE, BLOCK_F // 2, 2]) * scale[:, None, None]
+            total += tl.reshape(mixed, [TILE, BLOCK_F])
+        coming = _load_columns(incoming_rows, column + BLOCK_F, F, mask)
+        _store_gradient(dy_rows, column, F, mask, total * probs, up, sigmoid, silu)
     tl.store(dprobs_ptr + row, tl.sum(products, axis=1), mask=active)
+
+
+@triton.jit
+def _pair_gradients(
+    y_ptr,
+    probs_ptr,
+    rows_ptr,
+    cosines_ptr,
+    lengths_ptr,
+    weight_ptr,
+    incoming_ptr,
+    dy_ptr,
+    dprobs_ptr,
+    factor,
+    num_tokens,
+    F,
+    y_stride,
+    incoming_stride,
+    TOKENS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """What ``_row_gradients`` writes, MIXED, for tokens of two rows: each thread has both rows of its columns."""
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    inside = token < num_tokens
+    row_0 = tl.load(rows_ptr + token * 2, mask=inside, other=-1).to(tl.int64)
+    row_1 = tl.load(rows_ptr + token * 2 + 1, mask=inside, other=-1).to(tl.int64)
+    y_0, incoming_0, dy_0, probs_0, mask_0 = _addresses(
+        y_ptr, probs_ptr, incoming_ptr, dy_ptr, row_0, row_0 >= 0, F, y_stride, incoming_stride
+    )
+    y_1, incoming_1, dy_1, probs_1, mask_1 = _addresses(
+        y_ptr, probs_ptr, incoming_ptr, dy_ptr, row_1, row_1 >= 0, F, y_stride, incoming_stride
+    )
+    # As in ``load_mixing``. Products of two inverse lengths would overflow.
+    cosine = tl.load(cosines_ptr + token, mask=inside, other=0.0)[:, None]
+    inverse_0 = tl.load(lengths_ptr + token * 2, mask=inside, other=0.0)[:, None]
+    inverse_1 = tl.load(lengths_ptr + token * 2 + 1, mask=inside, other=0.0)[:, None]
+    if weight_ptr is not None:
+        factor *= tl.load(weight_ptr)
+    scale_0, scale_1 = factor * inverse_0, factor * inverse_1
+    other_0, other_1 = 4.0 * cosine * inverse_0, 4.0 * cosine * inverse_1
+    products_0 = tl.zeros([TOKENS, BLOCK_F], tl.float32)
+    products_1 = tl.zeros([TOKENS, BLOCK_F], tl.float32)
+    for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_F)
+        total_0 = _load_columns(incoming_0, column, F, mask_0).to(tl.float32)
+        total_1 = _load_columns(incoming_1, column, F, mask_1).to(tl.float32)
+        up_0, sigmoid_0, silu_0, z_0 = _load_swiglu(y_0, column, F, mask_0, OPERAND)
+        up_1, sigmoid_1, silu_1, z_1 = _load_swiglu(y_1, column, F, mask_1, OPERAND)
+        products_0 += total_0 * z_0
+        products_1 += total_1 * z_1
+        z_0 = other_0 * (z_0 * probs_0).to(OPERAND).to(tl.float32)
+        z_1 = other_1 * (z_1 * probs_1).to(OPERAND).to(tl.float32)
+        total_0 += scale_0 * (z_1 - cosine * z_0)
+        total_1 += scale_1 * (z_0 - cosine * z_1)
+        _store_gradient(dy_0, column, F, mask_0, total_0 * probs_0, up_0, sigmoid_0, silu_0)
+        _store_gradient(dy_1, column, F, mask_1, total_1 * probs_1, up_1, sigmoid_1, silu_1)
+    tl.store(dprobs_ptr + row_0, tl.sum(products_0, axis=1), mask=row_0 >= 0)
+    tl.store(dprobs_ptr + row_1, tl.sum(products_1, axis=1), mask=row_1 >= 0)
 
 
 # Counts differ from step to step: compiled once for all of them.
@@ -133,25 +238,31 @@ def _swiglu_gradient_kernel(
     SLOTS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
     OPERAND: tl.constexpr,
     LARGEST: tl.constexpr,
 ):
-    if tl.program_id(0) < num_tiles:
+    if tl.program_id(0) >= num_tiles:
+        row, unused = unused_rows(used_ptr, tl.program_id(0) - num_tiles, num_rows, TILE)
+        if tl.sum(unused.to(tl.int32), axis=0) > 0:
+            _row_gradients(
+                y_ptr, probs_ptr, incoming_ptr, dy_ptr, dprobs_ptr, row, unused, None, None, None,
+                F, y_stride, incoming_stride, BLOCK_F, STAGES, OPERAND, LARGEST, False,
+            )  # fmt: skip
+    elif K == 2:
+        _pair_gradients(
+            y_ptr, probs_ptr, rows_ptr, cosines_ptr, lengths_ptr, weight_ptr, incoming_ptr, dy_ptr, dprobs_ptr,
+            factor, num_tokens, F, y_stride, incoming_stride, TILE // 2, BLOCK_F, STAGES, OPERAND,
+        )  # fmt: skip
+    else:
         token, slot, row, inside, active = tile_rows(rows_ptr, num_tokens, K, SLOTS, TILE)
         high, low, _, scale = load_mixing(
             cosines_ptr, lengths_ptr, weight_ptr, factor, token, slot, inside, K, OPERAND, True
         )
         _row_gradients(
             y_ptr, probs_ptr, incoming_ptr, dy_ptr, dprobs_ptr, row, active, high, low, scale,
-            F, y_stride, incoming_stride, BLOCK_F, OPERAND, LARGEST, True,
+            F, y_stride, incoming_stride, BLOCK_F, STAGES, OPERAND, LARGEST, True,
         )  # fmt: skip
-    else:
-        row, unused = unused_rows(used_ptr, tl.program_id(0) - num_tiles, num_rows, TILE)
-        if tl.sum(unused.to(tl.int32), axis=0) > 0:
-            _row_gradients(
-                y_ptr, probs_ptr, incoming_ptr, dy_ptr, dprobs_ptr, row, unused, None, None, None,
-                F, y_stride, incoming_stride, BLOCK_F, OPERAND, LARGEST, False,
-            )  # fmt: skip
 
 
 def swiglu_gradient(

@@ -1,7 +1,9 @@
-"""A program: launches of kernels by ``Launch`` compared with Triton's own, over the CUDA driver that does nothing.
+"""A program: launches of kernels by ``Launch`` compared with Triton's own, over the CUDA driver that does nothing."""
 
-The package and the folder of the benchmarks are on PYTHONPATH.
-"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import null_driver
 

@@ -136,33 +136,46 @@ def test_worked_example():
     torch.testing.assert_close(dprobs, torch.tensor([14.0, 14.0]), **close)
 
 
+@pytest.mark.parametrize("k", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), "beyond"])
-def test_infinite_and_nan_rows_spoil_their_own_token_only(random, dtype, bad):
-    case = Case(random, dtype, 4, 3, 24, 0)
-    case.rows, case.used = tokens_of_rows(4, 3, valid=1.0)
+def test_infinite_and_nan_rows_spoil_their_own_token_only(random, dtype, bad, k):
+    case = Case(random, dtype, 4, k, 24, 0)
+    case.rows, case.used = tokens_of_rows(4, k, valid=1.0)
     reference, _ = case.gradient()
     gate = torch.finfo(DTYPES[dtype]).max if bad == "beyond" else bad
     case.y[case.rows[2, 1], 5] = gate
-    case.y[case.rows[2, 1], 29] = 3.0 if bad == "beyond" else 1.0  # z overflows
+    case.y[case.rows[2, 1], 29] = 30.0 if bad == "beyond" else 1.0  # z overflows
     dy, dprobs = case.gradient()
     good = case.rows[[0, 1, 3]].flatten()
     assert torch.equal(dy[good], reference[good]) and dprobs[good].isfinite().all()
     assert dy[case.rows[2]].isnan().any(dim=1).all()
 
 
-def test_zero_rows_and_zero_probabilities_get_the_swiglus_gradient(random):
-    case = Case(random, "fp32", 4, 3, 24, 0)
-    case.rows, case.used = tokens_of_rows(4, 3, valid=1.0)
+@pytest.mark.parametrize("k", [2, 3])
+def test_zero_rows_and_zero_probabilities_get_the_swiglus_gradient(random, k):
+    case = Case(random, "fp32", 4, k, 24, 0)
+    case.rows, case.used = tokens_of_rows(4, k, valid=1.0)
     case.probs[case.rows[0]] = 0.0
-    case.probs[case.rows[1, 2]] = 0.0
+    case.probs[case.rows[1, k - 1]] = 0.0
     case.y[case.rows[3, 0], 24:] = 0.0
     dy, dprobs = case.gradient()
     without_loss, dprobs_without_loss = case.gradient(0.0)
-    zero = torch.cat([case.rows[0], case.rows[1, 2:], case.rows[3, :1]])
+    zero = torch.cat([case.rows[0], case.rows[1, k - 1 :], case.rows[3, :1]])
     assert torch.equal(dy[zero], without_loss[zero]) and torch.equal(dprobs, dprobs_without_loss)
     assert not dy[case.rows[0]].any() and dprobs[case.rows[0]].all()
     assert not torch.equal(dy[case.rows[2]], without_loss[case.rows[2]])
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_rows_of_tiny_magnitude(random, k):
+    """The product of two inverse lengths is beyond the largest fp32 number."""
+    case = Case(random, "fp32", 4, k, 24, 0)
+    case.probs *= 1e-24
+    case.rows, case.used = tokens_of_rows(4, k, valid=1.0)
+    exact_dy, _, of_loss = case.exact(1e-4)
+    dy, _ = case.gradient(1e-4)
+    torch.testing.assert_close(dy.double(), exact_dy + of_loss, rtol=1e-5, atol=1e-6 * float(of_loss.abs().max()))
 
 
 @pytest.mark.parametrize("num_tokens, k, num_rows", [(0, 2, 0), (0, 4, 7), (3, 2, 0), (20, 2, 7)])

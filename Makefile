@@ -108,7 +108,7 @@ test-te:
 test-triton:
 	@.ci/venv $(PRIMARY)
 	@.ci/borrow $(TRITON)
-	$(call PYTEST,.venv-triton/bin/python) $(call junit,triton) tests/kernels/test_compile.py $(PYTEST_ARGS)
+	$(call PYTEST,.venv-triton/bin/python) $(call junit,triton) tests/kernels/test_compile.py tests/kernels/test_launch.py $(PYTEST_ARGS)
 
 oldest_tests = $(call PYTEST,.venv-oldest/bin/python) -m "not once" $(call junit,oldest) $(PYTEST_ARGS)
 test-oldest:

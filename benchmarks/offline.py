@@ -140,6 +140,7 @@ def _logits_operations(dtype: str, experts: int, function: str) -> list:
     return [
         lambda: mass_kernels.routed_mass(logits, live, function, torch.zeros(16)),
         lambda: row_index_kernels.rows_of_tokens(live, live, min(experts, 8), 16 * experts),
+        lambda: row_index_kernels.rows_by_source(torch.zeros(experts // 2, 2, dtype=torch.int64), 16),
         lambda: mass_kernels.add_mass_gradient(logits, live, function, 2 * [torch.zeros(16)], torch.ones(1), logits),
     ]
 

@@ -25,8 +25,8 @@ MUTATIONS = [
     (
         "tensor x context parallel factor left out",
         "integration/hooks/scaling.py",
-        "factor = factor * num_tokens",
-        "factor = factor * num_tokens / transformer_config.tensor_model_parallel_size",
+        "share * total if per_token",
+        "share * total / transformer_config.tensor_model_parallel_size if per_token",
         f"{LAYOUT}[TP2+SP, ETP2-per-token loss]",
     ),
     (
@@ -39,8 +39,8 @@ MUTATIONS = [
     (
         "products of the kernels not summed over expert-tensor-parallel ranks",
         "parallel/token_rows.py",
-        "products_TKK = all_reduce_sum(kernels.in_units(products_TKK, units_TK, common_TK), group)",
-        "products_TKK = kernels.in_units(products_TKK, units_TK, common_TK)",
+        "products_TKK = all_reduce_sum(fused.in_units(products_TKK, units_TK, common_TK), group)",
+        "products_TKK = fused.in_units(products_TKK, units_TK, common_TK)",
         f"{LAYOUT}[TP2+SP, ETP2, EP2-Triton kernels]",
     ),
     (
@@ -302,8 +302,8 @@ MUTATIONS = [
     (
         "node of the SwiGLU replaced where hooks hold its inputs",
         "integration/compat/experts.py",
-        'if any(getattr(saved, "unpack_hook", True) is not None for saved in node._raw_saved_tensors):',
-        "if False:",
+        'hooked = [saved for saved in node._raw_saved_tensors if getattr(saved, "unpack_hook", True) is not None]',
+        "hooked = []",
         "tests/integration/test_swiglu_replacement.py::test_anything_else_is_left_alone",
     ),
     (
@@ -323,15 +323,15 @@ MUTATIONS = [
     (
         "rows travel in their dtype, whatever was asked for",
         "integration/taps/expert_rows.py",
-        "num_rows, self._a2a_dtype, asks=",
-        "num_rows, asks=",
+        "num_rows, self._a2a_dtype, asks, fused)",
+        "num_rows, asks=asks, fused=fused)",
         "tests/layouts/test_layouts.py::test_fp8_a2a_trains_nearly_the_same",
     ),
     (
         "a part of an exchange forgets how rows travel",
         "parallel/row_exchange.py",
-        "return replace(self, order=order, rows_for=rows_for, rows_from=rows_from)",
-        "return replace(self, order=order, rows_for=rows_for, rows_from=rows_from, a2a_dtype='same')",
+        "return replace(self, order=order, places=None, rows_for=rows_for, rows_from=rows_from)",
+        "return replace(self, order=order, places=None, rows_for=rows_for, rows_from=rows_from, a2a_dtype='same')",
         "tests/parallel/test_row_exchange.py::test_rows_come_to_their_tokens_and_go_back",
     ),
     (

@@ -1,5 +1,6 @@
 """What the two main losses keep from forward to backward, in bytes a token and layer."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -38,7 +39,7 @@ def held_bytes(found: list) -> tuple[float, float]:
     """Held by these objects alone, and of Megatron's tensors."""
     tensors = []
     for holder in found:
-        for value in vars(holder).values():
+        for value in (getattr(holder, field.name, None) for field in dataclasses.fields(holder)):
             tensors += [x for x in (value if isinstance(value, list) else [value]) if isinstance(x, torch.Tensor)]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
     theirs = {x.data_ptr(): x.nbytes for x in tensors if x.shape[-1] in (F, E) and x.is_floating_point()}

@@ -28,7 +28,8 @@ def gradient_weight(
         transformer_config: the layer's TransformerConfig.
         tokens: of the micro-batch.
     """
-    scale, per_token, total = backward_loss_scale(), transformer_config.calculate_per_token_loss, tokens.total
+    scale = backward_loss_scale()
+    per_token, total = transformer_config.calculate_per_token_loss, tokens.total
     if not isinstance(total, Tensor):
         factor = factor / tokens.divisor
         return scale, factor * total if per_token else factor

@@ -10,11 +10,11 @@ from typing import Optional
 
 from torch import Tensor
 
-from megatron_moe_spec import kernels
 from megatron_moe_spec.integration.hooks.injection import add_gradient
 from megatron_moe_spec.integration.hooks.routing import LayerRouting
 from megatron_moe_spec.integration.hooks.scaling import gradient_weight
 from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
+from megatron_moe_spec.kernels import choose, module
 from megatron_moe_spec.losses import Coupling, coupling
 from megatron_moe_spec.parallel.collectives import all_reduce_sum
 
@@ -56,7 +56,7 @@ class PairsTap(Tap[Coupling]):
         layer, routing, function = self.layer, call.routing, self.layer.score_function
         before_T = None if previous is None else previous.message
         if self._is_fused(call):
-            fused_mass = kernels.module("mass").routed_mass
+            fused_mass = module("mass").routed_mass
             routing.message, products = fused_mass(call.logits_TE, routing.active_TE, function, before_T)
         else:
             routing.message = coupling.routed_mass(routing.scores(call.logits_TE, function), routing.active_TE)
@@ -81,7 +81,7 @@ class PairsTap(Tap[Coupling]):
 
     def _is_fused(self, call: RouterCall) -> bool:
         """Whether the kernels compute, in fp32."""
-        return not self._in_fp64 and kernels.choose(self.layer.config.kernels, call.logits_TE.device)
+        return not self._in_fp64 and choose(self.layer.config.kernels, call.logits_TE.device)
 
     def _add_gradient(self, call: RouterCall, incoming: Tensor) -> Tensor:
         micro_batch, kind, index = call.micro_batch, self._loss.kind, self.layer.index_in_chunk
@@ -101,7 +101,7 @@ class PairsTap(Tap[Coupling]):
         layer = logits_TE, routing.active_TE, self.layer.score_function
         if kind == "mass" and self._is_fused(call):
             add_gradient_of_mass, incoming_TE = (
-                kernels.module("mass").add_mass_gradient,
+                module("mass").add_mass_gradient,
                 incoming.reshape(-1, logits_TE.shape[1]),
             )
             total_TE = add_gradient_of_mass(*layer, neighbor_grads, factor, incoming_TE, number)

@@ -147,8 +147,9 @@ def as_on_gpu() -> None:
             function = getattr(owner, name, None)
             if hasattr(function, "__wrapped__"):
                 setattr(owner, name, function.__wrapped__)
-    # Kernels write nothing here, and some of what they would have written are indices: zeros are such that fit.
-    torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        # Kernels write nothing here, and the order of rows that travel are indices: zeros are such that fit.
+        torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
 
 
 def _replace_everywhere(**functions) -> None:

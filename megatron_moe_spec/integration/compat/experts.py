@@ -39,8 +39,11 @@ def weighted_swiglu_inputs(z: Tensor) -> Optional[tuple[Tensor, Tensor]]:
     if len(inputs) != 2:
         return None
     y, probs = inputs
-    fits = z.dim() == 2 and y.shape == (len(z), 2 * z.shape[1]) and probs.shape in ((len(z),), (len(z), 1))
-    return (y, probs) if fits and y.dtype == z.dtype else None
+    if z.dim() != 2 or y.dtype != z.dtype:
+        return None
+    num_rows, size = z.shape
+    fits = y.shape == (num_rows, 2 * size) and probs.shape in ((num_rows,), (num_rows, 1))
+    return (y, probs) if fits else None
 
 
 @functools.cache  # asked for by every layer

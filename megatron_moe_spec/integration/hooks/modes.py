@@ -14,12 +14,12 @@ def _any_autocast() -> bool:
 
 
 # The same in one call, where torch has it: it is asked for some ten times a layer.
-_is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast)
+is_any_autocast_enabled = getattr(torch._C, "_is_any_autocast_enabled", _any_autocast)
 
 
 def without_autocast(function: Callable[..., Result], *args: Any) -> Result:
     """function(*args), which computes losses: the dtypes of these are their own."""
-    if not _is_any_autocast_enabled():
+    if not is_any_autocast_enabled():
         return function(*args)
     with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
         return function(*args)

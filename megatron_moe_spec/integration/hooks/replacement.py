@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.utils.hooks import RemovableHandle
 
-from megatron_moe_spec.integration.hooks.modes import without_autocast
+from megatron_moe_spec.integration.hooks.modes import is_any_autocast_enabled, without_autocast
 
 
 class Hook:
@@ -20,7 +20,7 @@ class Hook:
         self._function = function
 
     def __call__(self, *args: Any) -> Any:
-        return without_autocast(self._function, *args)
+        return without_autocast(self._function, *args) if is_any_autocast_enabled() else self._function(*args)
 
     def __deepcopy__(self, memo: dict) -> Callable:
         return _no_hook

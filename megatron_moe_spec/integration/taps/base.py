@@ -71,7 +71,7 @@ class RouterCall:
     logits_TE: Tensor  # detached
     num_sequences: Optional[int]  # of the micro-batch, if known
     routing: LayerRouting = field(init=False)  # what it decided; once it has run
-    probs_TE: Tensor = field(init=False)  # its results, without gradients; for ``observe`` and ``tap_probs``
+    probs_TE: Tensor = field(init=False)  # its results, for ``observe`` and ``tap_probs``
     routing_map_TE: Tensor = field(init=False)
 
 

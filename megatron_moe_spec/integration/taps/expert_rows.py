@@ -111,8 +111,11 @@ class RowsTap(Tap[RowsLoss]):
         self._projections, self._num_parts = projections, max(1, len(projections))
         self._stride, self._a2a_dtype = losses[0].token_stride, losses[0].a2a_dtype
         self._run: Optional[RowsRun] = None
+        self._is_flex = is_flex(layer.dispatcher)
         self._check = RowCheck(layer, self._note_sent)
-        self.last_hooks = [*map(self.hook_activations, range(len(projections)), projections), self.hook_outputs()]
+        self.last_hooks = list(map(self.hook_activations, range(len(projections)), projections))
+        if not projections or layer.dispatcher.ep_size > 1:
+            self.last_hooks.append(self.hook_outputs())
         self.hooks = [self.hook_inputs(), *self.last_hooks]
 
     def forget(self) -> None:
@@ -135,7 +138,7 @@ class RowsTap(Tap[RowsLoss]):
             return probs
         experts_TK, active_TK = used.experts()
         backward.experts_TK, active_TK = experts_TK[used.own], active_TK[used.own]
-        probs_TK = call.probs_TE[tokens].gather(1, backward.experts_TK).masked_fill(~active_TK, 1.0)
+        probs_TK = call.probs_TE.detach()[tokens].gather(1, backward.experts_TK).masked_fill(~active_TK, 1.0)
         self._run.probs_TK = all_gather(probs_TK, group)
         return add_gradient(probs, backward.add_probs_gradient) if self.trained else probs
 
@@ -193,7 +196,7 @@ class RowsTap(Tap[RowsLoss]):
         return rows_PD
 
     def _begin(self, run: RowsRun, rows: LocatedRows) -> Pending[ComparedRows]:
-        if sum([part.shape[0] for part in run.parts]) == run.num_rows and not is_flex(self.layer.dispatcher):
+        if sum([part.shape[0] for part in run.parts]) == run.num_rows and not self._is_flex:
             return rows.begin(run.parts, (), None)
         # Numbers that may be on the device come to the host only here.
         counts_L = _numbers(run.tokens_per_expert)

@@ -15,7 +15,7 @@ from megatron_moe_spec.integration.hooks.replacement import MethodReplacement, k
 from megatron_moe_spec.integration.hooks.routing import read_routing
 from megatron_moe_spec.integration.support.rules import PADDED
 from megatron_moe_spec.integration.taps import by_tap
-from megatron_moe_spec.integration.taps.base import RouterCall, TappedLayer
+from megatron_moe_spec.integration.taps.base import RouterCall, Tap, TappedLayer
 from megatron_moe_spec.integration.taps.cuda_graphs import beside_graph, stays_out_of_graphs
 
 Decision = tuple[Tensor, Tensor]  # of a router: probabilities and routing map, [T, E]
@@ -39,10 +39,16 @@ class LayerTaps:
         self._stayed_out: Optional[str] = None
         tracker.watch(self)
         self._taps = [tap(losses, layer) for tap, losses in by_tap(layer.config.computed_losses)]
+        self._forget, self._tap_logits = self._methods_of_taps("forget"), self._methods_of_taps("tap_logits")
+        self._observers, self._tap_probs = self._methods_of_taps("observe"), self._methods_of_taps("tap_probs")
         self._methods = [MethodReplacement(layer.router, "routing", self._stand_in)]
         if "moe_router" in graphed_modules(layer.transformer_config):
             beside = partial(beside_graph, layer.module, self._route_again)
             self._methods.append(MethodReplacement(layer.module, "preprocess", beside))
+
+    def _methods_of_taps(self, name: str) -> list[Callable]:
+        """Of the taps that do something there, in each micro-batch."""
+        return [getattr(tap, name) for tap in self._taps if getattr(type(tap), name) is not getattr(Tap, name)]
 
     def measure_router(self) -> None:
         """Measures the router's weight, when a measured step has ended."""
@@ -101,18 +107,19 @@ class LayerTaps:
 
     def _route(self, logits: Tensor, padding_mask: Optional[Tensor], route: Callable[[Tensor], Decision]) -> Decision:
         """Runs the router's own ``route(logits)`` between the taps."""
-        for tap in self._taps:
-            tap.forget()
+        for forget in self._forget:
+            forget()
         micro_batch, recomputed = self._tracker.enter(self._layer.router)
         if micro_batch is None or not self._layer.clock.active:
             if micro_batch is None:
                 self._stayed_out = "it ran without gradients" if self._layer.router.training else "evaluation mode"
             return route(logits)
         num_sequences = logits.shape[1] if logits.dim() == 3 else None  # [positions, sequences, E], as a rule
-        call = RouterCall(micro_batch, logits.detach().reshape(-1, logits.shape[-1]), num_sequences)
+        detached = logits.detach() if logits.requires_grad else logits
+        call = RouterCall(micro_batch, detached.reshape(-1, logits.shape[-1]), num_sequences)
         if torch.is_grad_enabled():
-            for tap in self._taps:
-                logits = tap.tap_logits(logits, call)
+            for tap in self._tap_logits:
+                logits = tap(logits, call)
         probs, routing_map = route(logits)
         return without_autocast(self._read, call, padding_mask, probs, routing_map, recomputed), routing_map
 
@@ -120,7 +127,7 @@ class LayerTaps:
         self, call: RouterCall, padding_mask: Optional[Tensor], probs: Tensor, routing_map: Tensor, recomputed: bool
     ) -> Tensor:
         """Runs the taps on what the router has decided; returns the probabilities to go on with."""
-        call.probs_TE, call.routing_map_TE = probs.detach(), routing_map
+        call.probs_TE, call.routing_map_TE = probs, routing_map
         of_layers = call.micro_batch.routing
         first_pass = of_layers[self._layer.index_in_chunk] if recomputed else None
         if first_pass is not None:
@@ -131,8 +138,8 @@ class LayerTaps:
         if not recomputed:
             self._observe(call)
         if torch.is_grad_enabled():
-            for tap in self._taps:
-                probs = tap.tap_probs(probs, call)
+            for tap in self._tap_probs:
+                probs = tap(probs, call)
         # Backward needs the call, but not these.
         del call.probs_TE, call.routing_map_TE
         return probs
@@ -156,8 +163,8 @@ class LayerTaps:
         if layer.clock.tracing:
             traced = layer.layer_index, call.micro_batch.index, routing.active_TE, routing.padding_mask
             call.micro_batch.notes.add(layer.tracer.add, *traced, call.num_sequences)
-        for tap in self._taps:
-            tap.observe(call)
+        for observe in self._observers:
+            observe(call)
 
 
 def _replaced(layer: str, what: str) -> str:

@@ -47,7 +47,7 @@ class PairsTap(Tap[Coupling]):
         previous = micro_batch.previous(layer.index_in_chunk)
         observe = self._observe_mass if self._loss.kind == "mass" else self._observe_pathway
         observe(previous, call)
-        if previous is not None:
+        if previous is not None and layer.clock.measuring:
             what = layer.moe_layer_index - 1, previous.active_TE, routing.active_TE
             layer.diagnostics.measure_pair(*what, when=micro_batch.notes.add)
 

@@ -88,3 +88,14 @@ def test_the_driver_comes_before_torch_and_triton():
     late = "import sys, null_driver; sys.modules['torch'] = None; null_driver.install()"
     run = python("-c", late, cwd=BENCHMARKS)
     assert "has to come before torch is imported" in run.stderr
+
+
+@needs_megatron
+@needs_launcher
+@pytest.mark.parametrize(("expert_parallel", "most"), [(1, (250, 280)), (2, (310, 350))])
+def test_what_the_losses_call_in_python(expert_parallel, most):
+    """A measure of host time that is the same on every machine."""
+    run = python("host_calls.py", expert_parallel, TRITON_INTERPRET="0")
+    assert run.returncode == 0, run.stderr
+    plain, recompute = json.loads(run.stdout.splitlines()[-1]).values()
+    assert 0 < plain <= most[0] and 0 < recompute <= most[1], (plain, recompute)

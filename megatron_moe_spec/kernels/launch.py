@@ -9,6 +9,7 @@ from functools import reduce
 from operator import attrgetter, or_
 from typing import Any, Optional
 
+import torch
 import triton
 from torch import Tensor
 from triton.runtime import driver
@@ -27,8 +28,8 @@ class Launch:
     """A Triton kernel with its constants: ``launch(grid, tensors, numbers, sizes, optional)``.
 
     Triton's own way is gone at the first launch, and for all that is not known to be the same: pointers that are not
-    aligned, large numbers, the interpreter, other releases, and wherever a profiler or a debugger wants to be told of
-    launches.
+    aligned, large numbers, the interpreter, other releases, torch.compile, and wherever a profiler or a debugger wants
+    to be told of launches.
 
     Args:
         kernel: of ``triton.jit``, with arguments in the order tensors, optional ones, numbers, sizes, constants.
@@ -58,7 +59,7 @@ class Launch:
             sizes: those that it is specialized for.
         """
         key = None
-        if _IS_KNOWN and not _is_watched(self._kernel):
+        if _IS_KNOWN and not torch.compiler.is_compiling() and not _is_watched(self._kernel):
             active, given = driver.active, tensors
             absent: tuple[bool, ...] = ()
             if optional:

@@ -10,6 +10,7 @@ import null_driver
 launched = null_driver.install()
 
 import itertools  # noqa: E402
+import unittest.mock  # noqa: E402
 
 import torch  # noqa: E402
 import triton  # noqa: E402
@@ -102,6 +103,14 @@ def test_whoever_watches_launches_is_told_of_them():
     assert call(x, None, 1.0, 2, (16, 1)) == (1, 1) and told[1:] == ["launched"]
     before.remove(hook) if chain else setattr(owner, "launch_enter_hook", before)
     assert call(x, None, 1.0, 2, (16, 1)) == (1, 0) and len(told) == 2
+
+
+def test_torch_compile_sees_tritons_own_launch():
+    x = torch.zeros(1024)
+    call(x, None, 1.0, 2, (16, 1))
+    with unittest.mock.patch("torch.compiler.is_compiling", lambda: True):
+        assert call(x, None, 1.0, 2, (16, 1)) == (1, 1)
+    assert call(x, None, 1.0, 2, (16, 1)) == (1, 0)
 
 
 def test_an_unknown_release_is_left_to_triton():

@@ -30,6 +30,7 @@ from megatron_moe_spec.parallel.row_exchange import Pending
 from megatron_moe_spec.parallel.token_rows import ComparedRows, KeptRows, LocatedRows, UsedTokens, Weight
 
 _ALL = slice(0, None, 1)
+_INCOMPLETE = "the experts have ended before all of them handed in their rows"
 
 
 @dataclass
@@ -53,7 +54,7 @@ class RowsBackward:
 
     def add_gradient(self, part: int, incoming: Tensor) -> Tensor:
         """incoming + that of one part of the rows; the first that asks has those of all parts computed."""
-        assert self.rows is not None  # in backward
+        assert self.rows is not None, _INCOMPLETE
         if self.rows.exchange is None and len(self.saved) == 1:
             (rows,), self.saved = self.saved, []
             return self.rows.add_gradient(rows(), self.weight(), incoming)
@@ -183,7 +184,7 @@ class RowsTap(Tap[RowsLoss]):
     def _finish(self) -> None:
         run, self._run = self._run, None
         if run is not None and run.rows is not None:
-            assert run.coming is not None, "the experts have ended before all of them handed in their rows"
+            assert run.coming is not None, _INCOMPLETE
             self._evaluate(run, run.coming.wait())
 
     def _with_gradient(self, backward: RowsBackward, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:

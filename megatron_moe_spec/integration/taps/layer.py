@@ -128,13 +128,9 @@ class LayerTaps:
     ) -> Tensor:
         """Runs the taps on what the router has decided; returns the probabilities to go on with."""
         call.probs_TE, call.routing_map_TE = probs, routing_map
-        of_layers = call.micro_batch.routing
-        first_pass = of_layers[self._layer.index_in_chunk] if recomputed else None
-        if first_pass is not None:
-            call.routing = first_pass
-        else:
-            known = next(filter(None, of_layers), None)
-            call.routing = read_routing(call.probs_TE, routing_map, padding_mask, known, self._layer.tp_cp_group)
+        known = next(filter(None, call.micro_batch.routing), None)
+        # In a recomputation, too: with delayed scaling in fp8, it may decide otherwise than the first pass.
+        call.routing = read_routing(call.probs_TE, routing_map, padding_mask, known, self._layer.tp_cp_group)
         if not recomputed:
             self._observe(call)
         if torch.is_grad_enabled():

@@ -14,13 +14,13 @@ enable()  # Megatron binds names of torch when it is imported: this has to come 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer.moe import experts, token_dispatcher  # noqa: E402
+from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from moe import use_grouped_linear  # noqa: E402
 from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 
 TOKENS, HIDDEN, FFN = 8, 16, 16
@@ -115,14 +115,7 @@ def _gather_copies() -> None:
 
 def experts_as_one_product() -> None:
     """Has the local specs build TEGroupedMLP of ``GroupedLinear``, and rows sorted by expert as one kernel does it."""
-
-    def grouped_mlp_modules(self, moe_use_grouped_gemm, *legacy):
-        if hasattr(experts, "GroupedMLPSubmodules"):
-            submodules = experts.GroupedMLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)
-            return partial(experts.TEGroupedMLP, submodules=submodules)
-        return experts.TEGroupedMLP, experts.MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)
-
-    LocalSpecProvider.grouped_mlp_modules = grouped_mlp_modules
+    use_grouped_linear(GroupedLinear)
     # Not by a split into as many parts as there are experts: Transformer Engine has a kernel. Their order is of no
     # effect here, as all rows meet the same weight.
     token_dispatcher.sort_chunks_by_idxs = lambda input, split_sizes, sorted_idxs, probs=None, fused=False: (

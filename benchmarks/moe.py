@@ -45,14 +45,14 @@ class GroupedLinear(torch.nn.Module):
         return torch._grouped_mm(x, self.weight.transpose(1, 2), offs=ends), None
 
 
-def use_grouped_linear() -> None:
+def use_grouped_linear(linear: type[torch.nn.Module] = GroupedLinear) -> None:
     """Has Megatron's local specs build TEGroupedMLP of these layers."""
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm, *legacy):
         if hasattr(experts, "GroupedMLPSubmodules"):
-            submodules = experts.GroupedMLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)
+            submodules = experts.GroupedMLPSubmodules(linear_fc1=linear, linear_fc2=linear)
             return partial(experts.TEGroupedMLP, submodules=submodules)
-        return experts.TEGroupedMLP, experts.MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)
+        return experts.TEGroupedMLP, experts.MLPSubmodules(linear_fc1=linear, linear_fc2=linear)
 
     LocalSpecProvider.grouped_mlp_modules = grouped_mlp_modules
 

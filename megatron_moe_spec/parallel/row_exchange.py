@@ -151,23 +151,25 @@ class RowExchange:
         return self.a2a_dtype == "fp8" and x.is_floating_point()
 
     def _exchange(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        quantizes = self._quantizes(x)
-        sent = quantized(x) if quantizes else x.contiguous()
-        received = sent.new_empty(sum(receive), *sent.shape[1:])
-        dist.all_to_all_single(received, sent, receive, send, group=self.group)
+        _, _, received, quantizes = self._all_to_all(x, send, receive, async_op=False)
         return dequantized(received, x.dtype) if quantizes else received
 
     def _begin(self, x: Tensor, send: list[int], receive: list[int]) -> Pending[Tensor]:
-        quantizes = self._quantizes(x)
-        sent = quantized(x) if quantizes else x.contiguous()
-        received = sent.new_empty(sum(receive), *sent.shape[1:])
-        work = dist.all_to_all_single(received, sent, receive, send, group=self.group, async_op=True)
+        work, sent, received, quantizes = self._all_to_all(x, send, receive, async_op=True)
 
         def finish(sent: Tensor = sent) -> Tensor:  # holds what is sent
             work.wait()
             return dequantized(received, x.dtype) if quantizes else received
 
         return Pending(finish)
+
+    def _all_to_all(self, x: Tensor, send: list[int], receive: list[int], async_op: bool) -> tuple:
+        """What to wait for (None: nothing), what is sent, what is received, and whether these are quantized."""
+        quantizes = self._quantizes(x)
+        sent = quantized(x) if quantizes else x.contiguous()
+        received = sent.new_empty(sum(receive), *sent.shape[1:])
+        work = dist.all_to_all_single(received, sent, receive, send, group=self.group, async_op=async_op)
+        return work, sent, received, quantizes
 
 
 def quantized(x_PD: Tensor) -> Tensor:

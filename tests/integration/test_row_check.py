@@ -115,7 +115,7 @@ def test_numbers_of_rows_stay_on_the_device_where_no_loss_reads_rows(mm, monkeyp
 
     model = mm.build_model(moe_grouped_gemm=True)
     _attach(model)
-    monkeypatch.setattr(rows, "_numbers", lambda tokens_per_expert: pytest.fail("a value was asked for"))
+    monkeypatch.setattr(rows, "on_host", lambda tokens_per_expert: pytest.fail("a value was asked for"))
     with torch.no_grad():
         mm.run_model(model.eval(), mm.micro_batches(1)[0])
         mm.run_model(model.train(), mm.micro_batches(1)[0])

@@ -115,7 +115,7 @@ def _alltoall_layout(
     if dispatcher.output_splits is None or dispatcher.input_splits is None:  # every expert is padded to its capacity
         rows_for = rows_from = [dispatcher.capacity * local] * ranks
     else:
-        rows_for, rows_from = _on_host(dispatcher.output_splits), _on_host(dispatcher.input_splits)
+        rows_for, rows_from = on_host(dispatcher.output_splits), on_host(dispatcher.input_splits)
     if local == 1:
         return None, rows_for, rows_from
     # The dispatcher has the counts on the host where it does not fuse the permutation.
@@ -123,9 +123,9 @@ def _alltoall_layout(
     return (rows_RL if rows_RL.device == device else rows_RL.to(device, non_blocking=True)).T, rows_for, rows_from
 
 
-def _on_host(splits: Any) -> list[int]:
-    """Numbers in a tensor, an array or a list."""
-    return splits.tolist() if hasattr(splits, "tolist") else list(map(int, splits))
+def on_host(numbers: Any) -> list[int]:
+    """Of numbers in a tensor, an array or a list; a tensor on the device is waited for."""
+    return numbers.tolist() if hasattr(numbers, "tolist") else list(map(int, numbers))
 
 
 def _alltoall_etp_layout(dispatcher: TokenDispatcher, dispatched_TE: Tensor) -> tuple[Tensor, list[int], list[int]]:

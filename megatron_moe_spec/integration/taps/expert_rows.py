@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_moe_spec.integration.compat.dispatch import dispatched_map, is_flex, row_exchange
+from megatron_moe_spec.integration.compat.dispatch import dispatched_map, is_flex, on_host, row_exchange
 from megatron_moe_spec.integration.compat.groups import etp_group
 from megatron_moe_spec.integration.compat.protocols import TransformerConfig
 from megatron_moe_spec.integration.hooks.injection import add_gradient, kept_by, separate_graph
@@ -157,7 +157,7 @@ class RowsTap(Tap[RowsLoss]):
         asks, fused = self._check.is_due, run.used.fused
         exchange = row_exchange(dispatcher, dispatched_TE, run.num_rows, self._a2a_dtype, asks, fused)
         if self._check.is_due or (exchange is not None and exchange.asked):
-            counts_L = _numbers(tokens_per_expert)
+            counts_L = on_host(tokens_per_expert)
             self._check.check(inputs_PH.detach(), run.sent_TH, dispatched_TE, counts_L, exchange)
         run.rows, run.sent_TH = run.used.locate(dispatched_TE, exchange), None
         return inputs_PH
@@ -200,8 +200,8 @@ class RowsTap(Tap[RowsLoss]):
         if sum([part.shape[0] for part in run.parts]) == run.num_rows and not self._is_flex:
             return rows.begin(run.parts, (), None)
         # Numbers that may be on the device come to the host only here.
-        counts_L = _numbers(run.tokens_per_expert)
-        blocks_L = [number for part in run.handed_in for number in _numbers(part)] or counts_L
+        counts_L = on_host(run.tokens_per_expert)
+        blocks_L = [number for part in run.handed_in for number in on_host(part)] or counts_L
         if any(block < count for count, block in zip(counts_L, blocks_L, strict=True)):
             raise RuntimeError(
                 f"the experts of MoE layer {self.layer.moe_layer_index} ran on {blocks_L} rows each, of "
@@ -256,7 +256,3 @@ class RowsTap(Tap[RowsLoss]):
     def detach(self) -> None:
         self._check.detach()
         super().detach()
-
-
-def _numbers(tokens_per_expert: TokensPerExpert) -> list[int]:
-    return tokens_per_expert.tolist() if isinstance(tokens_per_expert, Tensor) else list(map(int, tokens_per_expert))

@@ -6,6 +6,8 @@ What differs from a GPU run stands in this file: the experts, the groups of rank
 
 import sys
 from functools import partial
+from importlib import import_module
+from types import ModuleType
 
 from megatron_moe_spec.cpu import devices, enable
 
@@ -141,8 +143,10 @@ def as_on_gpu() -> None:
             if hasattr(function, "__wrapped__"):
                 setattr(owner, name, function.__wrapped__)
     if parallel_state.get_expert_model_parallel_world_size() > 1:
-        # Kernels write nothing here, and the order of rows that travel are indices: zeros are such that fit.
-        torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
+        # Kernels and the fake backend write nothing: zeros are indices that fit, and numbers that cost nothing special.
+        for module in (mappings, import_module("megatron_moe_spec.kernels.row_indices")):
+            module.torch = ModuleType("torch")
+            vars(module.torch).update(vars(torch), empty=torch.zeros, empty_like=torch.zeros_like)
 
 
 def _replace_everywhere(**functions) -> None:

@@ -131,6 +131,7 @@ def _row_operations(dtype: str, k: int, F: int) -> list:
         lambda: row_kernels.add_mixed(z, rows, covered, mixing, lengths, weight, z),
         lambda: row_kernels.add_squares_gradient(z, rows, covered, cosines, lengths, weight, z),
         lambda: swiglu_kernels.swiglu_gradient(y, probs, rows, covered, cosines, lengths, weight, z),
+        lambda: swiglu_kernels.swiglu_gradient_of_sum(y, probs, z, z, rows.view(-1)),
     ]
 
 

@@ -83,13 +83,26 @@ def eager_squares_gradient(z, rows, covered, cosines, inverse, weight, incoming,
 def eager_swiglu_gradient(y, probs, rows, covered, cosines, inverse, weight, incoming, positions):
     """Rounds what lies in memory where the kernel does not run: z, and its gradient."""
     gate, up = y.to(inverse.dtype).chunk(2, dim=-1)
-    probs = probs.unsqueeze(-1)
+    z = (torch.nn.functional.silu(gate) * up * probs.unsqueeze(-1)).to(y.dtype)
+    total = eager_squares_gradient(z, rows, covered, cosines, inverse, weight, incoming, positions)
+    return eager_swiglu_backward(y, probs, total, incoming)
+
+
+def eager_swiglu_gradient_of_sum(y, probs, added, places, incoming):
+    return eager_swiglu_backward(y, probs, incoming + added[places], incoming)
+
+
+def eager_swiglu_backward(y, probs, total, incoming):
+    """Gradients of y, for one of z, and of the probabilities, for another."""
+    gate, up = y.to(probs.dtype).chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    z = (silu * up * probs).to(y.dtype)
-    total = eager_squares_gradient(z, rows, covered, cosines, inverse, weight, incoming, positions) * probs
+    silu, total = gate * sigmoid, total * probs.unsqueeze(-1)
     dy = torch.cat((total * up * (sigmoid + silu * (1.0 - sigmoid)), total * silu), dim=-1)
     return dy.to(y.dtype), (incoming * silu * up).sum(dim=-1)
+
+
+def kernel_swiglu_gradient_of_sum(y, probs, added, places, incoming):
+    return swiglu_kernels.swiglu_gradient_of_sum(y, probs, incoming, added, places)
 
 
 def eager_rows(live, top_k, num_rows):
@@ -166,6 +179,14 @@ def operations(shape: Shape, num_tokens: int, dtype=torch.bfloat16) -> list[Oper
             (y, probs),
             ("swiglu_gradient",),
             (positions,),
+        ),
+        Operation(
+            "SwiGLU gradient of a sum",
+            kernel_swiglu_gradient_of_sum,
+            eager_swiglu_gradient_of_sum,
+            (y, probs, torch.randn_like(incoming), positions.int(), incoming),
+            (y, probs),
+            ("swiglu_gradient_of_sum",),
         ),
         Operation(
             "row indices",

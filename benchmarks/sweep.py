@@ -30,11 +30,21 @@ MARGIN = 0.98  # of the default's time: a difference that is more than noise
 HOPELESS = 1.2  # of the default's time on one model: not tried on the others
 SHAPES = ("Qwen3-30B-A3B", "DeepSeek-V3", "Mixtral-8x7B")
 # bf16 rows, fp32 logits, bool maps.
-ELEMENT_SIZES = {"cosines": 2, "mixing": 2, "swiglu_gradient": 2, "mass": 4, "row_indices": 1}
+ELEMENT_SIZES = {
+    "cosines": 2,
+    "mixing": 2,
+    "swiglu_gradient": 2,
+    "swiglu_gradient_of_sum": 2,
+    "mass": 4,
+    "row_indices": 1,
+}
 CHOICES = {
     "cosines": dict(BLOCK_D=(32, 64, 128), num_warps=(1, 2, 4), num_stages=(3, 4, 6, 8)),
     "mixing": dict(BLOCK_D=(64, 128, 256), num_warps=(2, 4, 8), num_stages=(2, 3, 4)),
     "swiglu_gradient": dict(BLOCK_F=(32, 64, 128), num_warps=(2, 4, 8), STAGES=(2, 3, 4)),
+    "swiglu_gradient_of_sum": dict(
+        ROWS=(1, 2, 4, 8), BLOCK_F=(128, 256, 512), num_warps=(2, 4, 8), STAGES=(1, 2, 3, 4)
+    ),
     "mass": dict(ELEMENTS=(1024, 2048, 4096), num_warps=(2, 4, 8)),
     "row_indices": dict(ELEMENTS=(1024, 2048, 4096), MOST_TOKENS=(16, 32, 64), num_warps=(2, 4, 8)),
 }

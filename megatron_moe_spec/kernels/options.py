@@ -27,6 +27,10 @@ DEFAULTS: dict[str, dict[int, dict[str, int]]] = {
     "cosines": {2: dict(BLOCK_D=64, num_warps=1, num_stages=6), 4: dict(BLOCK_D=32, num_warps=1, num_stages=3)},
     "mixing": {2: dict(BLOCK_D=128, num_warps=4, num_stages=3), 4: dict(BLOCK_D=32, num_warps=4, num_stages=2)},
     "swiglu_gradient": {2: dict(BLOCK_F=64, num_warps=4, STAGES=3), 4: dict(BLOCK_F=32, num_warps=4, STAGES=3)},
+    "swiglu_gradient_of_sum": {
+        2: dict(ROWS=4, BLOCK_F=256, num_warps=4, STAGES=3),
+        4: dict(ROWS=4, BLOCK_F=128, num_warps=4, STAGES=3),
+    },
     "mass": {2: _MASS, 4: _MASS},
     "row_indices": {1: dict(ELEMENTS=2048, MOST_TOKENS=32, num_warps=4)},
 }

@@ -163,7 +163,7 @@ def rows_of_tokens(
     dispatched_TE = dispatched_TE.contiguous()
     counts = torch.empty(num_experts * blocks, dtype=torch.int32, device=device)
     _count_launch(num_experts, only_used)(blocks, (dispatched_TE, counts), numbers)
-    ends = counts.cumsum(0, dtype=torch.int32)
+    ends = counts.cumsum_(0)
     tensors = dispatched_TE, active_TE.contiguous(), ends, rows_TK, used_P
     _rows_launch(num_experts, only_used, top_k)(blocks, tensors, numbers, optional=(starts_E,))
     return rows_TK, used_P

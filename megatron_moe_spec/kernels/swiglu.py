@@ -4,7 +4,9 @@
 
 The eager references are ``losses.vectors`` and Megatron's ``weighted_swiglu_back``. The gradient of the SwiGLU reads y,
 from which z is computed again, and the gradient of z, to which that of the cosines is added. So reading both once and
-writing the gradient of y once is enough: 10 bytes an element of z in bf16.
+writing the gradient of y once is enough: 10 bytes an element of z in bf16. ``swiglu_gradient`` does so where a token's
+rows are on one rank. Where they are not, the loss's gradient comes back from the token's rank, and
+``swiglu_gradient_of_sum`` adds it as it is read: 12 bytes.
 
 Suffixes: P rows, F size of z, U = 2 F, T tokens, K experts per token, N pairs of these.
 
@@ -15,7 +17,7 @@ gate and p * 20 * that = (1.72032, -1.29024) for up. An incoming gradient of (1,
 (10, 10) to up's, and makes p's gradient 20 * (0.3 + 0.4) = 14, to which the cosines add nothing.
 """
 
-from typing import Union
+from typing import Optional, Union
 
 import torch
 import triton
@@ -26,12 +28,14 @@ from megatron_moe_spec.kernels.launch import Launch
 from megatron_moe_spec.kernels.options import cached, options
 from megatron_moe_spec.kernels.tiles import (
     check_like,
+    check_rows,
     checked_shape,
     empty_like,
     in_dtype,
     load_mixing,
     multiply_split,
     num_blocks,
+    operand,
     tile_rows,
     tiling,
     unused_rows,
@@ -292,13 +296,7 @@ def swiglu_gradient(
     Returns:
         [P, U] in the dtype of y, contiguous; the probabilities' in their dtype and shape, summed in fp32.
     """
-    num_tokens, k = checked_shape(y_PU, rows_TK, "y_PU")
-    num_rows, U = y_PU.shape
-    if U % 2 or probs_P.shape not in ((num_rows,), (num_rows, 1)) or not probs_P.is_floating_point():
-        raise ValueError(
-            f"y_PU must be [P, 2 F] and probs_P floating-point [P] or [P, 1]; got {list(y_PU.shape)}, "
-            f"{probs_P.dtype} {list(probs_P.shape)}"
-        )
+    (num_tokens, k), (num_rows, U) = checked_shape(y_PU, rows_TK, "y_PU"), _checked_inputs(y_PU, probs_P)
     check_like("used_P", used_P, (num_rows,), torch.bool)
     check_like("cosines_TN", cosines_TN, (num_tokens, k * (k - 1) // 2), torch.float32)
     check_like("inverse_lengths_TK", inverse_lengths_TK, (num_tokens, k), torch.float32)
@@ -320,3 +318,90 @@ def swiglu_gradient(
 def _launch(k: int, dtype: torch.dtype) -> Launch:
     constants = dict(LARGEST=torch.finfo(dtype).max, **options("swiglu_gradient", dtype.itemsize))
     return Launch(_swiglu_gradient_kernel, **tiling(k, dtype)[2], **constants)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _swiglu_gradient_of_sum_kernel(
+    y_ptr,  # bf16 | fp16 | fp32 [P, U]
+    probs_ptr,  # float [P]
+    incoming_ptr,  # dtype of y [P, F]
+    added_ptr,  # dtype of y [R, F]
+    dy_ptr,  # dtype of y [P, U], out
+    dprobs_ptr,  # dtype of the probabilities [P], out
+    places_ptr,  # int32 [P]; None: P = R, and the rows lie alike
+    num_rows,
+    F,
+    y_stride,
+    incoming_stride,
+    added_stride,
+    ROWS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    STAGES: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    active = row < num_rows
+    y_rows, incoming_rows, dy_rows, probs, mask = _addresses(
+        y_ptr, probs_ptr, incoming_ptr, dy_ptr, row, active, F, y_stride, incoming_stride
+    )
+    place = row
+    if places_ptr is not None:
+        place = tl.load(places_ptr + row, mask=active, other=0).to(tl.int64)
+    added_rows = (added_ptr + place * added_stride)[:, None]
+    products = tl.zeros([ROWS, BLOCK_F], tl.float32)
+    for start in tl.range(0, F, BLOCK_F, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_F)
+        total = _load_columns(incoming_rows, column, F, mask).to(tl.float32)
+        added = _load_columns(added_rows, column, F, mask).to(tl.float32)
+        up, sigmoid, silu, z = _load_swiglu(y_rows, column, F, mask, OPERAND)
+        products += total * z
+        _store_gradient(dy_rows, column, F, mask, (total + added) * probs, up, sigmoid, silu)
+    tl.store(dprobs_ptr + row, tl.sum(products, axis=1), mask=active)
+
+
+def swiglu_gradient_of_sum(
+    y_PU: Tensor, probs_P: Tensor, incoming_PF: Tensor, added_RF: Tensor, places_P: Optional[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of y and of the probabilities, from z's incoming gradient and one that is added to it, only for y.
+
+    Args:
+        y_PU, probs_P, incoming_PF: see ``swiglu_gradient``.
+        added_RF: in the dtype of y.
+        places_P: int32, which row is added to each of the incoming gradient; None: as many, in the same order.
+
+    Returns:
+        As ``swiglu_gradient``.
+    """
+    check_rows("y_PU", y_PU)
+    num_rows, U = _checked_inputs(y_PU, probs_P)
+    check_like("incoming_PF", incoming_PF, (num_rows, U // 2), y_PU.dtype)
+    check_like("added_RF", added_RF, (num_rows if places_P is None else len(added_RF), U // 2), y_PU.dtype)
+    if places_P is not None:
+        check_like("places_P", places_P, (num_rows,), torch.int32)
+        places_P = places_P.contiguous()
+    y_PU, incoming_PF, added_RF = with_dense_rows(y_PU), with_dense_rows(incoming_PF), with_dense_rows(added_RF)
+    dy_PU, dprobs_P = empty_like(y_PU), empty_like(probs_P)
+    if num_rows:
+        rows, launch = _launch_of_sum(y_PU.dtype)
+        tensors = y_PU, probs_P.contiguous(), incoming_PF, added_RF, dy_PU, dprobs_P
+        sizes = U // 2, y_PU.stride()[0], incoming_PF.stride()[0], added_RF.stride()[0]
+        launch(num_blocks(num_rows, rows), tensors, (num_rows,), sizes, (places_P,))
+    return in_dtype(dy_PU, y_PU.dtype), in_dtype(dprobs_P, probs_P.dtype)
+
+
+@cached
+def _launch_of_sum(dtype: torch.dtype) -> tuple[int, Launch]:
+    """Rows of a program, and the launch."""
+    chosen = options("swiglu_gradient_of_sum", dtype.itemsize)
+    return chosen["ROWS"], Launch(_swiglu_gradient_of_sum_kernel, OPERAND=operand(dtype), **chosen)
+
+
+def _checked_inputs(y_PU: Tensor, probs_P: Tensor) -> torch.Size:
+    """The shape of y. Raises ValueError if the inputs of the SwiGLU do not fit each other."""
+    num_rows, U = y_PU.shape
+    if U % 2 or probs_P.shape not in ((num_rows,), (num_rows, 1)) or not probs_P.is_floating_point():
+        raise ValueError(
+            f"y_PU must be [P, 2 F] and probs_P floating-point [P] or [P, 1]; got {list(y_PU.shape)}, "
+            f"{probs_P.dtype} {list(probs_P.shape)}"
+        )
+    return y_PU.shape

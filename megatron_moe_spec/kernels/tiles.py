@@ -109,11 +109,6 @@ def unused_rows(used_ptr, first, num_rows, TILE: tl.constexpr):
 INTERPRETED = interpreted()  # triton asks once, too
 
 
-def computed_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which kernels multiply and write: that of their tensors, or fp32 in the interpreter."""
-    return torch.float32 if INTERPRETED else dtype
-
-
 def empty_like(x: Tensor) -> Tensor:
     """Contiguous memory for what kernels write, of which ``in_dtype`` makes a result."""
     # Of torch's ways to the same, the one that costs the host least.
@@ -142,6 +137,11 @@ def weight_and_factor(
 _OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
+def operand(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which kernels multiply and write: that of their tensors, or fp32 in the interpreter."""
+    return tl.float32 if INTERPRETED else _OPERANDS[dtype]
+
+
 def with_dense_rows(x_PD: Tensor) -> Tensor:
     """x, copied if the elements of a row are not adjacent."""
     return x_PD if x_PD.is_contiguous() or x_PD.stride(1) == 1 else x_PD.contiguous()
@@ -158,7 +158,7 @@ def tiling(k: int, dtype: torch.dtype) -> tuple[int, int, dict[str, Any]]:
     """(token, slot) pairs of a tile; its tokens; what kernels are compiled for, for K experts and dtype of the rows."""
     slots = power_of_2(k)
     tile = max(16, slots)  # 16: the smallest side of a matrix product on tensor cores
-    return tile, tile // slots, dict(K=k, SLOTS=slots, TILE=tile, OPERAND=_OPERANDS[computed_dtype(dtype)])
+    return tile, tile // slots, dict(K=k, SLOTS=slots, TILE=tile, OPERAND=operand(dtype))
 
 
 def power_of_2(n: int) -> int:
@@ -171,10 +171,15 @@ def num_blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def checked_shape(x_PD: Tensor, rows_TK: Tensor, name: str = "x_PD") -> torch.Size:
-    """The shape of ``rows_TK``. Raises ValueError if it or x, called ``name``, does not fit the kernels."""
+def check_rows(name: str, x_PD: Tensor) -> None:
+    """Raises ValueError if x, called ``name``, does not fit the kernels."""
     if x_PD.dim() != 2 or x_PD.dtype not in _OPERANDS:
         raise ValueError(f"{name} must be bf16, fp16 or fp32 [rows, size]; got {x_PD.dtype} {list(x_PD.shape)}")
+
+
+def checked_shape(x_PD: Tensor, rows_TK: Tensor, name: str = "x_PD") -> torch.Size:
+    """The shape of ``rows_TK``. Raises ValueError if it or x, called ``name``, does not fit the kernels."""
+    check_rows(name, x_PD)
     if rows_TK.dim() != 2 or rows_TK.dtype != torch.int32:
         raise ValueError(f"rows_TK must be int32 [T, K]; got {rows_TK.dtype} {list(rows_TK.shape)}")
     return rows_TK.shape

@@ -137,12 +137,16 @@ class RowExchange:
 
     def to_experts(self, x_PD: Tensor) -> Tensor:
         """The other way; rows that do not travel are 0."""
+        received, places = self.received(x_PD)
+        return received if places is None else received.index_select(0, places)
+
+    def received(self, x_PD: Tensor) -> tuple[Tensor, Optional[Tensor]]:
+        """What comes back, and of which of these rows ``to_experts`` would be made (None: of all, as they lie)."""
         received = self._exchange(x_PD, self.rows_from, self.rows_for)
-        if self.order is None:
-            return received
-        if self.places is not None:
-            return received.index_select(0, self.places)
-        return received.new_zeros(self.num_rows, *received.shape[1:]).index_copy_(0, self.order.long(), received)
+        if self.order is None or self.places is not None:
+            return received, self.places
+        zeros = received.new_zeros(self.num_rows, *received.shape[1:])
+        return zeros.index_copy_(0, self.order.long(), received), None
 
     def _that_travel(self, x_PD: Tensor) -> Tensor:
         return x_PD if self.order is None else x_PD.index_select(0, self.order)

@@ -249,20 +249,25 @@ class KeptRows:
 
     @property
     def goes_through_swiglu(self) -> bool:
-        """Whether ``swiglu_gradient`` can compute the gradient."""
-        return self.exchange is None and self.pairs.dim() == 2
+        """Whether ``swiglu_gradient`` can compute the gradient of rows that are where their tokens are."""
+        return self.pairs.dim() == 2
 
     def swiglu_gradient(
-        self, y_PU: Tensor, probs: Tensor, weight: Weight, incoming_PD: Tensor
+        self, y_PU: Tensor, probs: Tensor, rows_PD: Optional[Tensor], weight: Weight, incoming_PD: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of the weighted SwiGLU whose results the rows are, with that of the rows in them.
+        """Gradients of the weighted SwiGLU whose results the rows are, with that of the rows in them; by kernels.
 
         Args:
             y_PU, probs: its inputs.
+            rows_PD: its results, where they travel; else they are not needed.
             incoming_PD: gradient of its results.
         """
-        kept = self.rows_TK, self.used_P, self.pairs, self.inverse_lengths_TK
-        return kernels.module("swiglu").swiglu_gradient(y_PU, probs, *kept, weight[0], incoming_PD, weight[1])
+        fused = kernels.module("swiglu")
+        if self.exchange is None:
+            kept = self.rows_TK, self.used_P, self.pairs, self.inverse_lengths_TK
+            return fused.swiglu_gradient(y_PU, probs, *kept, weight[0], incoming_PD, weight[1])
+        gradient = self.add_gradient(self.exchange.to_tokens(rows_PD), weight, None)
+        return fused.swiglu_gradient_of_sum(y_PU, probs, incoming_PD, *self.exchange.received(gradient))
 
 
 def _vectors(rows_PD: Tensor, rows_TK: Tensor) -> Tensor:

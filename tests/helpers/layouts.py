@@ -10,7 +10,10 @@ same model.
 import hashlib
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -84,6 +87,24 @@ def build_chunks(pattern, settings: dict) -> list:
     return hybrid_models.build_chunks(hybrid_models.of_stages(pattern, ranks * chunks), **settings)
 
 
+@contextmanager
+def gradients_of_the_swiglu(kernels: str) -> Iterator[set]:
+    """Names of the functions that compute one meanwhile, of those that add the loss's."""
+    seen = set()
+    with ExitStack() as patches:
+        for name in ("swiglu_gradient", "swiglu_gradient_of_sum") if kernels == "triton" else ():
+            from megatron_moe_spec.kernels import swiglu
+
+            function = getattr(swiglu, name)
+
+            def noting(*inputs, name=name, function=function):
+                seen.add(name)
+                return function(*inputs)
+
+            patches.enter_context(patch.object(swiglu, name, noting))
+        yield seen
+
+
 def run(sizes: dict, case: dict) -> dict:
     import megatron_models
     from megatron.core import parallel_state
@@ -118,10 +139,11 @@ def run(sizes: dict, case: dict) -> dict:
     # With a token stride, the mean over all of its starts.
     steps = range(case["config"]["specialization_token_stride"])
     gradients, metrics = [], []
-    for step in steps:
-        handle.start_after(step)
-        gradients.append(megatron_models.train_chunks(chunks, batches, main_loss_weight=0.1))
-        metrics.append(handle.end_step())
+    with gradients_of_the_swiglu(case["config"]["kernels"]) as of_swiglu:
+        for step in steps:
+            handle.start_after(step)
+            gradients.append(megatron_models.train_chunks(chunks, batches, main_loss_weight=0.1))
+            metrics.append(handle.end_step())
     handle.detach()  # the trace is written
     mean = [
         {name: sum(step[chunk][name] for step in gradients) / len(steps) for name in gradients[0][chunk]}
@@ -132,6 +154,7 @@ def run(sizes: dict, case: dict) -> dict:
         "gradients": whole_gradients(chunks, mean),
         "losses": losses,
         "diagnostics": metrics[0].get("diagnostics"),
+        "gradients of the SwiGLU": of_swiglu,  # on this rank
         "trace": read_whole_trace(case["trace"]) if trace else None,
     }
 

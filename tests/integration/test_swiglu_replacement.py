@@ -50,7 +50,8 @@ def test_the_inputs_are_found(swiglu, inputs_of, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("y_trained, probs_trained", [(True, True), (True, False), (False, True)])
-def test_the_replacement_is_bitwise_the_same(swiglu, inputs_of, dtype, y_trained, probs_trained):
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_replacement_is_bitwise_the_same(swiglu, inputs_of, keeps, dtype, y_trained, probs_trained):
     """Gradients of y, of the probabilities and of a weight before, with Megatron's own function for the gradient."""
     results = []
     for replaced in (False, True):
@@ -61,13 +62,14 @@ def test_the_replacement_is_bitwise_the_same(swiglu, inputs_of, dtype, y_trained
                 tensor.retain_grad()
         z = swiglu.weighted_bias_swiglu_impl(y, None, probs)
         if replaced:
-            own, node, seen = z, weakref.ref(z.grad_fn), []
+            own, node, seen, value = z, weakref.ref(z.grad_fn), [], z.detach().clone()
 
-            def gradient(y, probs, incoming, seen=seen):
+            def gradient(y, probs, z, incoming, seen=seen, value=value):
                 seen.append(incoming)
+                assert torch.equal(z, value) if keeps else z is None
                 return swiglu.weighted_swiglu_back(incoming, y, probs)
 
-            z = replace_swiglu(z, inputs_of(z), gradient)
+            z = replace_swiglu(z, inputs_of(z), gradient, keeps)
             assert torch.equal(z, own) and z.data_ptr() == own.data_ptr() and z.dtype == dtype
             del own
             gc.collect()
@@ -84,12 +86,12 @@ def test_the_gradient_function_is_taken_once(swiglu, inputs_of):
     x, weight, probs = leaves()
     z = swiglu.weighted_bias_swiglu_impl(x @ weight, None, probs)
 
-    def back(y, probs, incoming):
+    def back(y, probs, z, incoming):
         return swiglu.weighted_swiglu_back(incoming, y, probs)
 
     gradient = functools.partial(back)
     alive = weakref.ref(gradient)
-    z = replace_swiglu(z, inputs_of(z), gradient)
+    z = replace_swiglu(z, inputs_of(z), gradient, keeps=False)
     del gradient
     assert alive() is not None
     z.sum().backward(retain_graph=True)

@@ -17,6 +17,7 @@ MOST_REGISTERS = {
     "cosines_kernel": 136,
     "mixing_kernel": 112,
     "swiglu_gradient_kernel": 112,
+    "swiglu_gradient_of_sum_kernel": 72,
     "count_kernel": 64,
     "rows_kernel": 136,
     "by_source_kernel": 64,

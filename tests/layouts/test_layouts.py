@@ -67,8 +67,8 @@ if HAS_MEGATRON and version("megatron-core").startswith("0.16."):
         del LAYOUTS[name]
 # Where rows stay, come home, and are divided by columns too. Triton's interpreter is slow.
 KERNEL_LAYOUTS = ("one process", "EP2", "TP2+SP, ETP2, EP2")
-# Where all experts of a layer are on a rank, in one piece.
-LOCAL_LAYOUTS = ("one process", "DP2", "PP2+VPP2")
+# Where the local experts are in one piece: all of a layer's, or those whose rows come home.
+FUSED_LAYOUTS = ("one process", "DP2", "PP2+VPP2", "EP2")
 # Weights are not joined to the experts' run under combined 1F1B.
 PEERS_OF_TOKENS = tuple(name for name in PEERS if name != "erc_loss")
 PIPELINES = ("one process", *(name for name in LAYOUTS if "PP" in name))
@@ -124,6 +124,14 @@ MODELS = {
         model={**PER_TOKEN, **FULL_RECOMPUTE},
         without="per-token loss",
         layouts=("one process", "EP2", "TP2+SP, ETP2", "PP2", "CP2"),
+    ),
+    "losses of one's own, Triton kernels, fused SwiGLU": dict(
+        losses=(),
+        own=True,
+        model=FUSED_SWIGLU,
+        kernels="triton",
+        without="grouped experts, moe_act recompute",
+        layouts=("one process", "EP2"),
     ),
     # DeepEP takes more than one process. Padding does not change what is computed.
     "DeepEP": dict(model=DEEPEP, like="plain", layouts=FLEX_LAYOUTS),
@@ -187,14 +195,27 @@ MODELS = {
     ),
     "Triton kernels, token stride": dict(kernels="triton", stride=3, like="plain", layouts=KERNEL_LAYOUTS[:2]),
     "Triton kernels, fused SwiGLU": dict(
-        model=FUSED_SWIGLU, kernels="triton", like="grouped experts, moe_act recompute", layouts=LOCAL_LAYOUTS
+        model=FUSED_SWIGLU, kernels="triton", like="grouped experts, moe_act recompute", layouts=FUSED_LAYOUTS
+    ),
+    "Triton kernels, fused SwiGLU, allgather dispatcher": dict(
+        model={**FUSED_SWIGLU, "moe_token_dispatcher_type": "allgather"},
+        kernels="triton",
+        like="grouped experts, moe_act recompute",
+        layouts=("EP2",),
+    ),
+    "Triton kernels, fused SwiGLU, HybridEP, rows padded by it": dict(
+        model={**FUSED_SWIGLU, **HYBRIDEP},
+        kernels="triton",
+        pads_rows="experts",
+        like="grouped experts, moe_act recompute",
+        layouts=("EP2",),
     ),
     "Triton kernels, fused SwiGLU, full recompute, token stride": dict(
         model={**FUSED_SWIGLU, **FULL_RECOMPUTE},
         kernels="triton",
         stride=2,
         like="grouped experts, moe_act recompute",
-        layouts=LOCAL_LAYOUTS,
+        layouts=FUSED_LAYOUTS,
     ),
 }
 HYBRID_LAYOUTS = ("one process", "EP2", "TP2+SP, ETP2", "PP2", "PP2+VPP2")
@@ -340,6 +361,17 @@ def test_layout_trains_as_one_process(jobs, record_property, layout, model):
         assert found["trace"] == expected["trace"]
     if model == like:
         _compare_diagnostics(found["diagnostics"], expected["diagnostics"])
+
+
+@pytest.mark.parametrize(
+    "layout, model",
+    [(layout, model) for layout in LAYOUTS for model, _ in _cases(layout) if "Triton kernels" in model],
+)
+def test_where_the_gradient_goes_through_the_swiglu(jobs, layout, model):
+    """Where Megatron's fused SwiGLU has made all local rows; not for losses of their lengths."""
+    expected = "swiglu_gradient_of_sum" if EP in LAYOUTS[layout][1] else "swiglu_gradient"
+    goes = "fused SwiGLU" in model and "own" not in MODELS[model]
+    assert jobs.result(layout, model, 1.0)["gradients of the SwiGLU"] == ({expected} if goes else set())
 
 
 def _compare_diagnostics(found: dict, expected: dict) -> None:

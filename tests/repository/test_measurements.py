@@ -19,6 +19,7 @@ OPERATIONS = {
     "mixing gradient": 1,
     "cosines gradient": 1,
     "SwiGLU gradient": 2,
+    "SwiGLU gradient of a sum": 2,
     "row indices": 2,
     "mass": 2,
     "mass gradient": 1,

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 GROUPED = dict(moe_grouped_gemm=True)
 FUSION = dict(gradient_accumulation_fusion=True)
 RUN = EP2, ETP1, ETP2, PP2, VPP2, CP2 = "EP2", "TP2+SP, ETP1", "TP2+SP, ETP2", "PP2", "PP2+VPP2", "CP2"
+ETP2_EP2 = "TP2+SP, ETP2, EP2"  # only of those that name it
 MODELS = {
     "grouped, moe_act recompute, accumulation fusion": dict(model={**MOE_ACT, **FUSION}),
     "sequential": dict(),
@@ -36,6 +37,12 @@ MODELS = {
     "HybridModel": dict(pattern="*E|M-|*E*|E", model=FUSION, layouts=(EP2, ETP1, PP2, VPP2)),
     "DeepEP": dict(model={**GROUPED, **DEEPEP}, like="grouped", layouts=(EP2,)),
     "HybridEP": dict(model={**GROUPED, **HYBRIDEP}, like="grouped", layouts=(EP2,)),
+    "Triton kernels, fused SwiGLU": dict(
+        model={**GROUPED, "bias_activation_fusion": True},
+        kernels="triton",
+        like="grouped",
+        layouts=(EP2, ETP2, ETP2_EP2),
+    ),
     "grouped": dict(model=GROUPED, layouts=()),
 }
 
@@ -61,7 +68,7 @@ def results(tmp_path_factory):
     return result
 
 
-@pytest.mark.parametrize("layout, model", [(layout, model) for layout in RUN for model in _models(layout)])
+@pytest.mark.parametrize("layout, model", [(layout, model) for layout in (*RUN, ETP2_EP2) for model in _models(layout)])
 def test_layout_trains_as_one_process(results, record_property, layout, model):
     like = MODELS[model].get("like", model)
     own = _worst_error(results(layout, model, 0.0), results("one process", like, 0.0))
@@ -72,6 +79,8 @@ def test_layout_trains_as_one_process(results, record_property, layout, model):
     assert error < 1e-5
     assert loss_error < 1e-5
     assert found["losses"].keys() == expected["losses"].keys()
+    goes = "fused SwiGLU" in model and layout in (EP2, ETP2_EP2)
+    assert found["gradients of the SwiGLU"] == ({"swiglu_gradient_of_sum"} if goes else set())
 
 
 def test_overlapped_forward_and_backward(tmp_path):

@@ -90,8 +90,8 @@ def join(x: Tensor, others: Sequence[Tensor]) -> Tensor:
 
 class _ReplaceSwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, probs: Tensor, results: list[Tensor], gradient: Callable) -> Tensor:
-        ctx.save_for_backward(y, probs)
+    def forward(ctx: Any, y: Tensor, probs: Tensor, results: list[Tensor], gradient: Callable, keeps: bool) -> Tensor:
+        ctx.save_for_backward(y, probs, results[0] if keeps else None)
         ctx.callback = gradient
         return results[0]
 
@@ -99,18 +99,25 @@ class _ReplaceSwiGLU(torch.autograd.Function):
     def backward(ctx: Any, incoming: Tensor) -> tuple:
         y_gradient, probs_gradient = without_autocast(_take_callback(ctx), *ctx.saved_tensors, incoming)
         of_y, of_probs, *_ = ctx.needs_input_grad
-        return y_gradient if of_y else None, probs_gradient if of_probs else None, None, None
+        return y_gradient if of_y else None, probs_gradient if of_probs else None, None, None, None
 
 
 def replace_swiglu(
-    z: Tensor, inputs: tuple[Tensor, Tensor], gradient: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    z: Tensor,
+    inputs: tuple[Tensor, Tensor],
+    gradient: Callable[[Tensor, Tensor, Optional[Tensor], Tensor], tuple[Tensor, Tensor]],
+    keeps: bool,
 ) -> Tensor:
     """Returns z with another backward function of the inputs (y, probs) that it was made of.
 
-    In backward, ``gradient(y, probs, incoming)`` returns the gradients of y and of the probabilities. The result must
-    be used in place of z, whose own node is then freed; both keep the same tensors.
+    In backward, ``gradient(y, probs, z, incoming)`` returns the gradients of y and of the probabilities. The result
+    must be used in place of z, whose own node is then freed; both keep the same tensors.
+
+    Args:
+        keeps: whether the node keeps z, too; else ``gradient`` gets None for it.
     """
-    return _ReplaceSwiGLU.apply(*inputs, [z.detach()], gradient)  # in a list: as an input it would become a view
+    # In a list: as an input it would become a view.
+    return _ReplaceSwiGLU.apply(*inputs, [z.detach()], gradient, keeps)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_moe_spec.integration.compat.experts import expert_down_projections, weighted_swiglu_inputs
 from megatron_moe_spec.integration.hooks.injection import replace_swiglu
 from megatron_moe_spec.integration.taps.base import TappedLayer, TokensPerExpert
-from megatron_moe_spec.integration.taps.expert_rows import RowsBackward, RowsTap
+from megatron_moe_spec.integration.taps.expert_rows import RowsRun, RowsTap
 from megatron_moe_spec.losses import RowsLoss
 
 
@@ -28,10 +28,14 @@ class ActivationsTap(RowsTap):
     def tap_activations(self, part: int, activations_PF: Tensor, tokens_per_expert: TokensPerExpert) -> Tensor:
         return self._take(part, activations_PF, tokens_per_expert)
 
-    def _with_gradient(self, backward: RowsBackward, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
+    def _with_gradient(self, run: RowsRun, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
         """Megatron's node of the SwiGLU gives way to one that adds the gradient on its way, where that is possible."""
-        fits = self._num_parts == 1 and backward.rows is not None and backward.rows.goes_through_swiglu
-        inputs = weighted_swiglu_inputs(rows_PD) if fits else None
+        compared = run.backward.rows
+        if compared is not None:
+            fits = compared.goes_through_swiglu
+        else:  # they travel; a gradient of angles is orthogonal to the rows, so that it reaches no p by their lengths
+            fits = run.used.fused and run.probs_TK is None
+        inputs = weighted_swiglu_inputs(rows_PD) if fits and self._num_parts == 1 else None
         if inputs is None:
-            return super()._with_gradient(backward, part, rows_PD, kept_PD)
-        return replace_swiglu(rows_PD, inputs, backward.swiglu_gradient)
+            return super()._with_gradient(run, part, rows_PD, kept_PD)
+        return replace_swiglu(rows_PD, inputs, run.backward.swiglu_gradient, keeps=compared is None)

@@ -64,9 +64,11 @@ class RowsBackward:
         gradient, self._gradients[part] = self._gradients[part], None
         return incoming + gradient
 
-    def swiglu_gradient(self, y_PU: Tensor, probs: Tensor, incoming: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.rows is not None
-        return self.rows.swiglu_gradient(y_PU, probs, self.weight(), incoming)
+    def swiglu_gradient(
+        self, y_PU: Tensor, probs: Tensor, rows: Optional[Tensor], incoming: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert self.rows is not None, _INCOMPLETE
+        return self.rows.swiglu_gradient(y_PU, probs, rows, self.weight(), incoming)
 
     def add_probs_gradient(self, incoming: Tensor) -> Tensor:
         assert self.experts_TK is not None and self.grad_probs_TK is not None
@@ -175,7 +177,7 @@ class RowsTap(Tap[RowsLoss]):
             run.coming, run.parts = self._begin(run, run.rows), []
             if not run.rows.travel:
                 self._finish()
-        return self._with_gradient(run.backward, part, rows_PD, kept_PD) if self.trained else rows_PD
+        return self._with_gradient(run, part, rows_PD, kept_PD) if self.trained else rows_PD
 
     def tap_outputs(self, outputs_PH: Tensor) -> Tensor:
         self._finish()  # nothing of the experts is left for the exchange to run beside
@@ -187,9 +189,9 @@ class RowsTap(Tap[RowsLoss]):
             assert run.coming is not None, _INCOMPLETE
             self._evaluate(run, run.coming.wait())
 
-    def _with_gradient(self, backward: RowsBackward, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
-        rows_PD = add_gradient(rows_PD, partial(backward.add_gradient, part), [kept_PD])
-        backward.saved.append(kept_by(rows_PD, kept_PD))
+    def _with_gradient(self, run: RowsRun, part: int, rows_PD: Tensor, kept_PD: Tensor) -> Tensor:
+        rows_PD = add_gradient(rows_PD, partial(run.backward.add_gradient, part), [kept_PD])
+        run.backward.saved.append(kept_by(rows_PD, kept_PD))
         return rows_PD
 
     def _kept(self, rows_PD: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ the GPU takes less for most of the kernels here. A kernel that was compiled befo
 for, and handed to the function in C that launches it.
 """
 
-from functools import reduce
-from operator import attrgetter, or_
 from typing import Any, Optional
 
 import torch
@@ -20,8 +18,6 @@ _ALIGNMENT = 16  # bytes: Triton compiles another kernel for pointers that are n
 _INT32 = 2**31  # likewise for numbers from here on
 _RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
 _IS_KNOWN = (3, 2) <= _RELEASE <= (3, 9) and not interpreted()
-
-_address_of, _dtype_of = Tensor.data_ptr, attrgetter("dtype")
 
 
 class Launch:
@@ -58,27 +54,27 @@ class Launch:
             numbers: those that the kernel is not specialized for (``do_not_specialize``): counts, and floats.
             sizes: those that it is specialized for.
         """
-        key = None
+        key, arguments = None, (*tensors, *optional, *numbers, *sizes)
         if _IS_KNOWN and not torch.compiler.is_compiling() and not _is_watched(self._kernel):
-            active, given = driver.active, tensors
-            absent: tuple[bool, ...] = ()
-            if optional:
-                given = (*tensors, *[x for x in optional if x is not None])
-                absent = tuple([x is None for x in optional])
-                tensors = (*tensors, *optional)
-            if not reduce(or_, map(_address_of, given)) % _ALIGNMENT and max(numbers) < _INT32:
-                device = active.get_current_device()
-                key = (device, absent, *sizes, *map(_dtype_of, given))
+            active = driver.active
+            device = active.get_current_device()
+            addresses, found = 0, [device, *sizes]
+            for x in (*tensors, *optional):
+                if x is None:
+                    found.append(None)
+                else:
+                    found.append(x.dtype)
+                    addresses |= x.data_ptr()
+            if not addresses % _ALIGNMENT and max(numbers) < _INT32:
+                key = tuple(found)
                 compiled = self._compiled.get(key)
                 if compiled is not None:
                     launch, fixed, in_tuple = compiled
-                    arguments = (*tensors, *numbers, *sizes, *self._passed)
+                    arguments += self._passed
                     stream = active.get_current_stream(device)
                     launch(grid, 1, 1, stream, *fixed, *((arguments,) if in_tuple else arguments))
                     return
-        elif optional:
-            tensors = (*tensors, *optional)
-        kernel = self._kernel[(grid,)](*tensors, *numbers, *sizes, **self._constants)
+        kernel = self._kernel[(grid,)](*arguments, **self._constants)
         if key is not None and kernel is not None:
             self._compiled[key] = _launcher_of(kernel)
 

@@ -67,10 +67,10 @@ MUTATIONS = [
     (
         "loss scale read in forward (rows)",
         "integration/taps/expert_rows.py",
-        "rows_PD = add_gradient(rows_PD, partial(backward.add_gradient, part), [kept_PD])",
-        "scale, weight = float(backward.weight()[0]), backward.weight\n"
-        "        backward.weight = lambda: (scale, weight()[1])\n"
-        "        rows_PD = add_gradient(rows_PD, partial(backward.add_gradient, part), [kept_PD])",
+        "rows_PD = add_gradient(rows_PD, partial(run.backward.add_gradient, part), [kept_PD])",
+        "scale, weight = float(run.backward.weight()[0]), run.backward.weight\n"
+        "        run.backward.weight = lambda: (scale, weight()[1])\n"
+        "        rows_PD = add_gradient(rows_PD, partial(run.backward.add_gradient, part), [kept_PD])",
         "tests/integration/test_gradients.py::test_gradient_scaler_is_read_in_backward",
     ),
     (

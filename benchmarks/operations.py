@@ -82,23 +82,29 @@ def eager_squares_gradient(z, rows, covered, cosines, inverse, weight, incoming,
 
 def eager_swiglu_gradient(y, probs, rows, covered, cosines, inverse, weight, incoming, positions):
     """Rounds what lies in memory where the kernel does not run: z, and its gradient."""
-    gate, up = y.to(inverse.dtype).chunk(2, dim=-1)
-    z = (torch.nn.functional.silu(gate) * up * probs.unsqueeze(-1)).to(y.dtype)
+    parts = up, _, silu = swiglu_parts(y, probs)
+    z = (silu * up * probs.unsqueeze(-1)).to(y.dtype)
     total = eager_squares_gradient(z, rows, covered, cosines, inverse, weight, incoming, positions)
-    return eager_swiglu_backward(y, probs, total, incoming)
+    return swiglu_gradients(parts, probs, total, incoming, y.dtype)
 
 
 def eager_swiglu_gradient_of_sum(y, probs, added, places, incoming):
-    return eager_swiglu_backward(y, probs, incoming + added[places], incoming)
+    return swiglu_gradients(swiglu_parts(y, probs), probs, incoming + added[places], incoming, y.dtype)
 
 
-def eager_swiglu_backward(y, probs, total, incoming):
-    """Gradients of y, for one of z, and of the probabilities, for another."""
+def swiglu_parts(y, probs):
+    """In the dtype of the probabilities: up, sigmoid of gate, silu of gate."""
     gate, up = y.to(probs.dtype).chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
-    silu, total = gate * sigmoid, total * probs.unsqueeze(-1)
+    return up, sigmoid, gate * sigmoid
+
+
+def swiglu_gradients(parts, probs, total, incoming, dtype):
+    """Of y in ``dtype``, from the gradient ``total`` of z, and of the probabilities, from the gradient ``incoming``."""
+    up, sigmoid, silu = parts
+    total = total * probs.unsqueeze(-1)
     dy = torch.cat((total * up * (sigmoid + silu * (1.0 - sigmoid)), total * silu), dim=-1)
-    return dy.to(y.dtype), (incoming * silu * up).sum(dim=-1)
+    return dy.to(dtype), (incoming * silu * up).sum(dim=-1)
 
 
 def kernel_swiglu_gradient_of_sum(y, probs, added, places, incoming):

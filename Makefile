@@ -31,7 +31,7 @@ help:
 	@echo "                   python -m examples.compare; interrupted, it goes on where it was"
 	@echo "make recipes       judge public training recipes: what takes the losses as it is (docs/recipes.md; 20 seconds)"
 	@echo "make unsupported   write what is not supported, from the list of rules, to docs/unsupported.md"
-	@echo "make test          the quick tests, on the newest supported Megatron-Core (3 minutes);"
+	@echo "make test          the quick tests, on the newest supported Megatron-Core (4 minutes);"
 	@echo "                   WORKERS=8 sets the number of processes that run tests, here as in the next five"
 	@echo "make test-all      all tests: the next four"
 	@echo "make test-primary  on the newest supported Megatron-Core; PYTEST_ARGS=\"-k name\" goes to pytest"
